@@ -1,0 +1,148 @@
+"""What every kernel is: four verbs and a reason.
+
+supports   may it run this problem here? A Verdict: true, or every reason why not
+configs    how could it run? Best first; the first is the default
+compile    make it ready; never touches tensors, never launches
+launch     run it on operands
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from openmla.core.problem import Problem
+from openmla.core.target import Target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to "may this kernel run?": true when there is no reason against it."""
+
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+
+def require(*rules: tuple[bool, str]) -> Verdict:
+    """A Verdict from (holds, why not) pairs; every broken rule is a reason."""
+    return Verdict(tuple(why for holds, why in rules if not holds))
+
+
+class DecodeOperands(NamedTuple):
+    """Tensors of one dense decode, checked and complete. `out` and `lse` are written in full.
+
+    Shapes with is_varlen: q [total_q, h_q, d_qk], out [total_q, h_q, d_v], lse [h_q, total_q]; otherwise
+    q [batch, s_q, h_q, d_qk], out [batch, s_q, h_q, d_v], lse [batch, h_q, s_q]. Empty rows: out 0, lse -inf.
+    """
+
+    q: torch.Tensor
+    kv_cache: torch.Tensor  # [num_pages, page_size, h_kv, row_elements]
+    block_table: torch.Tensor  # [batch, max_pages] int32
+    cache_seqlens: torch.Tensor  # [batch] int32
+    softmax_scale: float
+    out: torch.Tensor
+    lse: torch.Tensor  # fp32, natural log
+    fault_word: torch.Tensor  # int32 [1]; bits of core.faults.Fault are OR-ed in
+    cu_seqlens_q: torch.Tensor | None = None  # [batch + 1] int32
+    attn_sink: torch.Tensor | None = None  # [h_q] fp32
+
+
+class SparseDecodeOperands(NamedTuple):
+    """Tensors of one sparse decode. Leading dimensions are (batch, s_q), or (total_q,) with is_varlen."""
+
+    q: torch.Tensor
+    kv_cache: torch.Tensor
+    indices: torch.Tensor  # [..., topk] int32: page * page_size + offset; -1 is no slot
+    softmax_scale: float
+    out: torch.Tensor
+    lse: torch.Tensor  # [batch, h_q, s_q] or [h_q, total_q]
+    fault_word: torch.Tensor
+    topk_length: torch.Tensor | None = None  # one per query token or per request
+    attn_sink: torch.Tensor | None = None
+    extra_kv_cache: torch.Tensor | None = None
+    extra_indices: torch.Tensor | None = None
+    extra_topk_length: torch.Tensor | None = None
+
+
+class SparsePrefillOperands(NamedTuple):
+    """Tensors of one sparse prefill."""
+
+    q: torch.Tensor  # [s_q, h_q, d_qk]
+    kv: torch.Tensor  # [s_kv, h_kv, d_qk]
+    indices: torch.Tensor  # [s_q, h_kv, topk] int32
+    softmax_scale: float
+    out: torch.Tensor  # [s_q, h_q, d_v]
+    max_logits: torch.Tensor  # [s_q, h_q] fp32, scaled; -inf for empty rows
+    lse: torch.Tensor  # [s_q, h_q] fp32
+    fault_word: torch.Tensor
+    topk_length: torch.Tensor | None = None  # [s_q] int32
+    attn_sink: torch.Tensor | None = None
+
+
+class PrefillOperands(NamedTuple):
+    """Tensors of one varlen prefill (forward)."""
+
+    q: torch.Tensor  # [total_q, h_q, d_qk]
+    k: torch.Tensor  # [total_k, h_kv, d_qk]
+    v: torch.Tensor  # [total_k, h_kv, d_v]
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    softmax_scale: float
+    out: torch.Tensor  # [total_q, h_q, d_v]
+    lse: torch.Tensor  # [h_q, total_q] fp32
+    fault_word: torch.Tensor
+
+
+class Kernel(Protocol):
+    """One way to run one operation. `config` is the kernel's own frozen dataclass, opaque to everybody else."""
+
+    op: str
+    backend: str
+    name: str
+
+    def supports(self, problem: Any, target: Target) -> Verdict:
+        """May it run? Needs no DSL and no GPU."""
+        ...
+
+    def configs(self, problem: Any, target: Target) -> Sequence[Any]:
+        """Ways to run, best first. Called only when `supports` is true."""
+        ...
+
+    def compile(self, problem: Any, config: Any, target: Target) -> Any:
+        """Make ready to launch; the result is kept by the caller."""
+        ...
+
+    def launch(self, compiled: Any, problem: Any, operands: Any, plan: Any) -> None:
+        """Run on the operands' device and current stream. `plan` is None for operations without one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """A kernel of the design that does not exist yet; its verdict says so, so that nobody wonders."""
+
+    op: str
+    backend: str
+    name: str
+    reason: str
+
+    def supports(self, problem: Problem, target: Target) -> Verdict:
+        """Never; the reason says what is missing."""
+        return Verdict((self.reason,))
+
+    def configs(self, problem: Problem, target: Target) -> Sequence[Any]:
+        """None."""
+        return ()
+
+    def compile(self, problem: Problem, config: Any, target: Target) -> Any:
+        """Unreachable: `supports` is always false."""
+        raise NotImplementedError(self.reason)
+
+    def launch(self, compiled: Any, problem: Problem, operands: Any, plan: Any) -> None:
+        """Unreachable: `supports` is always false."""
+        raise NotImplementedError(self.reason)

@@ -1,0 +1,1 @@
+"""Portable kernels in Triton: none is built yet; `openmla explain` says so."""

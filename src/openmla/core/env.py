@@ -1,0 +1,67 @@
+"""Every environment variable that OpenMLA reads: name, legal values, default, meaning. Nothing else reads one.
+
+Each is only a default for an explicit argument. A malformed value raises `ConfigError`; it is never ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from openmla.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable. `choices` empty means free text (a path)."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    doc: str
+
+    def read(self) -> str:
+        """The value in force. Raises ConfigError when it is not one of `choices`."""
+        value = os.environ.get(self.name, "").strip() or self.default
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{self.name}={value!r} is not legal; use one of: {', '.join(self.choices)}")
+        return value
+
+
+BACKEND = Variable(
+    "OPENMLA_BACKEND",
+    "auto",
+    ("auto", "cute", "triton", "torch"),
+    "Default of every `backend=` argument. Anything but auto never falls back.",
+)
+CHECKS = Variable(
+    "OPENMLA_CHECKS",
+    "fast",
+    ("fast", "strict"),
+    "fast: shapes, dtypes, devices and strides; bad values inside tensors are masked and reported by "
+    "check_errors(). strict: also waits for each call and raises on a reported value.",
+)
+CACHE_DIR = Variable(
+    "OPENMLA_CACHE_DIR",
+    "",
+    (),
+    "Where compiled kernels are kept. Default: $XDG_CACHE_HOME/openmla or ~/.cache/openmla.",
+)
+AOT_DIR = Variable(
+    "OPENMLA_AOT_DIR",
+    "",
+    (),
+    "Folder of an ahead-of-time kernel bundle written by `openmla compile`. Default: none.",
+)
+
+ALL: tuple[Variable, ...] = (BACKEND, CHECKS, CACHE_DIR, AOT_DIR)
+
+
+def cache_dir() -> Path:
+    """The folder of the kernel cache; not created here."""
+    explicit = CACHE_DIR.read()
+    if explicit:
+        return Path(explicit)
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "openmla"

@@ -1,0 +1,515 @@
+"""Problems: what is asked, without tensors. Frozen, hashable; one class per operation.
+
+`from_tensors` is the only validation in the library: it raises one ProblemError that lists every violation. It
+looks at metadata alone (shape, dtype, device, stride), never at values: those are guarded inside the kernels and
+reported through `openmla.core.faults`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from openmla.core.errors import ConfigError, ProblemError
+from openmla.core.layout import KVLayout, kv_layout, plain_layout
+
+QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _Violations:
+    """Collects broken rules; the tests below read as a table."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.found: list[str] = []
+
+    def rule(self, holds: bool, sentence: str) -> bool:
+        if not holds:
+            self.found.append(sentence)
+        return holds
+
+    def tensor(
+        self,
+        name: str,
+        value: object,
+        ndim: int,
+        dtypes: tuple[torch.dtype, ...],
+        device: torch.device,
+        shape: str,
+    ) -> bool:
+        """Rank, dtype, device and a contiguous last dimension of one argument."""
+        if not isinstance(value, torch.Tensor):
+            self.found.append(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+            return False
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        fine = self.rule(value.dim() == ndim, f"{name} must be {shape}, got shape {tuple(value.shape)}")
+        fine &= self.rule(value.dtype in dtypes, f"{name} must be {names}, got {_short(value.dtype)}; convert it first")
+        fine &= self.rule(
+            value.device == device, f"{name} must be on {device} like the first argument, got {value.device}"
+        )
+        if value.dim() == ndim and ndim > 0:
+            fine &= self.rule(
+                value.shape[-1] <= 1 or value.stride(-1) == 1,
+                f"{name} must be contiguous in its last dimension, got strides {value.stride()}; call .contiguous()",
+            )
+        return fine
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            raise ProblemError(self.op, self.found)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(problem: object) -> str:
+    shown = []
+    for field in fields(problem):  # type: ignore[arg-type]
+        value = getattr(problem, field.name)
+        if value is None or value is False or value == 0:
+            continue
+        shown.append(f"{field.name}={_short(value) if isinstance(value, torch.dtype) else value}")
+    return " ".join(shown)
+
+
+def _heads(bad: _Violations, h_q: int, h_kv: int) -> None:
+    bad.rule(h_kv >= 1, f"h_kv must be at least 1, got {h_kv}")
+    if h_kv >= 1:
+        bad.rule(
+            h_q >= 1 and h_q % h_kv == 0,
+            f"h_q must be a positive multiple of h_kv={h_kv}, got {h_q}; query heads are shared evenly by KV heads",
+        )
+
+
+def _cache(
+    bad: _Violations, name: str, cache: object, layout: KVLayout | str | None, dtype: torch.dtype, d_qk: int, d_v: int,
+    device: torch.device,
+) -> KVLayout | None:  # fmt: skip
+    """Checks one paged cache and returns its layout, or None after recording what is wrong."""
+    if not isinstance(cache, torch.Tensor) or cache.dim() != 4:
+        got = tuple(cache.shape) if isinstance(cache, torch.Tensor) else type(cache).__name__
+        bad.found.append(f"{name} must be a tensor [num_pages, page_size, h_kv, row], got {got}")
+        return None
+    try:
+        if layout is None:
+            found = plain_layout(cache.dtype, cache.shape[-1], d_v)
+        else:
+            found = kv_layout(layout)
+            if not found.is_quantised:
+                found = plain_layout(found.dtype, found.d_qk, d_v)
+    except ConfigError as error:
+        bad.found.append(f"{name}: {error}")
+        return None
+    bad.rule(cache.device == device, f"{name} must be on {device} like q, got {cache.device}")
+    if found.is_quantised:
+        bytes_like = cache.dtype.itemsize == 1
+        bad.rule(bytes_like, f"{name} in layout {found} must have a 1-byte dtype, got {_short(cache.dtype)}")
+        bad.rule(cache.shape[2] == 1, f"{name} in layout {found} has one KV head, got h_kv={cache.shape[2]}")
+        page_bytes = cache.shape[1] * found.bytes_per_token
+        bad.rule(
+            cache.stride(-1) == 1
+            and (cache.shape[1] <= 1 or cache.stride(1) == found.row_elements)
+            and (cache.shape[0] <= 1 or cache.stride(0) >= page_bytes),
+            f"{name} in layout {found} must hold each page as {page_bytes} contiguous bytes, got strides {cache.stride()}",
+        )
+        aligned = {"fp32": 4}.get(found.scale_format, 2 if found.d_rope_stored else 1)
+        bad.rule(
+            cache.shape[0] <= 1 or cache.stride(0) % aligned == 0,
+            f"{name} in layout {found} needs a page stride that is a multiple of {aligned} bytes, got {cache.stride(0)}",
+        )
+    else:
+        bad.rule(
+            cache.dtype == found.dtype and cache.dtype == dtype,
+            f"{name} must have the dtype of q ({_short(dtype)}), got {_short(cache.dtype)}; "
+            "convert one of them or name a byte layout with kv_layout=",
+        )
+        bad.rule(cache.stride(-1) == 1, f"{name} must be contiguous in its last dimension, got {cache.stride()}")
+    bad.rule(
+        cache.shape[-1] == found.row_elements,
+        f"{name} in layout {found} must have {found.row_elements} elements per row, got {cache.shape[-1]}",
+    )
+    bad.rule(
+        found.d_qk == d_qk,
+        f"q has d_qk={d_qk} columns but {name} in layout {found} has {found.d_qk}; both must agree",
+    )
+    bad.rule(
+        1 <= d_v <= found.d_qk and (not found.is_quantised or d_v == found.d_v),
+        f"d_v must be {found.d_v if found.is_quantised else f'1 to {found.d_qk}'} for layout {found}, got {d_v}",
+    )
+    bad.rule(cache.shape[1] >= 1, f"{name} must have page_size >= 1, got {cache.shape[1]}")
+    return found
+
+
+def _query(
+    bad: _Violations, q: object, cu_seqlens_q: object, max_seqlen_q: int | None
+) -> tuple[int, int, int, int] | None:
+    """(batch, s_q, total_q, varlen?) is not decided here: returns (leading, s_q, h_q, d_qk) or None."""
+    if not isinstance(q, torch.Tensor):
+        bad.found.append(f"q must be a tensor, got {type(q).__name__}")
+        return None
+    if cu_seqlens_q is None:
+        if not bad.tensor("q", q, 4, QUERY_DTYPES, q.device, "[batch, s_q, h_q, d_qk]"):
+            return None
+        return (q.shape[0], q.shape[1], q.shape[2], q.shape[3])
+    fine = bad.tensor("q", q, 3, QUERY_DTYPES, q.device, "[total_q, h_q, d_qk] when cu_seqlens_q is given")
+    fine &= bad.tensor("cu_seqlens_q", cu_seqlens_q, 1, (torch.int32,), q.device, "[batch + 1]")
+    fine &= bad.rule(
+        isinstance(max_seqlen_q, int) and max_seqlen_q >= 0,
+        f"max_seqlen_q must be given beside cu_seqlens_q (the longest query of the batch), got {max_seqlen_q!r}",
+    )
+    if not fine:
+        return None
+    return (q.shape[0], int(max_seqlen_q or 0), q.shape[1], q.shape[2])
+
+
+def _sink(bad: _Violations, attn_sink: object, h_q: int, device: torch.device) -> None:
+    if attn_sink is not None and bad.tensor("attn_sink", attn_sink, 1, (torch.float32,), device, "[h_q]"):
+        assert isinstance(attn_sink, torch.Tensor)
+        bad.rule(attn_sink.shape[0] == h_q, f"attn_sink must have h_q={h_q} entries, got {attn_sink.shape[0]}")
+
+
+def _scale(bad: _Violations, softmax_scale: object) -> None:
+    if softmax_scale is not None:
+        fine = isinstance(softmax_scale, (int, float)) and softmax_scale == softmax_scale
+        bad.rule(fine, f"softmax_scale must be a number, got {softmax_scale!r}")
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """s_q new tokens per request over a dense paged latent cache."""
+
+    op = "decode"
+
+    batch: int
+    s_q: int  # tokens per request; with is_varlen the longest of the batch
+    total_q: int  # query tokens in all; batch * s_q unless is_varlen
+    h_q: int
+    h_kv: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype  # of q and out
+    layout: KVLayout
+    page_size: int
+    num_pages: int
+    max_pages: int  # columns of block_table
+    is_causal: bool = False
+    is_varlen: bool = False
+    window: int = 0  # a query sees the last `window` keys up to its own position; 0 means all
+    has_sink: bool = False
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        *,
+        d_v: int = 512,
+        layout: KVLayout | str | None = None,
+        is_causal: bool = False,
+        window: int | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        attn_sink: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+    ) -> DecodeProblem:
+        """Raises ProblemError with every violation at once."""
+        bad = _Violations("decode")
+        shape = _query(bad, q, cu_seqlens_q, max_seqlen_q)
+        _scale(bad, softmax_scale)
+        bad.rule(window is None or window >= 1, f"window must be at least 1 key or None, got {window}")
+        if shape is None:
+            bad.raise_if_any()
+            raise AssertionError("unreachable: a missing shape is a violation")
+        leading, s_q, h_q, d_qk = shape
+        device = q.device
+        found = _cache(bad, "kv_cache", kv_cache, layout, q.dtype, d_qk, d_v, device)
+        table_ok = bad.tensor("block_table", block_table, 2, (torch.int32,), device, "[batch, max_pages]")
+        lens_ok = bad.tensor("cache_seqlens", cache_seqlens, 1, (torch.int32,), device, "[batch]")
+        batch = leading if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        if table_ok:
+            bad.rule(
+                block_table.shape[0] == batch, f"block_table must have batch={batch} rows, got {block_table.shape[0]}"
+            )
+        if lens_ok:
+            bad.rule(
+                cache_seqlens.shape[0] == batch,
+                f"cache_seqlens must have batch={batch} entries, got {cache_seqlens.shape[0]}",
+            )
+        bad.rule(batch >= 0, f"cu_seqlens_q must have batch + 1 entries, got {batch + 1}")
+        h_kv = kv_cache.shape[2] if isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4 else 1
+        _heads(bad, h_q, h_kv)
+        _sink(bad, attn_sink, h_q, device)
+        bad.raise_if_any()
+        assert found is not None
+        return cls(
+            batch=batch, s_q=s_q, total_q=leading * s_q if cu_seqlens_q is None else leading, h_q=h_q, h_kv=h_kv,
+            d_qk=d_qk, d_v=d_v, dtype=q.dtype, layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0],
+            max_pages=block_table.shape[1], is_causal=is_causal, is_varlen=cu_seqlens_q is not None,
+            window=window or 0, has_sink=attn_sink is not None,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
+@dataclass(frozen=True)
+class ExtraKV:
+    """A second cache of a sparse decode, with its own layout, pages and indices."""
+
+    layout: KVLayout
+    page_size: int
+    num_pages: int
+    topk: int
+    has_topk_length: bool = False
+
+    def __str__(self) -> str:
+        return f"({_describe(self)})"
+
+
+@dataclass(frozen=True)
+class SparseDecodeProblem:
+    """s_q new tokens per request, each over its own `topk` slots of a paged latent cache."""
+
+    op = "sparse_decode"
+
+    batch: int
+    s_q: int
+    total_q: int
+    h_q: int
+    h_kv: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    layout: KVLayout
+    page_size: int
+    num_pages: int
+    topk: int
+    is_varlen: bool = False
+    has_topk_length: bool = False
+    has_sink: bool = False
+    extra: ExtraKV | None = None
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        indices: torch.Tensor,
+        *,
+        d_v: int = 512,
+        layout: KVLayout | str | None = None,
+        topk_length: torch.Tensor | None = None,
+        attn_sink: torch.Tensor | None = None,
+        extra_kv_cache: torch.Tensor | None = None,
+        extra_indices: torch.Tensor | None = None,
+        extra_topk_length: torch.Tensor | None = None,
+        extra_layout: KVLayout | str | None = None,
+        softmax_scale: float | None = None,
+    ) -> SparseDecodeProblem:
+        """Q and indices are [batch, s_q, ...] or, varlen, [total_q, ...]. Raises ProblemError with every violation."""
+        bad = _Violations("sparse_decode")
+        is_varlen = isinstance(q, torch.Tensor) and q.dim() == 3
+        lead = "total_q" if is_varlen else "batch, s_q"
+        _scale(bad, softmax_scale)
+        if not isinstance(q, torch.Tensor) or q.dim() not in (3, 4):
+            got = tuple(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
+            bad.found.append(f"q must be a tensor [batch, s_q, h_q, d_qk] or [total_q, h_q, d_qk], got {got}")
+            bad.raise_if_any()
+        bad.tensor("q", q, q.dim(), QUERY_DTYPES, q.device, f"[{lead}, h_q, d_qk]")
+        h_q, d_qk, rows = q.shape[-2], q.shape[-1], tuple(q.shape[:-2])
+        found = _cache(bad, "kv_cache", kv_cache, layout, q.dtype, d_qk, d_v, q.device)
+        topk = _selection(bad, "", indices, topk_length, rows, lead, q.device)
+        h_kv = kv_cache.shape[2] if isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4 else 1
+        bad.rule(h_kv == 1, f"sparse decode reads one KV head, got h_kv={h_kv}; call once per head")
+        _heads(bad, h_q, h_kv)
+        _sink(bad, attn_sink, h_q, q.device)
+        extra = None
+        if extra_kv_cache is None:
+            for name, value in (("extra_indices", extra_indices), ("extra_topk_length", extra_topk_length)):
+                bad.rule(value is None, f"{name} was given without extra_kv_cache; give both or neither")
+        else:
+            extra_found = _cache(bad, "extra_kv_cache", extra_kv_cache, extra_layout, q.dtype, d_qk, d_v, q.device)
+            extra_topk = _selection(bad, "extra_", extra_indices, extra_topk_length, rows, lead, q.device)
+            if extra_found is not None:
+                extra = ExtraKV(
+                    extra_found, extra_kv_cache.shape[1], extra_kv_cache.shape[0], extra_topk,
+                    extra_topk_length is not None,
+                )  # fmt: skip
+        bad.raise_if_any()
+        assert found is not None
+        batch, s_q = (rows[0], 1) if is_varlen else (rows[0], rows[1])
+        return cls(
+            batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, h_kv=h_kv, d_qk=d_qk, d_v=d_v, dtype=q.dtype,
+            layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0], topk=topk, is_varlen=is_varlen,
+            has_topk_length=topk_length is not None, has_sink=attn_sink is not None, extra=extra,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
+def _selection(
+    bad: _Violations, prefix: str, indices: object, topk_length: object, rows: tuple[int, ...], lead: str,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Checks `indices` and `topk_length` of one cache; returns topk."""
+    name = f"{prefix}indices"
+    if not bad.tensor(name, indices, len(rows) + 1, (torch.int32,), device, f"[{lead}, topk]"):
+        return 0
+    assert isinstance(indices, torch.Tensor)
+    bad.rule(
+        tuple(indices.shape[:-1]) == rows,
+        f"{name} must be [{lead}, topk] = {rows} + (topk,), got {tuple(indices.shape)}",
+    )
+    if topk_length is not None:
+        # One length per request, as FlashMLA has it, or one per query token.
+        length_name = f"{prefix}topk_length"
+        if not isinstance(topk_length, torch.Tensor):
+            bad.found.append(f"{length_name} must be a tensor [{lead}] or [batch], got {type(topk_length).__name__}")
+        elif bad.tensor(length_name, topk_length, topk_length.dim(), (torch.int32,), device, f"[{lead}]"):
+            bad.rule(
+                tuple(topk_length.shape) in (rows, rows[:1]),
+                f"{length_name} must be [{lead}] = {rows} or [batch] = {rows[:1]}, got {tuple(topk_length.shape)}",
+            )
+    return int(indices.shape[-1])
+
+
+@dataclass(frozen=True)
+class SparsePrefillProblem:
+    """s_q tokens, each over its own `topk` rows of an unpaged latent KV tensor."""
+
+    op = "sparse_prefill"
+
+    s_q: int
+    s_kv: int
+    h_q: int
+    h_kv: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    topk: int
+    has_topk_length: bool = False
+    has_sink: bool = False
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        *,
+        d_v: int = 512,
+        topk_length: torch.Tensor | None = None,
+        attn_sink: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+    ) -> SparsePrefillProblem:
+        """Q [s_q, h_q, d_qk], kv [s_kv, h_kv, d_qk], indices [s_q, h_kv, topk]. Raises ProblemError."""
+        bad = _Violations("sparse_prefill")
+        _scale(bad, softmax_scale)
+        device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
+        fine = bad.tensor("q", q, 3, QUERY_DTYPES, device, "[s_q, h_q, d_qk]")
+        fine &= bad.tensor("kv", kv, 3, QUERY_DTYPES, device, "[s_kv, h_kv, d_qk]")
+        fine &= bad.tensor("indices", indices, 3, (torch.int32,), device, "[s_q, h_kv, topk]")
+        if not fine:
+            bad.raise_if_any()
+        s_q, h_q, d_qk = q.shape
+        s_kv, h_kv, _ = kv.shape
+        bad.rule(kv.dtype == q.dtype, f"kv must have the dtype of q ({_short(q.dtype)}), got {_short(kv.dtype)}")
+        bad.rule(kv.shape[2] == d_qk, f"q has d_qk={d_qk} columns but kv has {kv.shape[2]}; both must agree")
+        bad.rule(1 <= d_v <= d_qk, f"d_v must be 1 to d_qk={d_qk}, got {d_v}")
+        bad.rule(
+            tuple(indices.shape[:2]) == (s_q, h_kv),
+            f"indices must be [s_q, h_kv, topk] = ({s_q}, {h_kv}, topk), got {tuple(indices.shape)}",
+        )
+        _heads(bad, h_q, h_kv)
+        _sink(bad, attn_sink, h_q, device)
+        if topk_length is not None and bad.tensor("topk_length", topk_length, 1, (torch.int32,), device, "[s_q]"):
+            bad.rule(
+                topk_length.shape[0] == s_q, f"topk_length must have s_q={s_q} entries, got {topk_length.shape[0]}"
+            )
+        bad.raise_if_any()
+        return cls(
+            s_q=s_q, s_kv=s_kv, h_q=h_q, h_kv=h_kv, d_qk=d_qk, d_v=d_v, dtype=q.dtype, topk=indices.shape[2],
+            has_topk_length=topk_length is not None, has_sink=attn_sink is not None,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
+@dataclass(frozen=True)
+class PrefillProblem:
+    """Varlen multi-head attention over expanded K and V: the prefill (and training) form of MLA."""
+
+    op = "prefill"
+
+    batch: int
+    total_q: int
+    total_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    h_q: int
+    h_kv: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    is_causal: bool = False
+    needs_grad: bool = False
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        is_causal: bool = False,
+        softmax_scale: float | None = None,
+    ) -> PrefillProblem:
+        """Q [total_q, h_q, d_qk], k [total_k, h_kv, d_qk], v [total_k, h_kv, d_v]. Raises ProblemError."""
+        bad = _Violations("prefill")
+        _scale(bad, softmax_scale)
+        device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
+        fine = bad.tensor("q", q, 3, QUERY_DTYPES, device, "[total_q, h_q, d_qk]")
+        fine &= bad.tensor("k", k, 3, QUERY_DTYPES, device, "[total_k, h_kv, d_qk]")
+        fine &= bad.tensor("v", v, 3, QUERY_DTYPES, device, "[total_k, h_kv, d_v]")
+        fine &= bad.tensor("cu_seqlens_q", cu_seqlens_q, 1, (torch.int32,), device, "[batch + 1]")
+        fine &= bad.tensor("cu_seqlens_k", cu_seqlens_k, 1, (torch.int32,), device, "[batch + 1]")
+        if not fine:
+            bad.raise_if_any()
+        bad.rule(
+            k.dtype == q.dtype == v.dtype,
+            f"q, k and v must share a dtype, got {_short(q.dtype)}, {_short(k.dtype)}, {_short(v.dtype)}",
+        )
+        bad.rule(k.shape[2] == q.shape[2], f"q has d_qk={q.shape[2]} columns but k has {k.shape[2]}; both must agree")
+        bad.rule(
+            k.shape[:2] == v.shape[:2],
+            f"k and v must share [total_k, h_kv], got {tuple(k.shape[:2])} and {tuple(v.shape[:2])}",
+        )
+        bad.rule(
+            cu_seqlens_q.shape == cu_seqlens_k.shape and cu_seqlens_q.shape[0] >= 1,
+            f"cu_seqlens_q and cu_seqlens_k must both be [batch + 1], got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}",
+        )
+        for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            bad.rule(isinstance(value, int) and value >= 0, f"{name} must be an int of at least 0, got {value!r}")
+        _heads(bad, q.shape[1], k.shape[1])
+        bad.raise_if_any()
+        return cls(
+            batch=cu_seqlens_q.shape[0] - 1, total_q=q.shape[0], total_k=k.shape[0], max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, h_q=q.shape[1], h_kv=k.shape[1], d_qk=q.shape[2], d_v=v.shape[2], dtype=q.dtype,
+            is_causal=is_causal, needs_grad=q.requires_grad or k.requires_grad or v.requires_grad,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
+Problem = DecodeProblem | SparseDecodeProblem | SparsePrefillProblem | PrefillProblem

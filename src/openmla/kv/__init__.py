@@ -1,0 +1,1 @@
+"""Paged KV cache: page allocator with prefix sharing, and the tensors behind it."""

@@ -1,0 +1,1 @@
+"""The laboratory: suites, runner, measured ceilings, reports, and the demo."""

@@ -1,0 +1,1 @@
+"""Split-KV: who computes which KV blocks (`schedule`), and the law that merges partial results (`combine`)."""

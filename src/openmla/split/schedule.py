@@ -1,0 +1,188 @@
+"""Plans of dense decode: which part computes which KV blocks of which request.
+
+Work is a line: the KV blocks of request 0, then of request 1, and so on. A *part* (a CTA group on a GPU, a
+task group on a CPU) takes one contiguous stretch of that line; where a stretch boundary falls inside a request,
+the request is split and its pieces are merged by `openmla.split.combine`.
+
+The plan's device form is the one that FlashMLA introduced, so that code which stores or copies it keeps working:
+
+    tile_scheduler_metadata  int32 [num_parts, 8]  begin_req, end_req (inclusive), begin_block, end_block (exclusive,
+                             of end_req), begin_split (index of the first piece within its request), 0, 0, 0.
+                             An empty part has begin_req > end_req.
+    num_splits               int32 [batch + 1]     prefix sum of the number of pieces of each request
+
+A request of length 0 has one piece, of zero blocks, so that its output rows are written by somebody.
+
+Policies
+    balanced         equal cost per part: cost = blocks + `overhead_blocks` per piece (pipeline fill and epilogue).
+    batch_invariant  requests are cut at multiples of `chunk_blocks` and nowhere else: which pieces a request has
+                     depends on its own length only, so a row's bits do not depend on its batch mates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, get_args
+
+import torch
+
+from openmla.core.errors import ProblemError
+
+Policy = Literal["balanced", "batch_invariant"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """KV blocks [begin_block, end_block) of one request, computed by one part."""
+
+    part: int
+    request: int
+    split: int
+    begin_block: int
+    end_block: int
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The result of `plan_decode`; immutable. `parts[i]` = (begin_req, end_req, begin_block, end_block, begin_split)."""
+
+    policy: Policy
+    block_tokens: int
+    chunk_blocks: int  # 0 when pieces are cut only at part boundaries
+    blocks: tuple[int, ...]  # KV blocks per request
+    parts: tuple[tuple[int, int, int, int, int], ...]
+    num_splits: tuple[int, ...]  # prefix sum, batch + 1 entries
+
+    @property
+    def batch(self) -> int:
+        """Number of requests."""
+        return len(self.blocks)
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces over all requests; the number of partial results when every piece stores one."""
+        return self.num_splits[-1]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece, in the order of the line."""
+        for index, (begin_req, end_req, begin_block, end_block, begin_split) in enumerate(self.parts):
+            for request in range(begin_req, end_req + 1):
+                begin = begin_block if request == begin_req else 0
+                end = end_block if request == end_req else self.blocks[request]
+                split = begin_split if request == begin_req else 0
+                step = self.chunk_blocks or max(end - begin, 1)
+                for start in range(begin, max(end, begin + 1), step):
+                    yield Piece(index, request, split, start, min(start + step, end))
+                    split += 1
+
+    def tile_scheduler_metadata(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The parts as int32 [num_parts, 8]."""
+        return torch.tensor([[*part, 0, 0, 0] for part in self.parts], dtype=torch.int32, device=device).view(-1, 8)
+
+    def num_splits_tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """num_splits as int32 [batch + 1]."""
+        return torch.tensor(self.num_splits, dtype=torch.int32, device=device)
+
+
+_EMPTY_PART = (0, -1, 0, 0, 0)
+
+
+def plan_decode(
+    cache_seqlens: Sequence[int],
+    num_parts: int,
+    *,
+    policy: Policy = "balanced",
+    block_tokens: int = 64,
+    overhead_blocks: int = 5,
+    chunk_tokens: int = 4096,
+) -> SplitPlan:
+    """Cut the KV blocks of a batch into `num_parts` stretches of about equal cost. A pure function.
+
+    Args:
+        cache_seqlens: tokens of each request; negative counts as 0.
+        num_parts: number of workers, at least 1.
+        policy: `balanced` or `batch_invariant` (module docstring).
+        block_tokens: tokens per KV block, the unit of cutting.
+        overhead_blocks: cost of starting one piece, in blocks (`balanced`). FlashMLA uses 5.
+        chunk_tokens: piece length of `batch_invariant`, a multiple of block_tokens.
+
+    Raises:
+        ProblemError: an argument is out of range.
+    """
+    wrong = []
+    if num_parts < 1:
+        wrong.append(f"num_parts must be at least 1, got {num_parts}; pass the number of workers")
+    if policy not in POLICIES:
+        wrong.append(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    if block_tokens < 1:
+        wrong.append(f"block_tokens must be at least 1, got {block_tokens}")
+    elif chunk_tokens < block_tokens or chunk_tokens % block_tokens:
+        wrong.append(f"chunk_tokens must be a positive multiple of block_tokens={block_tokens}, got {chunk_tokens}")
+    if overhead_blocks < 0:
+        wrong.append(f"overhead_blocks must be at least 0, got {overhead_blocks}")
+    if wrong:
+        raise ProblemError("plan_decode", wrong)
+    blocks = tuple(-(-max(int(length), 0) // block_tokens) for length in cache_seqlens)
+    if policy == "batch_invariant":
+        return _fixed_chunks(blocks, num_parts, block_tokens, chunk_tokens // block_tokens)
+    return _balanced(blocks, num_parts, block_tokens, overhead_blocks)
+
+
+def _balanced(blocks: tuple[int, ...], num_parts: int, block_tokens: int, overhead: int) -> SplitPlan:
+    """Walk the line once, closing a part when its budget is spent.
+
+    Every piece pays `overhead`, also the pieces that splitting adds: at most num_parts - 1 of them, so the budget
+    covers the worst case and the last part never overflows. A remainder that costs less than starting a new piece
+    would is kept in the current part.
+    """
+    total = sum(count + overhead for count in blocks)
+    budget = -(-total // num_parts) + overhead
+    parts: list[tuple[int, int, int, int, int]] = []
+    pieces = [0] * len(blocks)
+    request, block = 0, 0
+    while len(parts) < num_parts:
+        if request == len(blocks):
+            parts.append(_EMPTY_PART)
+            continue
+        begin_request, begin_block, begin_split = request, block, pieces[request]
+        end_request, end_block, left = request, block, budget
+        is_last_part = len(parts) == num_parts - 1
+        while request < len(blocks):
+            remaining = blocks[request] - block
+            if is_last_part or remaining + overhead <= left:
+                left -= remaining + overhead
+                end_request, end_block = request, blocks[request]
+                pieces[request] += 1
+                request, block = request + 1, 0
+                continue
+            take = left - overhead
+            if take > 0:
+                end_request, end_block = request, block + take
+                pieces[request] += 1
+                block += take
+            break
+        parts.append((begin_request, end_request, begin_block, end_block, begin_split))
+    return SplitPlan("balanced", block_tokens, 0, blocks, tuple(parts), (0, *accumulate(pieces)))
+
+
+def _fixed_chunks(blocks: tuple[int, ...], num_parts: int, block_tokens: int, chunk: int) -> SplitPlan:
+    """Cut every request into chunks; deal the chunks to the parts in order, as evenly as whole chunks allow."""
+    chunks = [max(-(-count // chunk), 1) for count in blocks]
+    starts = (0, *accumulate(chunks))
+    total, parts, request = starts[-1], [], 0
+    for index in range(num_parts):
+        begin, end = index * total // num_parts, (index + 1) * total // num_parts
+        if begin == end:
+            parts.append(_EMPTY_PART)
+            continue
+        while starts[request + 1] <= begin:
+            request += 1
+        first, split = request, begin - starts[request]
+        while starts[request + 1] < end:
+            request += 1
+        end_block = min((end - starts[request]) * chunk, blocks[request])
+        parts.append((first, request, split * chunk, end_block, split))
+    return SplitPlan("batch_invariant", block_tokens, chunk, blocks, tuple(parts), tuple(starts))
