@@ -10,15 +10,16 @@ V is all 512 columns, so no code may assume d_qk = d_latent + d_rope.
 | fp8_656 | 576 | 512 | 656 | 512 e4m3, then scales, then 64 bf16 RoPE | 4 fp32, one per 128 columns |
 | fp8_584 | 512 | 512 | 584 | 448 e4m3, 64 bf16 RoPE (576 B) | 7 e8m0 per 64 columns + 1 pad, behind all rows of the page |
 | fp8_528 | 512 | 512 | 528 | 512 e4m3 | 4 fp32, one per 128 columns, behind the data |
-| fp8_528_mx | 512 | 512 | 528 | 512 e4m3 | 16 e8m0, one per 32 columns, behind all rows of the page |
-| fp4_288 | 512 | 512 | 288 | 512 e2m1, even column in the low nibble | 32 e4m3, one per 16 columns, behind all rows of the page |
+| fp8_528_mx | 512 | 512 | 528 | 512 e4m3 | 16 e8m0, one per 32 columns, behind the data |
+| fp4_288 | 512 | 512 | 288 | 512 e2m1, even column in the low nibble | 32 e4m3, one per 16 columns, behind the data |
 
 A cache tensor is [num_pages, page_size, h_kv, row_elements]. Where scales lie behind all rows of the page, the
 bytes of one page are still page_size * bytes_per_token contiguous bytes, but a row of that tensor is then not one
 token: read pages as a whole. Pages may be padded: only the page stride says where the next one begins.
 
-Sources: deepseek-ai/FlashMLA README and tests/quant.py (fp8_656, fp8_584); sgl-project/FlashMLA
-csrc/kernels/kv_cache_format.h and tests/quant.py (fp8_528, fp8_528_mx, fp4_288).
+Sources: deepseek-ai/FlashMLA README and tests/quant.py (fp8_656, fp8_584; release of 2026-09-30 for fp8_528_mx and
+fp4_288, whose scales follow each token; the pre-release of 2026-09-10 kept them behind the page); sgl-project/FlashMLA
+(fp8_528).
 """
 
 from __future__ import annotations
@@ -138,14 +139,8 @@ _BYTE_LAYOUTS: dict[str, KVLayout] = {
             scales_behind_page=True, scale_pad_bytes=1, page_align_bytes=576,
         ),
         KVLayout("fp8_528", 512, 512, "e4m3", 512, "fp32", 128),
-        KVLayout(
-            "fp8_528_mx", 512, 512, "e4m3", 512, "e8m0", 32,
-            scales_behind_page=True, page_align_bytes=512,
-        ),
-        KVLayout(
-            "fp4_288", 512, 512, "e2m1", 512, "e4m3", 16,
-            scales_behind_page=True, page_align_bytes=512,
-        ),
+        KVLayout("fp8_528_mx", 512, 512, "e4m3", 512, "e8m0", 32),
+        KVLayout("fp4_288", 512, 512, "e2m1", 512, "e4m3", 16),
     )
 }  # fmt: skip
 
