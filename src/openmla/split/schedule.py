@@ -8,19 +8,21 @@ The plan's device form is the one that FlashMLA introduced, so that code which s
 
     tile_scheduler_metadata  int32 [num_parts, 8]  begin_req, end_req (inclusive), begin_block, end_block (exclusive,
                              of end_req), begin_split (index of the first piece within its request), 0, 0, 0.
-                             An empty part has begin_req > end_req.
+                             An empty part has begin_req > end_req; it may stand anywhere.
     num_splits               int32 [batch + 1]     prefix sum of the number of pieces of each request
 
 A request of length 0 has one piece, of zero blocks, so that its output rows are written by somebody.
 
 Policies
-    balanced         equal cost per part: cost = blocks + `overhead_blocks` per piece (pipeline fill and epilogue).
+    balanced         equal cost per part: cost = blocks + `overhead_blocks` per piece (pipeline fill and epilogue);
+                     one whole request per part where splitting would gain less than `overhead_blocks`.
     batch_invariant  requests are cut at multiples of `chunk_blocks` and nowhere else: which pieces a request has
                      depends on its own length only, so a row's bits do not depend on its batch mates.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -97,6 +99,7 @@ def plan_decode(
     policy: Policy = "balanced",
     block_tokens: int = 64,
     overhead_blocks: int = 5,
+    min_share_blocks: int = 1,
     chunk_tokens: int = 4096,
 ) -> SplitPlan:
     """Cut the KV blocks of a batch into `num_parts` stretches of about equal cost. A pure function.
@@ -107,6 +110,7 @@ def plan_decode(
         policy: `balanced` or `batch_invariant` (module docstring).
         block_tokens: tokens per KV block, the unit of cutting.
         overhead_blocks: cost of starting one piece, in blocks (`balanced`). FlashMLA uses 5.
+        min_share_blocks: use fewer parts rather than giving one less than this on average (`balanced`).
         chunk_tokens: piece length of `batch_invariant`, a multiple of block_tokens.
 
     Raises:
@@ -123,48 +127,61 @@ def plan_decode(
         wrong.append(f"chunk_tokens must be a positive multiple of block_tokens={block_tokens}, got {chunk_tokens}")
     if overhead_blocks < 0:
         wrong.append(f"overhead_blocks must be at least 0, got {overhead_blocks}")
+    if min_share_blocks < 1:
+        wrong.append(f"min_share_blocks must be at least 1, got {min_share_blocks}")
     if wrong:
         raise ProblemError("plan_decode", wrong)
     blocks = tuple(-(-max(int(length), 0) // block_tokens) for length in cache_seqlens)
     if policy == "batch_invariant":
         return _fixed_chunks(blocks, num_parts, block_tokens, chunk_tokens // block_tokens)
-    return _balanced(blocks, num_parts, block_tokens, overhead_blocks)
+    return _balanced(blocks, num_parts, block_tokens, overhead_blocks, min_share_blocks)
 
 
-def _balanced(blocks: tuple[int, ...], num_parts: int, block_tokens: int, overhead: int) -> SplitPlan:
-    """Walk the line once, closing a part when its budget is spent.
+def _balanced(blocks: tuple[int, ...], num_parts: int, block_tokens: int, overhead: int, min_share: int) -> SplitPlan:
+    """Even cuts of a virtual timeline: every cut has a closed form, so a GPU computes all parts at once.
 
-    Every piece pays `overhead`, also the pieces that splitting adds: at most num_parts - 1 of them, so the budget
-    covers the worst case and the last part never overflows. A remainder that costs less than starting a new piece
-    would is kept in the current part.
+    Request i occupies `overhead + blocks[i]` units (its head, then its blocks); a request without blocks occupies
+    at least one, so that some part owns it. Part p takes the stretch [cut[p], cut[p + 1]) of that line and with it
+    the blocks that lie inside. A part that starts in the middle of a request pays a head that is not on the line,
+    the first part pays one that is: leaving the first head out before cutting evenly makes all parts cost the same.
     """
-    total = sum(count + overhead for count in blocks)
-    budget = -(-total // num_parts) + overhead
-    parts: list[tuple[int, int, int, int, int]] = []
-    pieces = [0] * len(blocks)
-    request, block = 0, 0
-    while len(parts) < num_parts:
-        if request == len(blocks):
+    if not blocks:
+        return SplitPlan("balanced", block_tokens, 0, blocks, (_EMPTY_PART,) * num_parts, (0,))
+    ends = list(accumulate(max(count + overhead, 1) for count in blocks))  # where each request ends on the line
+    line = ends[-1] - overhead  # without the first head
+    cuts = min(num_parts, max(line // min_share, 1))
+    share = -(-line // cuts)
+    if len(blocks) <= num_parts and max(blocks) <= share + overhead:  # splitting would cost more than it evens out
+        whole = tuple((index, index, 0, count, 0) for index, count in enumerate(blocks))
+        empty = (_EMPTY_PART,) * (num_parts - len(blocks))
+        return SplitPlan("balanced", block_tokens, 0, blocks, whole + empty, tuple(range(len(blocks) + 1)))
+
+    def cut(part: int) -> int:
+        return 0 if part == 0 else overhead + part * line // cuts
+
+    def cuts_before(position: int) -> int:
+        """How many of the cuts 0, 1, ... lie before a position that is past the first head."""
+        return -(-(position - overhead) * cuts // line)
+
+    # the line position of each request's first block, or of the piece that an empty request is
+    first = [end - (count or max(overhead, 1)) for end, count in zip(ends, blocks, strict=True)]
+    last = [begin + max(count, 1) - 1 for begin, count in zip(first, blocks, strict=True)]
+    pieces = [
+        cuts_before(begin + count) - cuts_before(begin + 1) + 1 if count else 1
+        for begin, count in zip(first, blocks, strict=True)
+    ]
+    parts = []
+    for part in range(cuts):
+        low, high = cut(part), cut(part + 1)
+        begin_request, end_request = bisect_left(last, low), bisect_left(first, high) - 1
+        if begin_request > end_request:
             parts.append(_EMPTY_PART)
             continue
-        begin_request, begin_block, begin_split = request, block, pieces[request]
-        end_request, end_block, left = request, block, budget
-        is_last_part = len(parts) == num_parts - 1
-        while request < len(blocks):
-            remaining = blocks[request] - block
-            if is_last_part or remaining + overhead <= left:
-                left -= remaining + overhead
-                end_request, end_block = request, blocks[request]
-                pieces[request] += 1
-                request, block = request + 1, 0
-                continue
-            take = left - overhead
-            if take > 0:
-                end_request, end_block = request, block + take
-                pieces[request] += 1
-                block += take
-            break
+        begin_block = max(low - first[begin_request], 0)
+        end_block = min(high - first[end_request], blocks[end_request])
+        begin_split = part - cuts_before(first[begin_request] + 1) + 1 if begin_block else 0
         parts.append((begin_request, end_request, begin_block, end_block, begin_split))
+    parts += [_EMPTY_PART] * (num_parts - cuts)
     return SplitPlan("balanced", block_tokens, 0, blocks, tuple(parts), (0, *accumulate(pieces)))
 
 
