@@ -1,0 +1,48 @@
+# Two commands do everything on a machine with git, make and Python 3.11: `make demo` and `make test`.
+# Each builds .venv first (once; constraints/venv.py), from exact versions.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# On a CUDA host the interpreter that has a CUDA PyTorch comes first, so that .venv keeps that build.
+PYTHON ?= $(shell for each in python3 python3.11 python3.12 python3.13; do \
+	p=$$(command -v $$each) && $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && { echo $$p; exit; }; done; \
+	command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+TIERS := $(wildcard tests/unit tests/interpret tests/compile tests/integration)
+BENCH_ROWS ?= bench/results/cpu_decode.jsonl
+
+.PHONY: help demo test lint pytest bench-cpu clean venv-demo venv-test
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: venv-demo ## a real MLA model through the paged latent cache, checked against transformers; writes an HTML report
+	@$(BIN)/openmla demo $(ARGS)
+
+test: venv-test lint pytest ## everything this machine can check: lint, types, import contracts, all test tiers
+
+lint: venv-test ## ruff, formatting, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+pytest: venv-test ## the test tiers alone; ARGS="-k name" narrows
+	@gpu=$$($(BIN)/python -c 'import torch; print("tests/gpu" if torch.cuda.is_available() else "")'); \
+	[ -n "$$gpu" ] || echo "tests/gpu: not collected, PyTorch sees no CUDA device here"; \
+	$(BIN)/python -m pytest $(TIERS) $$gpu $(ARGS)
+
+bench-cpu: venv-test ## the CPU decode beside gather + SDPA and the bare GEMMs; appends rows to bench/results
+	$(BIN)/openmla bench --suite cpu_decode --peer sdpa --peer matmul --peer eager --out $(BENCH_ROWS) $(ARGS)
+
+clean: ## remove .venv and every cache
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+venv-demo:
+	@$(PYTHON) constraints/venv.py demo
+
+venv-test:
+	@$(PYTHON) constraints/venv.py test
