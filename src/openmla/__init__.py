@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from openmla.core.layout import kv_layout as kv_layout
     from openmla.core.target import Target as Target
     from openmla.kv.cache import PagedKVCache as PagedKVCache
-    from openmla.ops.native import Workspace as Workspace
     from openmla.ops.native import decode as decode
     from openmla.ops.native import plan as plan
     from openmla.ops.native import prefill as prefill
@@ -30,7 +29,6 @@ _HOME = {
     "KVLayout": "openmla.core.layout",
     "PagedKVCache": "openmla.kv.cache",
     "Target": "openmla.core.target",
-    "Workspace": "openmla.ops.native",
     "check_errors": "openmla.core.faults",
     "decode": "openmla.ops.native",
     "explain": "openmla.backends",

@@ -101,9 +101,20 @@ class PrefillOperands(NamedTuple):
 class Kernel(Protocol):
     """One way to run one operation. `config` is the kernel's own frozen dataclass, opaque to everybody else."""
 
-    op: str
-    backend: str
-    name: str
+    @property
+    def op(self) -> str:
+        """The operation: decode, sparse_decode, sparse_prefill or prefill."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """cute, triton or torch."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Unique within its operation and backend."""
+        ...
 
     def supports(self, problem: Any, target: Target) -> Verdict:
         """May it run? Needs no DSL and no GPU."""

@@ -1,0 +1,250 @@
+"""The table of kernels, the one rule that picks from it, and the explanation.
+
+`TABLE[op]` is ordered: the first kernel whose `supports` is true runs. A named backend never falls back: it runs or
+raises UnsupportedError with every reason. `auto` walks the table; passing over a kernel that was built for this kind
+of machine is logged once and counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, cast
+
+import torch
+
+from openmla.backends.base import Kernel, Unbuilt, Verdict
+from openmla.core import env
+from openmla.core.errors import ConfigError, UnsupportedError
+from openmla.core.layout import kv_layout
+from openmla.core.problem import (
+    DecodeProblem,
+    PrefillProblem,
+    Problem,
+    SparseDecodeProblem,
+    SparsePrefillProblem,
+)
+from openmla.core.target import Target
+
+BACKENDS: tuple[str, ...] = ("cute", "triton", "torch")
+OPS: tuple[str, ...] = ("decode", "sparse_decode", "sparse_prefill", "prefill")
+
+_log = logging.getLogger("openmla")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A kernel by address, imported on first use: `module` holds it under the name `attribute`."""
+
+    module: str
+    attribute: str
+
+
+# Order is preference. Third parties add theirs with `extend`.
+TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
+    "decode": (
+        Unbuilt("decode", "cute", "decode_dense_small", "not built yet: few-row Hopper kernel in CuTe DSL"),
+        Unbuilt("decode", "cute", "decode_dense", "not built yet: compute-bound Hopper kernel in CuTe DSL"),
+        Unbuilt("decode", "triton", "decode_split", "not built yet: portable split-KV kernel in Triton"),
+        Slot("openmla.backends.torch", "DECODE"),
+    ),
+    "sparse_decode": (
+        Unbuilt("sparse_decode", "cute", "decode_sparse", "not built yet: token-sparse Hopper kernel in CuTe DSL"),
+        Unbuilt("sparse_decode", "triton", "decode_sparse", "not built yet: portable token-sparse kernel in Triton"),
+        Slot("openmla.backends.torch", "SPARSE_DECODE"),
+    ),
+    "sparse_prefill": (
+        Unbuilt("sparse_prefill", "cute", "prefill_sparse", "not built yet: sparse prefill for Hopper in CuTe DSL"),
+        Unbuilt("sparse_prefill", "triton", "prefill_sparse", "not built yet: portable sparse prefill in Triton"),
+        Slot("openmla.backends.torch", "SPARSE_PREFILL"),
+    ),
+    "prefill": (
+        Unbuilt("prefill", "cute", "prefill_varlen", "not built yet: dense prefill through flash-attn-4 on Hopper"),
+        Unbuilt("prefill", "triton", "prefill_varlen", "not built yet: portable varlen prefill in Triton"),
+        Slot("openmla.backends.torch", "PREFILL"),
+    ),
+}
+
+fallbacks: Counter[tuple[str, str, str, str]] = Counter()  # (op, passed over, chosen, first reason) -> selections
+_logged: set[tuple[str, str, str, str]] = set()
+_lock = threading.Lock()
+
+
+@cache
+def _load(slot: Slot) -> Kernel:
+    return cast(Kernel, getattr(importlib.import_module(slot.module), slot.attribute))
+
+
+def kernels(op: str) -> tuple[Kernel, ...]:
+    """The kernels of one operation in order of preference. Raises ConfigError for an unknown operation."""
+    if op not in TABLE:
+        raise ConfigError(f"unknown operation {op!r}; use one of: {', '.join(TABLE)}")
+    return tuple(_load(entry) if isinstance(entry, Slot) else entry for entry in TABLE[op])
+
+
+def extend(op: str, kernel: Kernel, *, before: str | None = None) -> None:
+    """Add a kernel of your own, in front of the first kernel of backend `before` (default: in front of all)."""
+    present = kernels(op)
+    position = next((i for i, other in enumerate(present) if other.backend == before), 0) if before else 0
+    TABLE[op] = (*TABLE[op][:position], kernel, *TABLE[op][position:])
+    select.cache_clear()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of an explanation: a kernel, its verdict, and whether it is the one that runs."""
+
+    backend: str
+    kernel: str
+    verdict: Verdict
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernel that runs a problem, how, and every candidate with its reasons."""
+
+    kernel: Kernel
+    config: Any
+    candidates: tuple[Candidate, ...]
+
+
+def _verdicts(problem: Problem, target: Target, backend: str) -> list[tuple[Kernel, Verdict]]:
+    found = []
+    for kernel in kernels(problem.op):
+        if backend not in ("auto", kernel.backend):
+            found.append((kernel, Verdict((f"backend={backend!r} was asked for",))))
+        else:
+            found.append((kernel, kernel.supports(problem, target)))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def select(problem: Problem, target: Target, backend: str = "auto") -> Selection:
+    """The first kernel of the table that may run `problem` on `target`.
+
+    Raises:
+        ConfigError: backend is not auto, cute, triton or torch.
+        UnsupportedError: no permitted kernel; carries every reason.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}; use one of: auto, {', '.join(BACKENDS)}")
+    verdicts = _verdicts(problem, target, backend)
+    chosen = next((kernel for kernel, verdict in verdicts if verdict), None)
+    if chosen is None:
+        raise UnsupportedError(
+            f"{problem.op} cannot run on {target} with backend={backend!r}",
+            {f"{kernel.backend}/{kernel.name}": verdict.reasons for kernel, verdict in verdicts},
+            str(problem),
+        )
+    _note_fallbacks(problem, target, chosen, verdicts)
+    rows = tuple(Candidate(k.backend, k.name, verdict, k is chosen) for k, verdict in verdicts)
+    return Selection(chosen, chosen.configs(problem, target)[0], rows)
+
+
+def _note_fallbacks(problem: Problem, target: Target, chosen: Kernel, verdicts: list[tuple[Kernel, Verdict]]) -> None:
+    """On a GPU, count and log each kernel that was passed over. A CPU has one backend, so nothing was passed over."""
+    if not target.is_cuda:
+        return
+    for kernel, verdict in verdicts:
+        if kernel is chosen:
+            return
+        key = (problem.op, f"{kernel.backend}/{kernel.name}", f"{chosen.backend}/{chosen.name}", verdict.reasons[0])
+        with _lock:
+            fallbacks[key] += 1
+            is_new = key not in _logged
+            _logged.add(key)
+        if is_new:
+            _log.warning("%s: %s passed over for %s: %s", key[0], key[1], key[2], "; ".join(verdict.reasons))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel a problem gets on a target, and why not the others. `str()` is a table, `as_dict()` is JSON-able."""
+
+    problem: Problem
+    target: Target
+    backend: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that runs; None when nothing may."""
+        return next((row for row in self.candidates if row.is_chosen), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "op": self.problem.op,
+            "problem": str(self.problem),
+            "target": {"name": self.target.name, "arch": self.target.arch, "num_sms": self.target.num_sms},
+            "backend": self.backend,
+            "candidates": [
+                {
+                    "backend": row.backend,
+                    "kernel": row.kernel,
+                    "chosen": row.is_chosen,
+                    "reasons": list(row.verdict.reasons),
+                }
+                for row in self.candidates
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem.op} on {self.target}: {self.problem}"]
+        width = max(len(f"{row.backend}/{row.kernel}") for row in self.candidates)
+        for row in self.candidates:
+            name = f"{row.backend}/{row.kernel}".ljust(width)
+            if row.is_chosen:
+                lines.append(f"  -> {name}  runs")
+            elif row.verdict:
+                lines.append(f"     {name}  could run, stands behind the chosen one")
+            else:
+                lines.append(f"     {name}  no: {'; '.join(row.verdict.reasons)}")
+        return "\n".join(lines)
+
+
+def explain(
+    problem: Problem | str = "decode",
+    *,
+    target: Target | str | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """Which kernel runs `problem` here, and every reason why the others do not. Launches nothing, never raises for a
+    problem that nobody can run.
+
+    Args:
+        problem: a Problem, or the name of an operation for its typical problem (DeepSeek-V3 sizes).
+        target: a Target or the name of a preset ("h100_sxm"); default: this machine.
+        backend: as the `backend=` of the operations; default: OPENMLA_BACKEND.
+    """
+    asked = typical_problem(problem) if isinstance(problem, str) else problem
+    where = Target.preset(target) if isinstance(target, str) else target or Target.detect()
+    wanted = backend or env.BACKEND.read()
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ConfigError(f"unknown backend {wanted!r}; use one of: auto, {', '.join(BACKENDS)}")
+    rows = []
+    is_taken = False
+    for kernel, verdict in _verdicts(asked, where, wanted):
+        takes = bool(verdict) and not is_taken
+        is_taken |= takes
+        rows.append(Candidate(kernel.backend, kernel.name, verdict, takes))
+    return Explanation(asked, where, wanted, tuple(rows))
+
+
+def typical_problem(op: str) -> Problem:
+    """A problem of the size that DeepSeek-V3 (V3.2 where it is sparse) serves. Raises ConfigError for an unknown op."""
+    dtype = torch.bfloat16
+    if op == "decode":
+        return DecodeProblem(128, 1, 128, 128, 1, 576, 512, dtype, kv_layout("bf16_576"), 64, 8192, 64)
+    if op == "sparse_decode":
+        return SparseDecodeProblem(128, 1, 128, 128, 1, 576, 512, dtype, kv_layout("fp8_656"), 64, 65536, 2048)
+    if op == "sparse_prefill":
+        return SparsePrefillProblem(4096, 32768, 128, 1, 576, 512, dtype, 2048)
+    if op == "prefill":
+        return PrefillProblem(2, 16384, 16384, 8192, 8192, 128, 128, 192, 128, dtype, is_causal=True)
+    raise ConfigError(f"unknown operation {op!r}; use one of: {', '.join(OPS)}")

@@ -1,0 +1,554 @@
+"""Drop-in for `flash_mla`: its names, signatures and conventions over OpenMLA's operations.
+
+    from openmla import flash_mla            # instead of: import flash_mla
+    openmla.flash_mla.install()              # for code that imports the name `flash_mla` itself
+
+Conventions of the border, converted here and nowhere else: a row that sees no key has lse = +inf (inside: -inf), and
+argument names are upstream's. Wider than upstream: any page size, any head count, bf16|fp16|fp32, plain caches in the
+sparse form, sink and lengths everywhere. Narrower: none known; where upstream asserts, this raises ProblemError.
+
+Metadata: the object form (`FlashMLASchedMeta`, filled by the first call) and the older tuple form (two int32
+tensors) are both accepted, everywhere. Neither can go stale here: a call whose lengths differ from the metadata's is
+planned anew instead of computing with wrong splits.
+
+Source: deepseek-ai/FlashMLA, flash_mla/flash_mla_interface.py at 02fe0d0 and 9241ae3 (signatures).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from openmla.core.errors import ConfigError, PlanMismatchError, ProblemError
+from openmla.core.layout import KVLayout, kv_layout
+from openmla.core.target import Target
+from openmla.ops import native
+from openmla.split.schedule import Policy, plan_decode
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "install",
+]
+
+# kv_format values of sgl-project/FlashMLA -> our layouts, named by format and size.
+_KV_FORMATS = {
+    "V32": "fp8_656",
+    "V32_NO_ROPE": "fp8_528",
+    "V4": "fp8_584",
+    "V41": "fp8_528_mx",
+    "V41_FP4": "fp4_288",
+}
+# What upstream deduces from the bytes of a row. 528 stands for two formats; upstream reads it as V4.1.
+_BY_ROW_BYTES = {656: "fp8_656", 584: "fp8_584", 528: "fp8_528_mx", 288: "fp4_288"}
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """Scheduling metadata: empty at first, filled by the first call that it is passed to."""
+
+    @dataclass
+    class Config:
+        """Shapes of the call that filled it; a later call must agree."""
+
+        b: int
+        s_q: int
+        h_q: int
+        page_block_size: int
+        h_k: int
+        causal: bool
+        is_fp8_kvcache: bool
+        topk: int | None
+        extra_page_block_size: int | None
+        extra_topk: int | None
+
+    have_initialized: bool = False
+    config: Config | None = None
+    tile_scheduler_metadata: torch.Tensor | None = None  # [num_sm_parts, 8] int32
+    num_splits: torch.Tensor | None = None  # [batch + 1] int32
+    plan: native.Plan | None = None
+
+
+def get_mla_metadata(
+    cache_seqlens: torch.Tensor | None = None,
+    num_q_tokens_per_head_k: int | None = None,
+    num_heads_k: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Scheduling metadata in the form that the caller's code was written for.
+
+    Without arguments: (an empty FlashMLASchedMeta, None), as upstream has it since 2026.
+    With arguments (the older form): (tile_scheduler_metadata [num_sm_parts, 8] int32, num_splits [batch + 1] int32),
+    computed from cache_seqlens; copies into static buffers work as before.
+
+    Args:
+        cache_seqlens: [batch] int32.
+        num_q_tokens_per_head_k: s_q * h_q // h_k.
+        num_heads_k: KV heads.
+        *args, **kwargs: num_heads_q, is_fp8_kvcache, topk of later versions; they do not change the plan.
+
+    Raises:
+        ProblemError: arguments given, but not a length tensor and two positive integers.
+    """
+    if cache_seqlens is None:
+        return FlashMLASchedMeta(), None
+    wrong = []
+    if not isinstance(cache_seqlens, torch.Tensor) or cache_seqlens.dim() != 1:
+        wrong.append(f"cache_seqlens must be an int32 tensor [batch], got {type(cache_seqlens).__name__}")
+    for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
+        if not isinstance(value, int) or value < 1:
+            wrong.append(f"{name} must be a positive int, got {value!r}")
+    if wrong:
+        raise ProblemError("get_mla_metadata", wrong)
+    assert isinstance(num_q_tokens_per_head_k, int) and isinstance(num_heads_k, int)
+    row_blocks = -(-num_q_tokens_per_head_k // 64)
+    num_parts = max(Target.detect(cache_seqlens.device).num_sms // (row_blocks * num_heads_k), 1)
+    split = plan_decode(cache_seqlens.tolist(), num_parts)
+    return split.tile_scheduler_metadata(cache_seqlens.device), split.num_splits_tensor(cache_seqlens.device)
+
+
+def flash_mla_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta | torch.Tensor,
+    num_splits: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool | None = False,
+    indices: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    extra_k_cache: torch.Tensor | None = None,
+    extra_indices_in_kvcache: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    *,
+    kv_format: str | None = None,
+    extra_kv_format: str | None = None,
+    enable_batch_invariant: bool = False,
+    use_legacy: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MLA decode over a paged KV cache, dense (block_table, cache_seqlens) or sparse (indices).
+
+    out[b, i, h] = softmax_j(softmax_scale * <q[b, i, h], k[b, j]>) @ v[b, j],  v = k[..., :head_dim_v]
+
+    Args:
+        q: [batch, s_q, h_q, d_qk] bf16|fp16|fp32.
+        k_cache: [num_pages, page_size, h_k, d_qk], or [num_pages, page_size, 1, bytes] with is_fp8_kvcache.
+        block_table: [batch, max_pages] int32; not read in the sparse form.
+        cache_seqlens: [batch] int32; not read in the sparse form.
+        head_dim_v: value columns.
+        tile_scheduler_metadata: FlashMLASchedMeta, or the tensor of the tuple form.
+        num_splits: None with the object form; the second tensor of the tuple form.
+        softmax_scale: default d_qk ** -0.5.
+        causal: dense form only; bottom-right aligned.
+        is_fp8_kvcache: the cache is in a byte layout; None: yes if it has one byte per element.
+        indices: [batch, s_q, topk] int32; makes the call sparse.
+        attn_sink: [h_q] fp32.
+        extra_k_cache, extra_indices_in_kvcache: second cache and its indices (sparse form).
+        topk_length, extra_topk_length: [batch] int32 (sparse form).
+        kv_format, extra_kv_format: V32, V32_NO_ROPE, V4, V41, V41_FP4, or a layout name of ours. Default: from the bytes
+            per row, as upstream does (528 is read as V41).
+        enable_batch_invariant: the bits of a row do not depend on its batch mates.
+        use_legacy: accepted and ignored: there is one implementation here.
+        out: output to write into.
+        backend: as in `openmla.decode`.
+
+    Returns:
+        out: [batch, s_q, h_q, head_dim_v], dtype of q; 0 where a query sees no key.
+        lse: [batch, h_q, s_q] fp32, natural log; +inf where a query sees no key.
+
+    Raises:
+        ProblemError: the inputs contradict each other.
+        PlanMismatchError: the metadata was filled by a call with other shapes or options.
+        UnsupportedError: no permitted backend.
+
+    Notes:
+        Determinism: bitwise for a fixed plan. CUDA graphs: safe after one warm call.
+        Source: signature of deepseek-ai/FlashMLA.
+    """
+    is_bytes = isinstance(k_cache, torch.Tensor) and k_cache.dtype.itemsize == 1
+    is_quantised = is_bytes if is_fp8_kvcache is None else bool(is_fp8_kvcache)
+    meta = _metadata(tile_scheduler_metadata, num_splits)
+    layout = _layout_of(k_cache, is_quantised, kv_format, "k_cache")
+    if meta is not None:
+        _check_config(meta, q, k_cache, causal, is_quantised, indices, extra_k_cache, extra_indices_in_kvcache)
+    if indices is not None:
+        if causal:
+            raise ProblemError("flash_mla_with_kvcache", ["causal must be False with indices: they are the mask"])
+        has_extra = extra_k_cache is not None
+        result, lse = native.sparse_decode(
+            q, k_cache, indices, kv_layout=layout, d_v=head_dim_v, softmax_scale=softmax_scale,
+            topk_length=topk_length, attn_sink=attn_sink, extra_kv_cache=extra_k_cache,
+            extra_indices=extra_indices_in_kvcache, extra_topk_length=extra_topk_length,
+            extra_kv_layout=_layout_of(extra_k_cache, is_quantised, extra_kv_format, "extra_k_cache") if has_extra else None,
+            out=out, backend=backend,
+        )  # fmt: skip
+    else:
+        result, lse = _dense(
+            q, k_cache, block_table, cache_seqlens, head_dim_v, meta, softmax_scale, causal, layout, attn_sink,
+            (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length), enable_batch_invariant, out,
+            backend,
+        )  # fmt: skip
+    assert lse is not None
+    return result, _border_lse(lse)
+
+
+def _border_lse(lse: torch.Tensor) -> torch.Tensor:
+    """-inf inside, +inf at this border: upstream's mark of a row that sees no key."""
+    return lse.masked_fill_(lse == -torch.inf, torch.inf)
+
+
+def _dense(
+    q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor | None, cache_seqlens: torch.Tensor | None,
+    head_dim_v: int, meta: FlashMLASchedMeta | None, softmax_scale: float | None, causal: bool,
+    layout: KVLayout | None, attn_sink: torch.Tensor | None, sparse_only: tuple[torch.Tensor | None, ...],
+    enable_batch_invariant: bool, out: torch.Tensor | None, backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    wrong = [
+        f"{name} needs indices (the sparse form); drop it or pass indices"
+        for name, value in zip(
+            ("extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"), sparse_only, strict=True
+        )
+        if value is not None
+    ]
+    if block_table is None or cache_seqlens is None:
+        wrong.append("block_table and cache_seqlens must be given when indices are not")
+    if wrong:
+        raise ProblemError("flash_mla_with_kvcache", wrong)
+    assert block_table is not None and cache_seqlens is not None
+    policy: Policy = "batch_invariant" if enable_batch_invariant else "balanced"
+    # A cache of one query token sees everything up to its end with and without the causal mask.
+    is_causal = causal and (not isinstance(q, torch.Tensor) or q.dim() != 4 or q.shape[1] != 1)
+    plan = None
+    if meta is not None:
+        if meta.plan is not None and not _is_current(meta.plan, cache_seqlens):
+            meta.plan = None
+        if meta.plan is None:
+            meta.plan = native.plan(
+                q, k_cache, block_table, cache_seqlens, policy=policy, d_v=head_dim_v, is_causal=is_causal,
+                attn_sink=attn_sink, kv_layout=layout,
+            )  # fmt: skip
+            meta.tile_scheduler_metadata = meta.plan.split.tile_scheduler_metadata(q.device)
+            meta.num_splits = meta.plan.split.num_splits_tensor(q.device)
+        plan = meta.plan
+    return native.decode(
+        q, k_cache, block_table, cache_seqlens, d_v=head_dim_v, softmax_scale=softmax_scale, is_causal=is_causal,
+        attn_sink=attn_sink, kv_layout=layout, plan=plan, policy=policy, out=out, backend=backend,
+    )  # fmt: skip
+
+
+def _is_current(plan: native.Plan, cache_seqlens: torch.Tensor) -> bool:
+    known = plan.cache_seqlens
+    if known.shape != cache_seqlens.shape or known.device != cache_seqlens.device:
+        return True  # another shape: let the plan's own check name the difference
+    return cache_seqlens.device.type != "cpu" or torch.equal(known, cache_seqlens)
+
+
+def _metadata(given: Any, num_splits: Any) -> FlashMLASchedMeta | None:
+    """The object form, or None for the tuple form (whose tensors hold nothing that the call does not have)."""
+    if isinstance(given, FlashMLASchedMeta):
+        if num_splits is not None:
+            raise ProblemError(
+                "flash_mla_with_kvcache",
+                ["num_splits must be None beside a FlashMLASchedMeta; the object holds the splits"],
+            )
+        return given
+    if isinstance(given, torch.Tensor) and isinstance(num_splits, torch.Tensor):
+        wrong = []
+        if given.dim() != 2 or given.shape[1] != 8 or given.dtype != torch.int32:
+            wrong.append(
+                f"tile_scheduler_metadata must be [num_sm_parts, 8] int32, got {tuple(given.shape)} {given.dtype}"
+            )
+        if num_splits.dim() != 1 or num_splits.dtype != torch.int32:
+            wrong.append(f"num_splits must be [batch + 1] int32, got {tuple(num_splits.shape)} {num_splits.dtype}")
+        if wrong:
+            raise ProblemError("flash_mla_with_kvcache", wrong)
+        return None
+    raise ProblemError(
+        "flash_mla_with_kvcache",
+        [
+            "tile_scheduler_metadata and num_splits must be what get_mla_metadata returned, got "
+            f"{type(given).__name__} and {type(num_splits).__name__}"
+        ],
+    )
+
+
+def _layout_of(cache: Any, is_quantised: bool, kv_format: str | None, name: str) -> KVLayout | None:
+    if kv_format is not None:
+        try:
+            return kv_layout(_KV_FORMATS.get(kv_format, kv_format))
+        except ConfigError as error:
+            raise ProblemError("flash_mla_with_kvcache", [f"{error}, or {', '.join(_KV_FORMATS)}"]) from None
+    if not is_quantised or not isinstance(cache, torch.Tensor):
+        return None
+    row_bytes = cache.shape[-1] * cache.dtype.itemsize
+    if row_bytes not in _BY_ROW_BYTES:
+        raise ProblemError(
+            "flash_mla_with_kvcache",
+            [
+                f"{name} has {row_bytes} bytes per row; byte layouts have {', '.join(map(str, _BY_ROW_BYTES))}; "
+                "pass is_fp8_kvcache=False for a plain cache or name the layout with kv_format="
+            ],
+        )
+    return kv_layout(_BY_ROW_BYTES[row_bytes])
+
+
+def _check_config(
+    meta: FlashMLASchedMeta, q: Any, k_cache: Any, causal: bool, is_quantised: bool, indices: Any, extra_cache: Any,
+    extra_indices: Any,
+) -> None:  # fmt: skip
+    """Fill the metadata's config on its first call; afterwards every field must agree."""
+    if not (isinstance(q, torch.Tensor) and q.dim() == 4 and isinstance(k_cache, torch.Tensor) and k_cache.dim() == 4):
+        return  # the problem's own check will say what is wrong
+    now = FlashMLASchedMeta.Config(
+        q.shape[0], q.shape[1], q.shape[2], k_cache.shape[1], k_cache.shape[2], causal, is_quantised,
+        indices.shape[-1] if isinstance(indices, torch.Tensor) else None,
+        extra_cache.shape[1] if isinstance(extra_cache, torch.Tensor) else None,
+        extra_indices.shape[-1] if isinstance(extra_indices, torch.Tensor) else None,
+    )  # fmt: skip
+    if meta.config is None:
+        meta.config, meta.have_initialized = now, True
+        return
+    differing = [
+        f"{field}: the metadata was filled with {getattr(meta.config, field)}, the call has {getattr(now, field)}"
+        for field in FlashMLASchedMeta.Config.__dataclass_fields__
+        if getattr(meta.config, field) != getattr(now, field)
+    ]
+    if differing:
+        raise PlanMismatchError("flash_mla_with_kvcache", [*differing, "call get_mla_metadata() for this shape"])
+
+
+def flash_mla_sparse_fwd(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    *,
+    use_legacy: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sparse prefill over an unpaged latent KV tensor.
+
+    out[i, h] = softmax_j(sm_scale * <q[i, h], kv[indices[i, g, j], g]>) @ kv[indices[i, g, j], g, :d_v]
+
+    Args:
+        q: [s_q, h_q, d_qk] bf16|fp16|fp32.
+        kv: [s_kv, h_kv, d_qk], dtype of q.
+        indices: [s_q, h_kv, topk] int32; -1 and s_kv or more select nothing.
+        sm_scale: multiplies scores.
+        d_v: value columns.
+        attn_sink: [h_q] fp32.
+        topk_length: [s_q] int32.
+        use_legacy: accepted and ignored.
+        out: output to write into.
+        backend: as in `openmla.sparse_prefill`.
+
+    Returns:
+        out: [s_q, h_q, d_v], dtype of q.
+        max_logits: [s_q, h_q] fp32; -inf where nothing is selected.
+        lse: [s_q, h_q] fp32, natural log; +inf where nothing is selected.
+
+    Raises:
+        ProblemError: the inputs contradict each other.
+        UnsupportedError: no permitted backend.
+
+    Notes:
+        Determinism: bitwise. CUDA graphs: safe after one warm call.
+        Source: signature of deepseek-ai/FlashMLA.
+    """
+    result, max_logits, lse = native.sparse_prefill(
+        q, kv, indices, d_v=d_v, softmax_scale=sm_scale, topk_length=topk_length, attn_sink=attn_sink, out=out,
+        backend=backend,
+    )  # fmt: skip
+    return result, max_logits, _border_lse(lse)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Varlen multi-head attention, differentiable.
+
+    out[i, h] = softmax_j(softmax_scale * <q[i, h], k[j, g]>) @ v[j, g] within i's own sequence
+
+    Args:
+        q: [total_q, h_q, d_qk] bf16|fp16|fp32.
+        k: [total_k, h_kv, d_qk], dtype of q.
+        v: [total_k, h_kv, d_v], dtype of q.
+        cu_seqlens_qo: [batch + 1] int32.
+        cu_seqlens_kv: [batch + 1] int32.
+        max_seqlen_qo, max_seqlen_kv: longest sequence of each side.
+        dropout_p: must be 0.
+        softmax_scale: default d_qk ** -0.5.
+        causal: bottom-right aligned within each sequence.
+        deterministic: accepted: both passes are always deterministic here.
+        is_varlen: accepted: cu_seqlens are always honoured.
+        backend: as in `openmla.prefill`.
+
+    Returns:
+        out: [total_q, h_q, d_v], dtype of q.
+        lse: [total_q, h_q] fp32, natural log, strides (1, total_q); +inf where a query sees no key.
+
+    Raises:
+        ProblemError: the inputs contradict each other, or dropout_p is not 0.
+        UnsupportedError: no permitted backend.
+
+    Notes:
+        Determinism: bitwise, forward and backward. CUDA graphs: forward safe after one warm call.
+        Source: signature of deepseek-ai/FlashMLA.
+    """
+    if dropout_p != 0.0:
+        raise ProblemError("flash_attn_varlen_func", [f"dropout_p must be 0.0: dropout is not built, got {dropout_p}"])
+    out, lse = native.prefill(
+        q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale=softmax_scale,
+        is_causal=causal, backend=backend,
+    )  # fmt: skip
+    return out, _border_lse(lse.detach()).T
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` over q, k and v side by side in one tensor.
+
+    qkv[i, h] = (q[i, h], k[i, h], v[i, h]) with head_dim_qk, head_dim_qk and the remaining columns
+
+    Args:
+        qkv: [total, heads, 2 * head_dim_qk + d_v] bf16|fp16|fp32.
+        cu_seqlens: [batch + 1] int32.
+        max_seqlen: longest sequence.
+        head_dim_qk: columns of q and of k.
+        dropout_p, softmax_scale, causal, deterministic, is_varlen, backend: as in `flash_attn_varlen_func`.
+
+    Returns:
+        out: [total, heads, d_v], dtype of qkv.
+        lse: [total, heads] fp32, natural log.
+
+    Raises:
+        ProblemError: the inputs contradict each other.
+        UnsupportedError: no permitted backend.
+
+    Notes:
+        Determinism: bitwise. Source: signature of deepseek-ai/FlashMLA.
+    """
+    _check_packed("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 2 * head_dim_qk)
+    q, k, v = qkv[..., :head_dim_qk], qkv[..., head_dim_qk : 2 * head_dim_qk], qkv[..., 2 * head_dim_qk :]
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, deterministic,
+        is_varlen, backend=backend,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_qo: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` over k and v side by side in one tensor.
+
+    kv[j, g] = (k[j, g], v[j, g]) with head_dim_qk and the remaining columns
+
+    Args:
+        q: [total_q, h_q, head_dim_qk] bf16|fp16|fp32.
+        kv: [total_k, h_kv, head_dim_qk + d_v], dtype of q.
+        cu_seqlens_qo: [batch + 1] int32.
+        cu_seqlens_kv: [batch + 1] int32.
+        max_seqlen_qo, max_seqlen_kv: longest sequence of each side.
+        head_dim_qk: columns of k.
+        dropout_p, softmax_scale, causal, deterministic, is_varlen, backend: as in `flash_attn_varlen_func`.
+
+    Returns:
+        out: [total_q, h_q, d_v], dtype of q.
+        lse: [total_q, h_q] fp32, natural log.
+
+    Raises:
+        ProblemError: the inputs contradict each other.
+        UnsupportedError: no permitted backend.
+
+    Notes:
+        Determinism: bitwise. Source: signature of deepseek-ai/FlashMLA.
+    """
+    _check_packed("flash_attn_varlen_kvpacked_func", "kv", kv, head_dim_qk)
+    return flash_attn_varlen_func(
+        q, kv[..., :head_dim_qk], kv[..., head_dim_qk:], cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv,
+        dropout_p, softmax_scale, causal, deterministic, is_varlen, backend=backend,
+    )  # fmt: skip
+
+
+def _check_packed(op: str, name: str, packed: Any, taken: int) -> None:
+    """A packed tensor is 3-d and has columns left for v."""
+    if not isinstance(packed, torch.Tensor) or packed.dim() != 3 or taken < 1 or packed.shape[-1] <= taken:
+        got = tuple(packed.shape) if isinstance(packed, torch.Tensor) else type(packed).__name__
+        raise ProblemError(
+            op, [f"{name} must be [total, heads, columns] with more than {taken} columns (head_dim_qk), got {got}"]
+        )
+
+
+def install() -> ModuleType:
+    """Put this module into `sys.modules` as `flash_mla`, for code that imports that name.
+
+    Call it before that code is imported. Raises ConfigError if another `flash_mla` is already loaded, so that two
+    libraries never mix unnoticed.
+    """
+    here = sys.modules[__name__]
+    loaded = sys.modules.get("flash_mla")
+    if loaded is not None and loaded is not here:
+        raise ConfigError(
+            f"flash_mla is already loaded from {getattr(loaded, '__file__', 'an unknown place')}; "
+            "call openmla.flash_mla.install() before it is imported, or uninstall that package"
+        )
+    sys.modules["flash_mla"] = here
+    sys.modules["flash_mla.flash_mla_interface"] = here
+    return here

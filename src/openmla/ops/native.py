@@ -1,0 +1,524 @@
+"""The native operations: flash_mla's work without its limits.
+
+Any page size, any head count, any KV layout, uniform or varlen queries, `out=`, optional LSE with a base of choice,
+reusable plans. All of them write every output row: a row that sees no key is 0 with lse -inf.
+
+Values inside tensors (lengths, page ids, indices) cannot crash the process or reach another request: they are
+masked in the kernel and reported by `openmla.check_errors()`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from openmla.backends.base import (
+    DecodeOperands,
+    PrefillOperands,
+    SparseDecodeOperands,
+    SparsePrefillOperands,
+)
+from openmla.core import faults
+from openmla.core.errors import PlanMismatchError, ProblemError
+from openmla.core.layout import KVLayout
+from openmla.core.problem import (
+    DecodeProblem,
+    PrefillProblem,
+    SparseDecodeProblem,
+    SparsePrefillProblem,
+)
+from openmla.core.target import Target
+from openmla.ops import dispatch
+from openmla.split.schedule import POLICIES, Policy, SplitPlan, plan_decode
+
+LseBase = Literal["e", "2"]
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a batch is cut into pieces; made by `plan()`, reused by `decode(plan=...)` across layers.
+
+    Good for every call with the same shapes, options and `cache_seqlens` values.
+    """
+
+    problem: DecodeProblem
+    policy: Policy
+    split: SplitPlan
+    cache_seqlens: torch.Tensor  # a copy: the lengths the plan was made for
+
+    def check(self, problem: DecodeProblem) -> None:
+        """Raises PlanMismatchError naming every field in which `problem` differs from the plan's."""
+        if problem == self.problem:
+            return
+        differing = [
+            f"{field.name}: the plan has {getattr(self.problem, field.name)}, the call has {getattr(problem, field.name)}"
+            for field in fields(problem)
+            if getattr(problem, field.name) != getattr(self.problem, field.name)
+        ]
+        raise PlanMismatchError("decode", [*differing, "make a plan for this call with openmla.plan(...)"])
+
+
+def plan(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    policy: Policy = "balanced",
+    d_v: int = 512,
+    is_causal: bool = False,
+    window: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    attn_sink: torch.Tensor | None = None,
+    kv_layout: KVLayout | str | None = None,
+) -> Plan:
+    """Cut the KV of a batch into pieces, once for all layers of a step. Takes the arguments of `decode`.
+
+    Args:
+        q, kv_cache, block_table, cache_seqlens: as for `decode`; only their metadata and the lengths are read.
+        policy: `balanced`, or `batch_invariant` where the bits of a row must not depend on its batch mates.
+        d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, kv_layout: as for `decode`.
+
+    Raises:
+        ProblemError: as `decode`.
+    """
+    _check_policy(policy)
+    problem = DecodeProblem.from_tensors(
+        q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
+        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink,
+    )  # fmt: skip
+    return _make_plan(problem, cache_seqlens, policy)
+
+
+def _make_plan(problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: Policy) -> Plan:
+    rows = problem.s_q * (problem.h_q // problem.h_kv)
+    row_blocks = max(-(-rows // 64), 1)
+    workers = Target.detect(cache_seqlens.device).num_sms
+    num_parts = max(workers // (row_blocks * problem.h_kv), 1)
+    capacity = problem.max_pages * problem.page_size
+    lengths = [min(length, capacity) for length in cache_seqlens.tolist()]
+    return Plan(problem, policy, plan_decode(lengths, num_parts, policy=policy), cache_seqlens.clone())
+
+
+def _check_policy(policy: str) -> None:
+    if policy not in POLICIES:
+        raise ProblemError("decode", [f"policy must be one of {', '.join(POLICIES)}, got {policy!r}"])
+
+
+def _check_lse_base(op: str, base: str) -> None:
+    if base not in ("e", "2"):
+        raise ProblemError(op, [f"lse_base must be 'e' (natural) or '2', got {base!r}"])
+
+
+def decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    d_v: int = 512,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    attn_sink: torch.Tensor | None = None,
+    kv_layout: KVLayout | str | None = None,
+    plan: Plan | None = None,
+    policy: Policy = "balanced",
+    out: torch.Tensor | None = None,
+    return_lse: bool = True,
+    lse_base: LseBase = "e",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of s_q new tokens per request over a dense paged latent cache.
+
+    out[b, i, h] = softmax_j(softmax_scale * <q[b, i, h], k[b, j]>) @ v[b, j],  v = k[..., :d_v]
+    lse[b, h, i] = ln sum_j exp(softmax_scale * <q[b, i, h], k[b, j]>)
+
+    Args:
+        q: [batch, s_q, h_q, d_qk] bf16|fp16|fp32; with cu_seqlens_q [total_q, h_q, d_qk].
+        kv_cache: [num_pages, page_size, h_kv, d_qk] in the dtype of q, or [num_pages, page_size, 1, bytes] in a byte
+            layout named by kv_layout. Page and row strides are free; h_kv must divide h_q.
+        block_table: [batch, max_pages] int32. Page of each logical block; entries behind the length are never read.
+        cache_seqlens: [batch] int32. Valid KV tokens, the s_q new ones included; 0 is legal.
+        d_v: value columns, the first of the key.
+        softmax_scale: multiplies scores; default d_qk ** -0.5 (a model with d_nope + d_rope = 192 passes 192 ** -0.5).
+        is_causal: query i sees keys up to cache_seqlens - s_q + i.
+        window: a query sees only the last `window` keys up to its own position.
+        cu_seqlens_q: [batch + 1] int32, start of each request's queries in q, for varlen queries.
+        max_seqlen_q: longest query of the batch; needed with cu_seqlens_q.
+        attn_sink: [h_q] fp32 extra logit per head with value 0: out is multiplied by 1 / (1 + exp(sink - lse)).
+        kv_layout: layout of kv_cache; default: plain elements.
+        plan: from `openmla.plan(...)`; default: made for this call.
+        policy: `balanced` or `batch_invariant`, when no plan is given.
+        out: output to write into; must not overlap an input.
+        return_lse: False returns None instead of lse.
+        lse_base: "e" or "2".
+        backend: auto, cute, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
+
+    Returns:
+        out: [batch, s_q, h_q, d_v] ([total_q, h_q, d_v]), dtype of q; 0 where a query sees no key.
+        lse: [batch, h_q, s_q] ([h_q, total_q]) fp32; -inf where a query sees no key. Without attn_sink's share.
+
+    Raises:
+        ProblemError: shapes, dtypes, devices or strides contradict each other; lists all violations.
+        PlanMismatchError: the plan was made for another problem.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Determinism: same inputs and plan, same bits; with `batch_invariant` also whatever the batch mates are.
+        CUDA graphs: safe after one warm call. Values inside tensors are guarded, see `openmla.check_errors`.
+        Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """
+    if torch.compiler.is_compiling() and out is None and plan is None:
+        from openmla.ops.library import trace_decode
+
+        return trace_decode(
+            q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
+            attn_sink, kv_layout, policy, return_lse, lse_base, backend,
+        )  # fmt: skip
+    _check_policy(policy)
+    _check_lse_base("decode", lse_base)
+    key = (
+        "decode", dispatch.signature(q), dispatch.signature(kv_cache), dispatch.signature(block_table),
+        dispatch.signature(cache_seqlens), dispatch.signature(cu_seqlens_q), dispatch.signature(attn_sink),
+        d_v, is_causal, window, max_seqlen_q, kv_layout, softmax_scale,
+    )  # fmt: skip
+    prepared = dispatch.prepare(
+        key,
+        lambda: DecodeProblem.from_tensors(
+            q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
+        ),
+        _device(q),
+        backend,
+    )  # fmt: skip
+    problem: DecodeProblem = prepared.problem
+    result, lse = _outputs("decode", q, problem.d_v, out, (q, kv_cache, block_table, cache_seqlens, attn_sink))
+    operands = DecodeOperands(
+        q, kv_cache, block_table, cache_seqlens, _scale(softmax_scale, problem.d_qk), result, lse,
+        faults.fault_word(q.device), cu_seqlens_q, attn_sink,
+    )  # fmt: skip
+    dispatch.launch(prepared, operands, _current_plan(plan, problem, cache_seqlens, policy))
+    return result, _finish_lse(lse, return_lse, lse_base)
+
+
+def _current_plan(
+    given: Plan | None, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: Policy
+) -> Plan | None:
+    """The caller's plan if it is still true; on a CPU a stale one is reported and dropped (the kernel plans itself)."""
+    if given is None:
+        return None
+    given.check(problem)
+    if cache_seqlens.device.type == "cpu" and not torch.equal(given.cache_seqlens, cache_seqlens):
+        faults.report(cache_seqlens.device, faults.Fault.PLAN_STALE)
+        return None
+    return given
+
+
+def _device(q: Any) -> torch.device:
+    if not isinstance(q, torch.Tensor):
+        return torch.device("cpu")  # the problem's own check says what is wrong
+    return q.device
+
+
+def _scale(softmax_scale: float | None, d_qk: int) -> float:
+    return 1.0 / math.sqrt(d_qk) if softmax_scale is None else float(softmax_scale)
+
+
+def _outputs(
+    op: str, q: torch.Tensor, d_v: int, out: torch.Tensor | None, inputs: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` (the caller's or a new one) and a new lse [batch, h_q, s_q], or [h_q, total_q] for varlen q."""
+    shape = (*q.shape[:-1], d_v)
+    if out is None:
+        out = q.new_empty(shape)
+    else:
+        dispatch.check_out(op, out, shape, q.dtype, q.device, inputs)
+    heads_first = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return out, torch.empty(heads_first, dtype=torch.float32, device=q.device)
+
+
+def _finish_lse(lse: torch.Tensor, return_lse: bool, base: LseBase) -> torch.Tensor | None:
+    if not return_lse:
+        return None
+    return lse.mul_(_LOG2_E) if base == "2" else lse
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    kv_layout: KVLayout | str | None = None,
+    d_v: int = 512,
+    softmax_scale: float | None = None,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    extra_kv_cache: torch.Tensor | None = None,
+    extra_indices: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    extra_kv_layout: KVLayout | str | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = True,
+    lse_base: LseBase = "e",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of new tokens, each over its own selection of slots of a paged latent cache.
+
+    out[t, h] = softmax_j(softmax_scale * <q[t, h], k[indices[t, j]]>) @ v[indices[t, j]],  v = k[..., :d_v]
+
+    Args:
+        q: [batch, s_q, h_q, d_qk] or [total_q, h_q, d_qk], bf16|fp16|fp32.
+        kv_cache: [num_pages, page_size, 1, row] in layout kv_layout. Any page size; page stride is free.
+        indices: [batch, s_q, topk] or [total_q, topk] int32: page * page_size + offset. -1 selects nothing; any other
+            value outside the cache is treated as -1 and reported. A slot listed twice counts twice.
+        kv_layout: name or KVLayout; default: plain elements in the dtype of q. Never guessed from a byte count.
+        d_v: value columns; the layout's own for byte layouts.
+        softmax_scale: default d_qk ** -0.5.
+        topk_length: int32, [batch] or one per query token: only that many leading indices count.
+        attn_sink: [h_q] fp32, as for `decode`.
+        extra_kv_cache, extra_indices, extra_topk_length, extra_kv_layout: a second cache, attended together with the
+            first under one softmax.
+        out: output to write into; must not overlap an input.
+        return_lse: False returns None instead of lse.
+        lse_base: "e" or "2".
+        backend: auto, cute, triton or torch; default OPENMLA_BACKEND.
+
+    Returns:
+        out: q's shape with d_v columns, dtype of q; 0 where nothing is selected.
+        lse: [batch, h_q, s_q] or [h_q, total_q] fp32; -inf where nothing is selected.
+
+    Raises:
+        ProblemError: the inputs contradict each other; lists all violations.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Determinism: same inputs, same bits. CUDA graphs: safe after one warm call.
+        Source: DeepSeek-V3.2 sparse attention as in deepseek-ai/FlashMLA, sparse decoding.
+    """
+    if torch.compiler.is_compiling() and out is None:
+        from openmla.ops.library import trace_sparse_decode
+
+        return trace_sparse_decode(
+            q, kv_cache, indices, kv_layout, d_v, softmax_scale, topk_length, attn_sink, extra_kv_cache, extra_indices,
+            extra_topk_length, extra_kv_layout, return_lse, lse_base, backend,
+        )  # fmt: skip
+    _check_lse_base("sparse_decode", lse_base)
+    tensors = (q, kv_cache, indices, topk_length, attn_sink, extra_kv_cache, extra_indices, extra_topk_length)
+    prepared = dispatch.prepare(
+        ("sparse_decode", *map(dispatch.signature, tensors), d_v, kv_layout, extra_kv_layout, softmax_scale),
+        lambda: SparseDecodeProblem.from_tensors(
+            q, kv_cache, indices, d_v=d_v, layout=kv_layout, topk_length=topk_length, attn_sink=attn_sink,
+            extra_kv_cache=extra_kv_cache, extra_indices=extra_indices, extra_topk_length=extra_topk_length,
+            extra_layout=extra_kv_layout, softmax_scale=softmax_scale,
+        ),
+        _device(q),
+        backend,
+    )  # fmt: skip
+    problem: SparseDecodeProblem = prepared.problem
+    result, lse = _outputs("sparse_decode", q, problem.d_v, out, tensors)
+    dispatch.launch(
+        prepared,
+        SparseDecodeOperands(
+            q, kv_cache, indices, _scale(softmax_scale, problem.d_qk), result, lse, faults.fault_word(q.device),
+            topk_length, attn_sink, extra_kv_cache, extra_indices, extra_topk_length,
+        ),
+    )  # fmt: skip
+    return result, _finish_lse(lse, return_lse, lse_base)
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    d_v: int = 512,
+    softmax_scale: float | None = None,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    lse_base: LseBase = "e",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of s_q tokens, each over its own selection of rows of an unpaged latent KV tensor.
+
+    out[i, h] = softmax_j(softmax_scale * <q[i, h], kv[indices[i, g, j], g]>) @ kv[indices[i, g, j], g, :d_v]
+
+    Args:
+        q: [s_q, h_q, d_qk] bf16|fp16|fp32.
+        kv: [s_kv, h_kv, d_qk] in the dtype of q; head h reads KV head g = h // (h_q / h_kv).
+        indices: [s_q, h_kv, topk] int32 row numbers. -1 and s_kv or more select nothing.
+        d_v: value columns, the first of the key.
+        softmax_scale: default d_qk ** -0.5.
+        topk_length: [s_q] int32: only that many leading indices count.
+        attn_sink: [h_q] fp32, as for `decode`; no effect on lse and max_logits.
+        out: output to write into; must not overlap an input.
+        lse_base: "e" or "2", of max_logits and lse alike.
+        backend: auto, cute, triton or torch; default OPENMLA_BACKEND.
+
+    Returns:
+        out: [s_q, h_q, d_v], dtype of q; 0 where nothing is selected.
+        max_logits: [s_q, h_q] fp32, the largest scaled score; -inf where nothing is selected.
+        lse: [s_q, h_q] fp32; -inf where nothing is selected.
+
+    Raises:
+        ProblemError: the inputs contradict each other; lists all violations.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Determinism: same inputs, same bits. CUDA graphs: safe after one warm call.
+        Source: sparse prefill of deepseek-ai/FlashMLA.
+    """
+    if torch.compiler.is_compiling() and out is None:
+        from openmla.ops.library import trace_sparse_prefill
+
+        return trace_sparse_prefill(
+            q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, lse_base, backend
+        )  # fmt: skip
+    _check_lse_base("sparse_prefill", lse_base)
+    tensors = (q, kv, indices, topk_length, attn_sink)
+    prepared = dispatch.prepare(
+        ("sparse_prefill", *map(dispatch.signature, tensors), d_v, softmax_scale),
+        lambda: SparsePrefillProblem.from_tensors(
+            q, kv, indices, d_v=d_v, topk_length=topk_length, attn_sink=attn_sink, softmax_scale=softmax_scale
+        ),
+        _device(q),
+        backend,
+    )
+    problem: SparsePrefillProblem = prepared.problem
+    shape = (*q.shape[:-1], problem.d_v)
+    if out is None:
+        out = q.new_empty(shape)
+    else:
+        dispatch.check_out("sparse_prefill", out, shape, q.dtype, q.device, tensors)
+    max_logits = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = torch.empty_like(max_logits)
+    dispatch.launch(
+        prepared,
+        SparsePrefillOperands(
+            q, kv, indices, _scale(softmax_scale, problem.d_qk), out, max_logits, lse, faults.fault_word(q.device),
+            topk_length, attn_sink,
+        ),
+    )  # fmt: skip
+    if lse_base == "2":
+        return out, max_logits.mul_(_LOG2_E), lse.mul_(_LOG2_E)
+    return out, max_logits, lse
+
+
+def prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    lse_base: LseBase = "e",
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Varlen multi-head attention over expanded K and V (192/128 in DeepSeek-V3): prefill and training. Differentiable.
+
+    out[i, h] = softmax_j(softmax_scale * <q[i, h], k[j, g]>) @ v[j, g],  j over i's own sequence, g = h // (h_q / h_kv)
+
+    Args:
+        q: [total_q, h_q, d_qk] bf16|fp16|fp32.
+        k: [total_k, h_kv, d_qk], dtype of q.
+        v: [total_k, h_kv, d_v], dtype of q.
+        cu_seqlens_q: [batch + 1] int32, start of each sequence in q, from 0 to total_q.
+        cu_seqlens_k: [batch + 1] int32, the same for k and v.
+        max_seqlen_q, max_seqlen_k: longest sequence of each side.
+        softmax_scale: default d_qk ** -0.5.
+        is_causal: bottom-right aligned within each sequence.
+        lse_base: "e" or "2".
+        backend: auto, cute, triton or torch; default OPENMLA_BACKEND.
+
+    Returns:
+        out: [total_q, h_q, d_v], dtype of q; 0 where a query sees no key.
+        lse: [h_q, total_q] fp32; -inf where a query sees no key. Not differentiable.
+
+    Raises:
+        ProblemError: the inputs contradict each other; lists all violations.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Determinism: same inputs, same bits, forward and backward. CUDA graphs: forward safe after one warm call.
+        Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
+    """
+    if torch.compiler.is_compiling():
+        from openmla.ops.library import trace_prefill
+
+        return trace_prefill(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, lse_base, backend
+        )  # fmt: skip
+    _check_lse_base("prefill", lse_base)
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (q, k, v)):
+        from openmla.ops.gradient import PrefillFunction
+
+        out, lse = PrefillFunction.apply(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
+        )  # fmt: skip
+    else:
+        out, lse = prefill_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
+        )  # fmt: skip
+    return out, lse * _LOG2_E if lse_base == "2" else lse
+
+
+def prefill_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None, is_causal: bool, backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`prefill` without autograd, lse in base e."""
+    prepared = prepare_prefill(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
+    )  # fmt: skip
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    scale = _scale(softmax_scale, q.shape[2])
+    operands = PrefillOperands(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, lse, faults.fault_word(q.device))
+    dispatch.launch(prepared, operands)
+    return out, lse
+
+
+def prefill_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float | None, is_causal: bool, backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients (dq, dk, dv) of `prefill_forward`, in the dtypes of q, k and v. Scores are recomputed from lse."""
+    prepared = prepare_prefill(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
+    )  # fmt: skip
+    scale = _scale(softmax_scale, q.shape[2])
+    operands = PrefillOperands(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, lse, faults.fault_word(q.device))
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = prepared.kernel.launch_backward(  # type: ignore[attr-defined]
+        prepared.problem, operands, grad_out.contiguous()
+    )
+    return gradients
+
+
+def prepare_prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None, is_causal: bool, backend: str | None,
+) -> dispatch.Prepared:  # fmt: skip
+    """The checked and compiled prefill of these tensors."""
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    return dispatch.prepare(
+        ("prefill", *map(dispatch.signature, tensors), max_seqlen_q, max_seqlen_k, is_causal, softmax_scale),
+        lambda: PrefillProblem.from_tensors(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal,
+            softmax_scale=softmax_scale,
+        ),
+        _device(q),
+        backend,
+    )  # fmt: skip
