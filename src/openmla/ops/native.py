@@ -464,7 +464,7 @@ def prefill(
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (q, k, v)):
         from openmla.ops.gradient import PrefillFunction
 
-        out, lse = PrefillFunction.apply(
+        out, lse = PrefillFunction.apply(  # type: ignore[no-untyped-call]
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
         )  # fmt: skip
     else:
