@@ -1,0 +1,82 @@
+"""Tensors of a case, as many sets as it takes to keep runs from finding their KV in a cache."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openmla.core.target import Target
+from openmla.lab.suite import Case
+
+DISTRIBUTION = "0.1 * randn, pages in random order"
+
+# Where the operating system does not tell: more than any client CPU's last level of cache has.
+_ASSUMED_CPU_CACHE = 64 << 20
+# Sets of one case together; a batch of 16 x 4096 fp32 keys needs two of 151 MB.
+_MEMORY_LIMIT = 2 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeInputs:
+    """One set. kv_cache [num_pages, page_size, h_kv, d_qk]; table entries behind a request's last page are 0."""
+
+    q: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    cache_seqlens: torch.Tensor
+    lengths: tuple[int, ...]
+    softmax_scale: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.q.device
+
+
+def decode_inputs(case: Case, device: torch.device, index: int = 0) -> DecodeInputs:
+    """Set number `index` of a case: same shapes and lengths in every set, other values and page order."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{case.name}/{index}".encode()))
+    lengths = tuple(case.draw_lengths())
+    pages = [-(-length // case.page_size) for length in lengths]
+    num_pages, max_pages = sum(pages), max(pages)
+    dtype = case.torch_dtype
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(0.1)
+
+    order = torch.randperm(num_pages, generator=generator, device=device).to(torch.int32)
+    table = torch.zeros(case.batch, max_pages, dtype=torch.int32, device=device)
+    begin = 0
+    for request, count in enumerate(pages):
+        table[request, :count] = order[begin : begin + count]
+        begin += count
+    return DecodeInputs(
+        q=randn(case.batch, case.s_q, case.h_q, case.d_qk),
+        kv_cache=randn(num_pages, case.page_size, case.h_kv, case.d_qk),
+        block_table=table,
+        cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        lengths=lengths,
+        softmax_scale=case.d_qk**-0.5,
+    )
+
+
+def num_sets(case: Case, target: Target, set_bytes: int, is_rotated: bool) -> int:
+    """How many sets a case needs: one when warm or when the cache is flushed instead, else three caches' worth."""
+    if case.cache == "warm" or not is_rotated:
+        return 1
+    cache = target.l2_bytes or 50 << 20 if target.is_cuda else cpu_cache_bytes()
+    wanted = -(-3 * cache // max(set_bytes, 1)) + 1
+    return max(2, min(wanted, 256, _MEMORY_LIMIT // max(set_bytes, 1)))
+
+
+def cpu_cache_bytes() -> int:
+    """Size of the last level of cache as Linux reports it, else an assumption on the large side."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        return int(text.rstrip("KM")) << (20 if text.endswith("M") else 10)
+    except (OSError, ValueError):
+        return _ASSUMED_CPU_CACHE
