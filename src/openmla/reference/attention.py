@@ -50,7 +50,7 @@ class Bounds:
 
     With p = softmax(s) over the n seen keys: A = sum p|v|, B = sum p^2 v^2, V1 = sum |v|, V2 = sum v^2,
     S = max_j |softmax_scale| * sum_i |q_i||k_ji|, L = sum_j exp(s_j - max s). All fp64; n is a count.
-    A sink scales A and V1 by its factor, B and V2 by the factor's square, as it scales out.
+    A sink scales A and V1 by its factor (counted as 2^-96 at least), B and V2 by the factor's square.
     """
 
     A: torch.Tensor
@@ -256,9 +256,11 @@ def _apply_sink(result: Attention, attn_sink: torch.Tensor) -> Attention:
     factor = torch.sigmoid(result.lse - attn_sink).masked_fill(result.lse == -torch.inf, 1)[..., None]
     bounds = result.bounds
     if bounds is not None:
-        square = factor.square()
+        # A kernel has the factor in fp32, where exp overflows and tiny factors vanish: tolerances stop shrinking there.
+        reach = factor.clamp_min(2.0**-96)
+        square = reach.square()
         bounds = Bounds(
-            bounds.A * factor, bounds.B * square, bounds.V1 * factor, bounds.V2 * square, bounds.S, bounds.L, bounds.n
+            bounds.A * reach, bounds.B * square, bounds.V1 * reach, bounds.V2 * square, bounds.S, bounds.L, bounds.n
         )
     return Attention(result.out * factor, result.lse, result.max_logits, False, bounds)
 
