@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from openmla.ops.native import prefill as prefill
     from openmla.ops.native import sparse_decode as sparse_decode
     from openmla.ops.native import sparse_prefill as sparse_prefill
+    from openmla.ops.native import workspace_bytes as workspace_bytes
 
 __version__ = "0.1.0.dev0"
 
@@ -37,6 +38,7 @@ _HOME = {
     "prefill": "openmla.ops.native",
     "sparse_decode": "openmla.ops.native",
     "sparse_prefill": "openmla.ops.native",
+    "workspace_bytes": "openmla.ops.native",
 }
 _MODULES = {"flash_mla": "openmla.ops.flash_mla"}
 

@@ -33,6 +33,14 @@ def require(*rules: tuple[bool, str]) -> Verdict:
     return Verdict(tuple(why for holds, why in rules if not holds))
 
 
+class DecodePlan(NamedTuple):
+    """How a batch is cut, on the device that runs it; the form is described in `openmla.split.schedule`."""
+
+    tile_scheduler_metadata: torch.Tensor  # [num_parts, 8] int32
+    num_splits: torch.Tensor  # [batch + 1] int32
+    chunk_blocks: int  # 0: pieces end only where parts end
+
+
 class DecodeOperands(NamedTuple):
     """Tensors of one dense decode, checked and complete. `out` and `lse` are written in full.
 
@@ -50,6 +58,7 @@ class DecodeOperands(NamedTuple):
     fault_word: torch.Tensor  # int32 [1]; bits of core.faults.Fault are OR-ed in
     cu_seqlens_q: torch.Tensor | None = None  # [batch + 1] int32
     attn_sink: torch.Tensor | None = None  # [h_q] fp32
+    workspace: torch.Tensor | None = None  # [>= workspace_bytes] uint8, 256-byte aligned, contents undefined
 
 
 class SparseDecodeOperands(NamedTuple):
@@ -130,6 +139,18 @@ class Kernel(Protocol):
 
     def launch(self, compiled: Any, problem: Any, operands: Any, plan: Any) -> None:
         """Run on the operands' device and current stream. `plan` is None for operations without one."""
+        ...
+
+
+class DecodeKernel(Kernel, Protocol):
+    """A kernel of op "decode" says two more things: how it wants the work cut, and how much scratch it needs."""
+
+    def plan(self, compiled: Any, problem: Any, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
+        """Cut the batch; on a GPU with a kernel that reads the lengths there, without waiting for the device."""
+        ...
+
+    def workspace_bytes(self, compiled: Any, problem: Any) -> int:
+        """Bytes of `DecodeOperands.workspace`; depends on the problem alone, never on lengths. 0: none."""
         ...
 
 

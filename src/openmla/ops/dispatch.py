@@ -57,7 +57,11 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
     """
     wanted = backend or env.BACKEND.read()
     full_key = (*key, device, wanted)
-    found = _prepared.get(full_key)
+    try:
+        found = _prepared.get(full_key)
+    except TypeError:  # an unhashable option: let the problem's own check name it
+        build()
+        raise
     if found is not None:
         return found
     problem = build()

@@ -235,16 +235,15 @@ def _dense(
     # A cache of one query token sees everything up to its end with and without the causal mask.
     is_causal = causal and (not isinstance(q, torch.Tensor) or q.dim() != 4 or q.shape[1] != 1)
     plan = None
-    if meta is not None:
+    if meta is not None and not torch.compiler.is_compiling():  # a traced graph plans inside the operation
         if meta.plan is not None and not _is_current(meta.plan, cache_seqlens):
             meta.plan = None
         if meta.plan is None:
             meta.plan = native.plan(
                 q, k_cache, block_table, cache_seqlens, policy=policy, d_v=head_dim_v, is_causal=is_causal,
-                attn_sink=attn_sink, kv_layout=layout,
+                attn_sink=attn_sink, kv_layout=layout, backend=backend,
             )  # fmt: skip
-            meta.tile_scheduler_metadata = meta.plan.split.tile_scheduler_metadata(q.device)
-            meta.num_splits = meta.plan.split.num_splits_tensor(q.device)
+            meta.tile_scheduler_metadata, meta.num_splits = meta.plan.tile_scheduler_metadata, meta.plan.num_splits
         plan = meta.plan
     return native.decode(
         q, k_cache, block_table, cache_seqlens, d_v=head_dim_v, softmax_scale=softmax_scale, is_causal=is_causal,

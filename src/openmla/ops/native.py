@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from openmla.backends.base import (
+    DecodeKernel,
     DecodeOperands,
+    DecodePlan,
     PrefillOperands,
     SparseDecodeOperands,
     SparsePrefillOperands,
@@ -30,9 +32,8 @@ from openmla.core.problem import (
     SparseDecodeProblem,
     SparsePrefillProblem,
 )
-from openmla.core.target import Target
 from openmla.ops import dispatch
-from openmla.split.schedule import POLICIES, Policy, SplitPlan, plan_decode
+from openmla.split.schedule import POLICIES, Policy
 
 LseBase = Literal["e", "2"]
 _LOG2_E = 1.4426950408889634
@@ -42,23 +43,41 @@ _LOG2_E = 1.4426950408889634
 class Plan:
     """How a batch is cut into pieces; made by `plan()`, reused by `decode(plan=...)` across layers.
 
-    Good for every call with the same shapes, options and `cache_seqlens` values.
+    Good for every call with the same shapes, options and `cache_seqlens` values. The tensors have FlashMLA's form,
+    described in `openmla.split.schedule`.
     """
 
     problem: DecodeProblem
     policy: Policy
-    split: SplitPlan
-    cache_seqlens: torch.Tensor  # a copy: the lengths the plan was made for
+    backend: str  # the kernel that the plan was made for
+    kernel: str
+    pieces: DecodePlan
+    cache_seqlens: torch.Tensor  # a copy: the lengths that the plan was made for
 
-    def check(self, problem: DecodeProblem) -> None:
-        """Raises PlanMismatchError naming every field in which `problem` differs from the plan's."""
-        if problem == self.problem:
+    @property
+    def tile_scheduler_metadata(self) -> torch.Tensor:
+        """[num_parts, 8] int32."""
+        return self.pieces.tile_scheduler_metadata
+
+    @property
+    def num_splits(self) -> torch.Tensor:
+        """[batch + 1] int32."""
+        return self.pieces.num_splits
+
+    def check(self, prepared: dispatch.Prepared) -> None:
+        """Raises PlanMismatchError naming every field in which a call differs from the plan's."""
+        problem, kernel = prepared.problem, prepared.kernel
+        if problem == self.problem and (kernel.backend, kernel.name) == (self.backend, self.kernel):
             return
         differing = [
             f"{field.name}: the plan has {getattr(self.problem, field.name)}, the call has {getattr(problem, field.name)}"
             for field in fields(problem)
             if getattr(problem, field.name) != getattr(self.problem, field.name)
         ]
+        if (kernel.backend, kernel.name) != (self.backend, self.kernel):
+            differing.append(
+                f"kernel: the plan is for {self.backend}/{self.kernel}, the call runs {kernel.backend}/{kernel.name}"
+            )
         raise PlanMismatchError("decode", [*differing, "make a plan for this call with openmla.plan(...)"])
 
 
@@ -76,33 +95,51 @@ def plan(
     max_seqlen_q: int | None = None,
     attn_sink: torch.Tensor | None = None,
     kv_layout: KVLayout | str | None = None,
+    backend: str | None = None,
 ) -> Plan:
     """Cut the KV of a batch into pieces, once for all layers of a step. Takes the arguments of `decode`.
 
     Args:
         q, kv_cache, block_table, cache_seqlens: as for `decode`; only their metadata and the lengths are read.
         policy: `balanced`, or `batch_invariant` where the bits of a row must not depend on its batch mates.
-        d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, kv_layout: as for `decode`.
+        d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, kv_layout, backend: as for `decode`.
 
     Raises:
         ProblemError: as `decode`.
     """
     _check_policy(policy)
-    problem = DecodeProblem.from_tensors(
-        q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
-        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink,
+    prepared = _prepare_decode(
+        q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
+        kv_layout, backend,
     )  # fmt: skip
-    return _make_plan(problem, cache_seqlens, policy)
+    return _make_plan(prepared, cache_seqlens, policy)
 
 
-def _make_plan(problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: Policy) -> Plan:
-    rows = problem.s_q * (problem.h_q // problem.h_kv)
-    row_blocks = max(-(-rows // 64), 1)
-    workers = Target.detect(cache_seqlens.device).num_sms
-    num_parts = max(workers // (row_blocks * problem.h_kv), 1)
-    capacity = problem.max_pages * problem.page_size
-    lengths = [min(length, capacity) for length in cache_seqlens.tolist()]
-    return Plan(problem, policy, plan_decode(lengths, num_parts, policy=policy), cache_seqlens.clone())
+def _make_plan(prepared: dispatch.Prepared, cache_seqlens: torch.Tensor, policy: Policy) -> Plan:
+    kernel = cast(DecodeKernel, prepared.kernel)
+    pieces = kernel.plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
+    return Plan(prepared.problem, policy, kernel.backend, kernel.name, pieces, cache_seqlens.clone())
+
+
+def _prepare_decode(
+    q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
+    softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
+    max_seqlen_q: int | None, attn_sink: torch.Tensor | None, kv_layout: KVLayout | str | None, backend: str | None,
+) -> dispatch.Prepared:  # fmt: skip
+    """The checked and compiled decode of these tensors."""
+    tensors = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink)
+    return dispatch.prepare(
+        (
+            "decode", *map(dispatch.signature, tensors), d_v, is_causal, window, max_seqlen_q, kv_layout,
+            type(softmax_scale), softmax_scale == softmax_scale,
+        ),
+        lambda: DecodeProblem.from_tensors(
+            q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
+        ),
+        _device(q),
+        backend,
+    )  # fmt: skip
 
 
 def _check_policy(policy: str) -> None:
@@ -134,6 +171,7 @@ def decode(
     out: torch.Tensor | None = None,
     return_lse: bool = True,
     lse_base: LseBase = "e",
+    workspace: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of s_q new tokens per request over a dense paged latent cache.
@@ -160,6 +198,7 @@ def decode(
         out: output to write into; must not overlap an input.
         return_lse: False returns None instead of lse.
         lse_base: "e" or "2".
+        workspace: [bytes] uint8 scratch of your own, at least `openmla.workspace_bytes(...)`; default: allocated.
         backend: auto, cute, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
 
     Returns:
@@ -176,7 +215,7 @@ def decode(
         CUDA graphs: safe after one warm call. Values inside tensors are guarded, see `openmla.check_errors`.
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
-    if torch.compiler.is_compiling() and out is None and plan is None:
+    if torch.compiler.is_compiling() and out is None and plan is None and workspace is None:
         from openmla.ops.library import trace_decode
 
         return trace_decode(
@@ -185,41 +224,75 @@ def decode(
         )  # fmt: skip
     _check_policy(policy)
     _check_lse_base("decode", lse_base)
-    key = (
-        "decode", dispatch.signature(q), dispatch.signature(kv_cache), dispatch.signature(block_table),
-        dispatch.signature(cache_seqlens), dispatch.signature(cu_seqlens_q), dispatch.signature(attn_sink),
-        d_v, is_causal, window, max_seqlen_q, kv_layout, softmax_scale,
-    )  # fmt: skip
-    prepared = dispatch.prepare(
-        key,
-        lambda: DecodeProblem.from_tensors(
-            q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
-        ),
-        _device(q),
-        backend,
+    prepared = _prepare_decode(
+        q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
+        attn_sink, kv_layout, backend,
     )  # fmt: skip
     problem: DecodeProblem = prepared.problem
     result, lse = _outputs("decode", q, problem.d_v, out, (q, kv_cache, block_table, cache_seqlens, attn_sink))
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, _scale(softmax_scale, problem.d_qk), result, lse,
-        faults.fault_word(q.device), cu_seqlens_q, attn_sink,
+        faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device),
     )  # fmt: skip
-    dispatch.launch(prepared, operands, _current_plan(plan, problem, cache_seqlens, policy))
+    dispatch.launch(prepared, operands, _current_plan(plan, prepared, cache_seqlens, policy).pieces)
     return result, _finish_lse(lse, return_lse, lse_base)
 
 
-def _current_plan(
-    given: Plan | None, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: Policy
-) -> Plan | None:
-    """The caller's plan if it is still true; on a CPU a stale one is reported and dropped (the kernel plans itself)."""
+def _current_plan(given: Plan | None, prepared: dispatch.Prepared, cache_seqlens: torch.Tensor, policy: Policy) -> Plan:
+    """The caller's plan if it is still true, else a new one; on a CPU a stale plan is found and reported here."""
     if given is None:
-        return None
-    given.check(problem)
+        return _make_plan(prepared, cache_seqlens, policy)
+    given.check(prepared)
     if cache_seqlens.device.type == "cpu" and not torch.equal(given.cache_seqlens, cache_seqlens):
         faults.report(cache_seqlens.device, faults.Fault.PLAN_STALE)
-        return None
+        return _make_plan(prepared, cache_seqlens, policy)
     return given
+
+
+def _workspace(prepared: dispatch.Prepared, given: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """The caller's scratch, checked, or one from PyTorch's allocator; None where the kernel needs none."""
+    needed = cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem)
+    if given is None:
+        return torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
+    wrong = []
+    if given.dtype != torch.uint8 or given.dim() != 1 or not given.is_contiguous():
+        wrong.append(f"workspace must be a contiguous uint8 tensor [bytes], got {given.dtype} {tuple(given.shape)}")
+    if given.device != device:
+        wrong.append(f"workspace must be on {device} like q, got {given.device}")
+    if given.numel() < needed:
+        wrong.append(f"workspace must have {needed} bytes (openmla.workspace_bytes), got {given.numel()}")
+    if given.data_ptr() % 256:
+        wrong.append("workspace must start at a multiple of 256 bytes")
+    if wrong:
+        raise ProblemError("decode", wrong)
+    return given
+
+
+def workspace_bytes(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    d_v: int = 512,
+    is_causal: bool = False,
+    window: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    attn_sink: torch.Tensor | None = None,
+    kv_layout: KVLayout | str | None = None,
+    backend: str | None = None,
+) -> int:
+    """Bytes of scratch that `decode` with these arguments needs; the same for all lengths, 0 on a CPU.
+
+    Raises:
+        ProblemError: as `decode`.
+    """
+    prepared = _prepare_decode(
+        q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
+        kv_layout, backend,
+    )  # fmt: skip
+    return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem)
 
 
 def _device(q: Any) -> torch.device:
