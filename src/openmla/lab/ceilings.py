@@ -33,7 +33,7 @@ class Ceilings:
 
 
 def measure(target: Target, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> Ceilings:
-    """The ceilings of the device behind `target`; about a second on a GPU, three on a laptop, free the second time."""
+    """The ceilings of the device behind `target`; about five seconds, free the second time."""
     return _measure(target, tuple(sorted(set(dtypes))), torch.get_num_threads())
 
 

@@ -23,7 +23,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return float(start.elapsed_time(stop)) / 1e3
 
 
-def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
+def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 1.0) -> float:
     """Shortest of at least three runs within about `budget` seconds, after one warm-up."""
     call()
     begin = time.perf_counter()

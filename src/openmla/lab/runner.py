@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -54,6 +55,15 @@ class CaseResult:
     rows: list[Row] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     wrong: list[Refusal] = field(default_factory=list)  # ran, and failed the gate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "case": self.case.name,
+            "rows": [asdict(row) for row in self.rows],
+            "not_run": {each.who: each.reason for each in self.refusals},
+            "wrong": {each.who: each.reason for each in self.wrong},
+        }
 
 
 def run(

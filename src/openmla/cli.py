@@ -1,0 +1,283 @@
+"""The command line: every verb parses, makes one library call, and prints.
+
+Exit codes: 0 fine, 1 a finding (something is wrong, slow or red), 2 the command itself was wrong, 130 interrupted.
+Results go to standard output, as text or with --json as one JSON object; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openmla.core.errors import ConfigError, OpenMLAError
+
+_WIDTH = 100
+_JSON_SCHEMA = 1  # of explain and bench; doctor, demo and verify carry their own
+
+# Modules behind the verbs are imported inside them: `openmla --help` must not wait a second for PyTorch.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except OpenMLAError as error:
+        _say(f"openmla {args.verb}: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say(f"openmla {args.verb}: interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`openmla doctor | head`); Python would complain again while closing the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="openmla", description="Multi-head Latent Attention for inference.")
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_doctor(verbs)
+    _add_explain(verbs)
+    _add_demo(verbs)
+    _add_bench(verbs)
+    _add_verify(verbs)
+    return parser
+
+
+def _version() -> str:
+    import openmla
+
+    return f"openmla {openmla.__version__}"
+
+
+def _verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+# doctor
+
+
+def _add_doctor(verbs: Any) -> None:
+    _verb(verbs, "doctor", _doctor, "what this machine can run, what it cannot, why, and the fix")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from openmla.observe import doctor
+
+    diagnosis = doctor.examine()
+    if args.json:
+        _print_json(diagnosis.as_dict())
+    else:
+        print(diagnosis)
+    return 0 if diagnosis.is_healthy else 1
+
+
+# explain
+
+_SHAPE = ("batch", "s_q", "h_q", "h_kv", "d_qk", "d_v", "page_size", "topk", "s_kv")
+
+
+def _add_explain(verbs: Any) -> None:
+    parser = _verb(verbs, "explain", _explain, "which kernel a problem gets, and why not the others")
+    parser.add_argument("op", nargs="?", help="decode, sparse_decode, sparse_prefill or prefill; default: all four")
+    parser.add_argument("--target", metavar="NAME", help="a preset such as h100_sxm; default: this machine")
+    parser.add_argument("--backend", metavar="NAME", help="auto, cute, triton or torch; default: OPENMLA_BACKEND")
+    for name in _SHAPE:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="N")
+    parser.add_argument("--s-k", type=_positive, metavar="N", help="keys per request that the block table can hold")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--kv-layout", metavar="NAME", help="bf16_576, fp8_656, ...")
+    parser.add_argument("--causal", action="store_true", default=None)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from openmla import backends
+
+    ops = backends.OPS if args.op is None else (args.op,)
+    found = [
+        backends.explain(_asked_problem(args, op), target=args.target, backend=args.backend) for op in ops
+    ]  # fmt: skip
+    if args.json:
+        _print_json({"schema": _JSON_SCHEMA, "explanations": [each.as_dict() for each in found]})
+    else:
+        print("\n\n".join(_fold(str(each)) for each in found))
+    return 0 if all(each.chosen for each in found) else 1
+
+
+def _asked_problem(args: argparse.Namespace, op: str) -> Any:
+    """The typical problem of `op` with the command line's shape put in. Raises ConfigError for a key it lacks."""
+    from openmla import backends
+    from openmla.core.layout import kv_layout
+    from openmla.lab.suite import DTYPES
+
+    problem = backends.typical_problem(op)
+    names = {field.name for field in dataclasses.fields(problem)}
+    changes: dict[str, Any] = {name: getattr(args, name) for name in _SHAPE if getattr(args, name) is not None}
+    if args.dtype:
+        changes["dtype"] = DTYPES[args.dtype]
+    if args.kv_layout:
+        changes["layout"] = kv_layout(args.kv_layout)
+        changes.setdefault("d_qk", changes["layout"].d_qk)
+    elif "layout" in names and (args.dtype or args.d_qk) and not problem.layout.is_quantised:
+        changes["layout"] = kv_layout(f"{args.dtype or 'bf16'}_{changes.get('d_qk', problem.d_qk)}")
+    if args.causal:
+        changes["is_causal"] = True
+    if args.s_k:
+        changes["max_pages"] = -(-args.s_k // changes.get("page_size", getattr(problem, "page_size", 64)))
+    strangers = sorted(set(changes) - names)
+    if strangers:
+        raise ConfigError(f"{op} has no {', '.join(strangers)}; it has: {', '.join(sorted(names))}")
+    if {"batch", "s_q"} & set(changes) and "total_q" in names:
+        batch, s_q = (changes.get(key, getattr(problem, key)) for key in ("batch", "s_q"))
+        changes["total_q"] = batch * s_q
+    return dataclasses.replace(problem, **changes)
+
+
+def _fold(text: str) -> str:
+    """Long lines cut at 100 columns, continued under their own indentation."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        lines += textwrap.wrap(line, _WIDTH, subsequent_indent=indent, drop_whitespace=True) or [""]
+    return "\n".join(lines)
+
+
+# demo
+
+
+def _add_demo(verbs: Any) -> None:
+    parser = _verb(verbs, "demo", _demo, "a real MLA model through the paged latent cache, checked and measured")
+    parser.add_argument("--out", type=Path, default=Path("openmla-report.html"), help="the HTML report")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="a smaller run of some seconds")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from openmla.lab import demo
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the demo needs {error.name}: pip install 'openmla[demo]'") from error
+    result = demo.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=_say)
+    if args.json:
+        _print_json(result.as_dict())
+    else:
+        print(result)
+    return 0 if result.passed else 1
+
+
+# bench
+
+
+def _add_bench(verbs: Any) -> None:
+    parser = _verb(verbs, "bench", _bench, "measure a suite: gate, then everybody in turn, rows as JSONL")
+    parser.add_argument("--suite", default="smoke", metavar="NAME|PATH", help="default: smoke")
+    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches, such as '*hq16*'")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: auto")
+    parser.add_argument(
+        "--peer", action="append", metavar="NAME", help="repeatable; none for no peer; default: the suite's"
+    )
+    parser.add_argument("--seconds", type=_seconds, default=1.5, help="per contender and case; default: 1.5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--out", type=Path, metavar="ROWS.jsonl", help="append rows to this file")
+    parser.add_argument("--list", action="store_true", help="print the case names and stop")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from openmla.lab import suite as suites
+
+    suite = suites.load(args.suite)
+    cases = suite.matching(args.case)
+    if args.list:
+        names = [case.name for case in cases]
+        _print_json({"schema": _JSON_SCHEMA, "suite": suite.name, "cases": names}) if args.json else print(
+            *names, sep="\n"
+        )
+        return 0
+    return _bench_cases(args, suite, cases)
+
+
+def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
+    from openmla.core.target import Target
+    from openmla.lab import peers, runner, store, table
+
+    chosen = None if args.peer is None else tuple(name for name in args.peer if name != "none")
+    unknown = [name for name in chosen or () if name not in peers.PEERS]
+    if unknown:
+        raise ConfigError(f"unknown peer {unknown[0]!r}; use one of: {', '.join(peers.PEERS)}, none")
+    options = runner.Options(tuple(args.backend or ("auto",)), chosen, args.seconds)
+    results = []
+    for result in runner.run(suite, cases, options, Target.detect(args.device), _say):
+        results.append(result)
+        if args.out:
+            store.append(args.out, result.rows)
+        if not args.json:
+            print(table.case_table(result), end="\n\n", flush=True)
+    if args.json:
+        _print_json({"schema": _JSON_SCHEMA, "suite": suite.name, "results": [each.as_dict() for each in results]})
+    return 1 if any(each.wrong for each in results) else 0
+
+
+# verify
+
+
+def _add_verify(verbs: Any) -> None:
+    parser = _verb(verbs, "verify", _verify, "compare every kernel that runs here with the fp64 oracle")
+    parser.add_argument("--op", action="append", metavar="NAME", help="repeatable; default: all")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: all that run here")
+    parser.add_argument("--cases", type=_positive, default=200, help="at most so many per operation and backend")
+    parser.add_argument("--seconds", type=_seconds, default=60.0, help="stop after so long; default: 60")
+    parser.add_argument("--seed", type=int, default=0, help="the first case")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from openmla.lab import verify
+
+    record = verify.verify(
+        ops=args.op, backends=args.backend, cases=args.cases, seconds=args.seconds, seed=args.seed,
+        device=args.device, progress=_say,
+    )  # fmt: skip
+    if args.json:
+        _print_json(record.as_dict())
+    else:
+        print(_fold(str(record)))
+    return 0 if record.passed else 1
