@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, cast
 
-import torch
+# Not `import torch`: loading the subpackage openmla.backends.torch rebinds that name in this module.
+from torch import bfloat16
 
 from openmla.backends.base import Kernel, Unbuilt, Verdict
 from openmla.core import env
@@ -238,7 +239,7 @@ def explain(
 
 def typical_problem(op: str) -> Problem:
     """A problem of the size that DeepSeek-V3 (V3.2 where it is sparse) serves. Raises ConfigError for an unknown op."""
-    dtype = torch.bfloat16
+    dtype = bfloat16
     if op == "decode":
         return DecodeProblem(128, 1, 128, 128, 1, 576, 512, dtype, kv_layout("bf16_576"), 64, 8192, 64)
     if op == "sparse_decode":
