@@ -110,7 +110,7 @@ def _weighted_sum(weights: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) ->
     """Weights @ v, except that an unseen key adds nothing even where v is not finite (0 * NaN is NaN)."""
     finite = v.isfinite()
     out = weights @ v.masked_fill(~finite, 0)
-    suspects = (~finite).any(-1).flatten(0, -2).any(0)
+    suspects = torch.atleast_2d((~finite).any(-1)).flatten(0, -2).any(0)
     if bool(suspects.any()):
         terms = weights[..., suspects, None] * v.masked_fill(finite, 0)[..., None, suspects, :]
         mine = seen[..., suspects, None] & ~finite[..., None, suspects, :]

@@ -2,7 +2,7 @@
 
 unit        standard normal: weights differ, none dominates
 peaky       q times 4: few keys dominate
-outlier     one channel of q and k is 60 times larger, as in trained models: large logits, cancellation
+outlier     one channel of k (and so of v) is 60 times larger, as in trained models: cancellation, uneven scales
 small       normal / 10: almost uniform weights; hides most errors, so it is drawn rarely
 zero_q      q = 0: lse = ln n and out = mean v, exactly known
 sweep       each row of q points at one key of its request, and the rows walk over all keys in turn
@@ -53,7 +53,7 @@ def draw_keys(
     if family == "small":
         k = k / 10
     if family == "outlier":
-        k[..., _outlier_column(shape[-1])] *= 60
+        k[..., shape[-1] // 3] *= 60
     if family == "onehot_v":
         k[..., :d_v] = draw_values(family, (*shape[:-1], d_v), generator, position)
     return k
@@ -88,9 +88,6 @@ def draw_queries(
         return q / 10
     if family == "peaky":
         return q * 4
-    if family == "outlier":
-        q[..., _outlier_column(d_qk)] *= 60
-        return q
     if family not in ("sweep", "sweep_rope") or n == 0:
         return q
     # Row i points at key order[i mod n]; over rows and heads every key is a needle, page edges included.
@@ -103,7 +100,3 @@ def draw_queries(
         direction[..., : d_qk - rope_columns(d_qk, d_v)] = 0
     length = direction.square().sum(-1, keepdim=True).clamp_min(1e-6)
     return direction * (_NEEDLE_LOGIT / softmax_scale) / length
-
-
-def _outlier_column(d_qk: int) -> int:
-    return d_qk // 3
