@@ -146,7 +146,7 @@ def _selection(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(indices [total, topk], lengths [total]): the first `length` entries of a token count."""
     topk = indices.shape[-1]
-    flat = indices.reshape(-1, topk)
+    flat = indices.reshape(lead.numel(), topk)
     if topk_length is None:
         return flat, torch.full((flat.shape[0],), topk, device=flat.device)
     lengths = _clamp(topk_length, topk, word, Fault.TOPK_LENGTH_OUT_OF_RANGE, Fault.TOPK_LENGTH_OUT_OF_RANGE)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from openmla.backends.base import Kernel, Verdict
+from openmla.backends.base import DecodePlan, Kernel, Verdict
 from openmla.backends.torch import anywhere
 from openmla.backends.torch.backward import prefill_backward
+from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 
 
@@ -45,6 +46,31 @@ class _TorchKernel:
             getattr(anywhere, self.op)(problem, operands)
 
 
+_BLOCK_KEYS = 64  # the unit in which a plan counts keys
+
+
+@dataclass(frozen=True)
+class _DecodeKernel(_TorchKernel):
+    def plan(
+        self, compiled: TorchConfig, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str
+    ) -> DecodePlan:
+        """One part, one piece per request: threads take tiles as they become free, and merge them in order.
+
+        So the bits do not depend on who computes what, and both policies are the same plan.
+        """
+        part = torch.zeros((1, 8), dtype=torch.int32, device=cache_seqlens.device)
+        part[0, 1] = problem.batch - 1
+        if problem.batch:
+            length = cache_seqlens[-1].clamp(0, problem.max_pages * problem.page_size)
+            part[0, 3] = (length + _BLOCK_KEYS - 1) // _BLOCK_KEYS
+        splits = torch.arange(problem.batch + 1, dtype=torch.int32, device=cache_seqlens.device)
+        return DecodePlan(part, splits, 0)
+
+    def workspace_bytes(self, compiled: TorchConfig, problem: DecodeProblem) -> int:
+        """None: scratch belongs to the worker threads and outlives the call."""
+        return 0
+
+
 @dataclass(frozen=True)
 class _PrefillKernel(_TorchKernel):
     def launch_backward(
@@ -55,8 +81,8 @@ class _PrefillKernel(_TorchKernel):
             return prefill_backward(problem, operands, grad_out)
 
 
-DECODE = _TorchKernel("decode", "decode_tiled")
-SPARSE_DECODE = _TorchKernel("sparse_decode", "sparse_decode_tiled")
+DECODE = _DecodeKernel("decode", "decode_tiled")
+SPARSE_DECODE = _DecodeKernel("sparse_decode", "sparse_decode_tiled")
 SPARSE_PREFILL = _TorchKernel("sparse_prefill", "sparse_prefill_tiled")
 PREFILL = _PrefillKernel("prefill", "prefill_tiled")
 KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL, PREFILL)
