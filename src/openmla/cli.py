@@ -148,7 +148,7 @@ def _asked_problem(args: argparse.Namespace, op: str) -> Any:
     from openmla.core.layout import kv_layout
     from openmla.lab.suite import DTYPES
 
-    problem = backends.typical_problem(op)
+    problem: Any = backends.typical_problem(op)
     names = {field.name for field in dataclasses.fields(problem)}
     changes: dict[str, Any] = {name: getattr(args, name) for name in _SHAPE if getattr(args, name) is not None}
     if args.dtype:

@@ -69,6 +69,7 @@ def backend(case: Case, sets: Sets, target: Target, name: str) -> Contender | Re
         openmla.plan(
             each.q, each.kv_cache, each.block_table, each.cache_seqlens,
             d_v=case.d_v, is_causal=case.is_causal, policy=case.policy,  # type: ignore[arg-type]
+            backend=chosen.kernel.backend,
         )
         for each in sets
     ]  # fmt: skip
