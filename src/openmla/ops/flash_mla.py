@@ -210,7 +210,7 @@ def flash_mla_with_kvcache(
 
 def _border_lse(lse: torch.Tensor) -> torch.Tensor:
     """-inf inside, +inf at this border: upstream's mark of a row that sees no key."""
-    return lse.masked_fill_(lse == -torch.inf, torch.inf)
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _dense(
@@ -433,7 +433,7 @@ def flash_attn_varlen_func(
         q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale=softmax_scale,
         is_causal=causal, backend=backend,
     )  # fmt: skip
-    return out, _border_lse(lse.detach()).T
+    return out, _border_lse(lse).T
 
 
 def flash_attn_varlen_qkvpacked_func(

@@ -112,10 +112,6 @@ def plan(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
         kv_layout, backend,
     )  # fmt: skip
-    return _make_plan(prepared, cache_seqlens, policy)
-
-
-def _make_plan(prepared: dispatch.Prepared, cache_seqlens: torch.Tensor, policy: Policy) -> Plan:
     kernel = cast(DecodeKernel, prepared.kernel)
     pieces = kernel.plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
     return Plan(prepared.problem, policy, kernel.backend, kernel.name, pieces, cache_seqlens.clone())
@@ -234,19 +230,19 @@ def decode(
         q, kv_cache, block_table, cache_seqlens, _scale(softmax_scale, problem.d_qk), result, lse,
         faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device),
     )  # fmt: skip
-    dispatch.launch(prepared, operands, _current_plan(plan, prepared, cache_seqlens, policy).pieces)
+    dispatch.launch(prepared, operands, _pieces(plan, prepared, cache_seqlens, policy))
     return result, _finish_lse(lse, return_lse, lse_base)
 
 
-def _current_plan(given: Plan | None, prepared: dispatch.Prepared, cache_seqlens: torch.Tensor, policy: Policy) -> Plan:
+def _pieces(given: Plan | None, prepared: dispatch.Prepared, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
     """The caller's plan if it is still true, else a new one; on a CPU a stale plan is found and reported here."""
-    if given is None:
-        return _make_plan(prepared, cache_seqlens, policy)
-    given.check(prepared)
-    if cache_seqlens.device.type == "cpu" and not torch.equal(given.cache_seqlens, cache_seqlens):
+    if given is not None:
+        given.check(prepared)
+        if cache_seqlens.device.type != "cpu" or torch.equal(given.cache_seqlens, cache_seqlens):
+            return given.pieces
         faults.report(cache_seqlens.device, faults.Fault.PLAN_STALE)
-        return _make_plan(prepared, cache_seqlens, policy)
-    return given
+        policy = given.policy
+    return cast(DecodeKernel, prepared.kernel).plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
 
 
 def _workspace(prepared: dispatch.Prepared, given: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
