@@ -1,0 +1,157 @@
+"""Plans of dense decode: whatever the cut, every KV block is computed exactly once and merged in order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmla.core.errors import ProblemError
+from openmla.split.schedule import POLICIES, SplitPlan, plan_decode
+
+CHUNKS, PER_CHUNK = 4, 5500
+CTA_PARTS = (1, 2, 3, 4, 8, 13, 33, 66, 78, 132)
+
+
+def check_plan(plan: SplitPlan, lengths: list[int], num_parts: int, block_tokens: int) -> None:
+    """The invariants that every formulation of a plan must keep."""
+    blocks = [-(-max(length, 0) // block_tokens) for length in lengths]
+    assert list(plan.blocks) == blocks and len(plan.parts) == num_parts
+    assert len(plan.num_splits) == len(lengths) + 1 and plan.num_splits[0] == 0
+
+    next_block, next_split, last_part = [0] * len(lengths), [0] * len(lengths), -1
+    line = (0, 0)  # (request, block): pieces follow one another along the line of work
+    for piece in plan.pieces():
+        # The pieces of a request come in order, without gap or overlap, numbered from 0.
+        assert piece.begin_block == next_block[piece.request], piece
+        assert piece.split == next_split[piece.request], piece
+        # Empty pieces exist for empty requests only.
+        assert piece.end_block > piece.begin_block or blocks[piece.request] == 0, piece
+        assert last_part <= piece.part < num_parts
+        assert (piece.request, piece.begin_block) >= line
+        next_block[piece.request], line = piece.end_block, (piece.request, piece.end_block)
+        next_split[piece.request] += 1
+        last_part = piece.part
+    assert next_block == blocks  # every block
+    assert all(count >= 1 for count in next_split)  # somebody writes the rows of an empty request
+    counted = [end - begin for begin, end in zip(plan.num_splits, plan.num_splits[1:], strict=False)]
+    assert counted == next_split
+    assert plan.num_pieces == sum(next_split)
+
+
+def draw(pick: random.Random) -> tuple[list[int], int, dict[str, int]]:
+    batch = pick.choice((0, 1, 1, 2, 3, 5, 9, 20, 40))
+    longest = pick.choice((1, 64, 65, 1000, 10_000, 200_000))
+    lengths = [pick.choice((0, 1, 63, 64, 65, longest, pick.randint(0, longest))) for _ in range(batch)]
+    if batch and pick.random() < 0.1:
+        lengths[0] = pick.choice((-1, -(2**31), 2**31 - 1))
+    options = {
+        "block_tokens": pick.choice((1, 16, 64, 64, 128)) if longest <= 1000 else 64,
+        "overhead_blocks": pick.choice((0, 1, 5, 5, 20)),
+    }
+    if max(lengths, default=0) > 2**30:
+        options["block_tokens"] = 64
+    return lengths, pick.choice(CTA_PARTS), options
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_block_exactly_once(chunk, seeds_of):
+    for seed in seeds_of(chunk, PER_CHUNK):
+        pick = random.Random(seed)
+        lengths, num_parts, options = draw(pick)
+        policy = POLICIES[seed % len(POLICIES)]
+        if policy == "batch_invariant":
+            longest = max(lengths, default=0)
+            options["chunk_tokens"] = options["block_tokens"] * (pick.choice((1, 2, 64)) if longest < 10**6 else 4096)
+        else:
+            options["min_share_blocks"] = pick.choice((1, 1, 2, 8))
+        plan = plan_decode(lengths, num_parts, policy=policy, **options)
+        try:
+            check_plan(plan, lengths, num_parts, options["block_tokens"])
+            assert plan == plan_decode(tuple(lengths), num_parts, policy=policy, **options)
+        except AssertionError as error:
+            raise AssertionError(
+                f"REPRO: python -m pytest tests/unit/test_schedule.py -k exactly_once --case-seed={seed}\n"
+                f"{policy} {lengths} num_parts={num_parts} {options}\n{plan}"
+            ) from error
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_parts_cost_about_the_same(chunk, seeds_of):
+    for seed in seeds_of(chunk, 1000):
+        lengths, num_parts, options = draw(random.Random(seed))
+        plan = plan_decode(lengths, num_parts, **options)
+        overhead = options["overhead_blocks"]
+        cost = [0] * num_parts
+        for piece in plan.pieces():
+            cost[piece.part] += overhead + piece.end_block - piece.begin_block
+        # Even share of all work, plus the head of one piece that cutting adds, plus one head that could not be cut.
+        fair = -(-sum(max(count + overhead, 1) for count in plan.blocks) // num_parts)
+        assert max(cost) <= fair + 2 * overhead + 1, f"--case-seed={seed} {lengths} {num_parts} {options} {cost}"
+
+
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=12), st.integers(1, 140), st.integers(1, 140), st.data())
+@settings(max_examples=300, deadline=None)
+def test_batch_invariant_pieces_depend_on_own_length_only(lengths, parts_a, parts_b, data):
+    request = data.draw(st.integers(0, len(lengths) - 1))
+
+    def cuts(all_lengths: list[int], num_parts: int, which: int) -> list[tuple[int, int]]:
+        plan = plan_decode(all_lengths, num_parts, policy="batch_invariant")
+        return [(piece.begin_block, piece.end_block) for piece in plan.pieces() if piece.request == which]
+
+    alone = cuts([lengths[request]], parts_a, 0)
+    assert cuts(lengths, parts_b, request) == alone
+    assert all(begin % 64 == 0 for begin, _ in alone)  # chunk_tokens 4096 = 64 blocks
+
+
+@given(st.lists(st.integers(-5, 20_000), max_size=8), st.integers(1, 40), st.sampled_from(POLICIES))
+@settings(max_examples=200, deadline=None)
+def test_device_form_says_the_same(lengths, num_parts, policy):
+    plan = plan_decode(lengths, num_parts, policy=policy)
+    table = plan.tile_scheduler_metadata()
+    assert table.dtype == torch.int32 and table.shape == (num_parts, 8)
+    assert [tuple(row) for row in table[:, :5].tolist()] == list(plan.parts) and not table[:, 5:].any()
+    splits = plan.num_splits_tensor()
+    assert splits.dtype == torch.int32 and tuple(splits.tolist()) == plan.num_splits
+
+
+def test_an_empty_request_has_one_piece_of_no_blocks():
+    for policy in POLICIES:
+        plan = plan_decode([0, 0, 100, 0], 3, policy=policy)
+        empty = [piece for piece in plan.pieces() if piece.request != 2]
+        assert [(piece.request, piece.begin_block, piece.end_block) for piece in empty] == [
+            (0, 0, 0),
+            (1, 0, 0),
+            (3, 0, 0),
+        ]
+
+
+def test_one_long_request_uses_every_part():
+    plan = plan_decode([132 * 64 * 64], 132)
+    assert {piece.part for piece in plan.pieces()} == set(range(132))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"num_parts": 0}, "num_parts"),
+        ({"num_parts": 1, "policy": "fair"}, "policy"),
+        ({"num_parts": 1, "block_tokens": 0}, "block_tokens"),
+        ({"num_parts": 1, "overhead_blocks": -1}, "overhead_blocks"),
+        ({"num_parts": 1, "chunk_tokens": 100}, "chunk_tokens"),
+        ({"num_parts": 1, "chunk_tokens": 32}, "chunk_tokens"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
+)
+def test_misuse_is_refused(arguments, rule):
+    with pytest.raises(ProblemError, match=rule):
+        plan_decode([64], **arguments)
+
+
+def test_all_violations_at_once():
+    with pytest.raises(ProblemError) as caught:
+        plan_decode([64], 0, block_tokens=0, overhead_blocks=-1)
+    assert len(caught.value.violations) == 3
