@@ -194,9 +194,12 @@ def _add_demo(verbs: Any) -> None:
 def _demo(args: argparse.Namespace) -> int:
     try:
         from openmla.lab import demo
+
+        result = demo.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=_say)
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("openmla"):
+            raise
         raise ConfigError(f"the demo needs {error.name}: pip install 'openmla[demo]'") from error
-    result = demo.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=_say)
     if args.json:
         _print_json(result.as_dict())
     else:
@@ -236,9 +239,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
+    from openmla.backends import BACKENDS
     from openmla.core.target import Target
     from openmla.lab import peers, runner, store, table
 
+    for name in args.backend or ():
+        if name not in ("auto", *BACKENDS):
+            raise ConfigError(f"unknown backend {name!r}; use one of: auto, {', '.join(BACKENDS)}")
     chosen = None if args.peer is None else tuple(name for name in args.peer if name != "none")
     unknown = [name for name in chosen or () if name not in peers.PEERS]
     if unknown:

@@ -1,0 +1,241 @@
+"""The command line as its users meet it: a subprocess, its output and its exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from openmla.lab import store
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = ("doctor", "explain", "demo", "bench", "verify")
+TINY = '[[case]]\nbatch = 2\ns_k = 70\nh_q = 4\ndtype = "fp32"\n'
+
+
+def openmla(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("OPENMLA_")}
+    return subprocess.run(
+        [sys.executable, "-m", "openmla", *arguments],
+        env={**inherited, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def as_json(done: subprocess.CompletedProcess) -> dict:
+    """Standard output is one JSON object and nothing else."""
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def test_help_is_fast_and_names_every_verb():
+    begin = time.perf_counter()
+    done = openmla("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in VERBS)
+    assert time.perf_counter() - begin < 1.0, "help must not import PyTorch"
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, openmla.cli as c\ntry: c.main(['bench', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_version():
+    assert openmla("--version").stdout.startswith("openmla 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nosuch",),
+        ("doctor", "--nosuch"),
+        ("bench", "--seconds", "-1"),
+        ("verify", "--cases", "0"),
+        ("explain", "--h-q", "x"),
+    ],
+)
+def test_wrong_usage_is_2(arguments):
+    done = openmla(*arguments)
+    assert done.returncode == 2
+    assert "usage: openmla" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("explain", "nosuch"), {}, "unknown operation 'nosuch'; use one of: decode"),
+        (("explain", "--target", "h900"), {}, "unknown target 'h900'; use one of: a100_sxm"),
+        (("explain", "decode", "--backend", "nosuch"), {}, "unknown backend 'nosuch'"),
+        (("explain", "decode", "--topk", "64"), {}, "decode has no topk; it has: batch"),
+        (("explain", "decode", "--kv-layout", "fp8_1"), {}, "unknown KV layout 'fp8_1'"),
+        (("explain",), {"OPENMLA_BACKEND": "cude"}, "OPENMLA_BACKEND='cude' is not legal"),
+        (("bench", "--suite", "nosuch"), {}, "unknown suite 'nosuch'; use one of: cpu_decode"),
+        (("bench", "--suite", "nosuch.toml"), {}, "suite file nosuch.toml does not exist"),
+        (("bench", "--case", "*hq7*"), {}, "no case of suite smoke matches '*hq7*'"),
+        (("bench", "--peer", "nosuch"), {}, "unknown peer 'nosuch'; use one of: sdpa"),
+        (("bench", "--backend", "nosuch"), {}, "unknown backend 'nosuch'"),
+        (("verify", "--op", "nosuch"), {}, "unknown operation 'nosuch'"),
+    ],
+)
+def test_wrong_value_is_2_with_one_message(arguments, environment, message):
+    done = openmla(*arguments, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_doctor_text_and_json():
+    text = openmla("doctor")
+    assert text.returncode == 0, text.stdout
+    assert "not built yet" in text.stdout
+    assert "Traceback" not in text.stdout + text.stderr
+    record = as_json(openmla("doctor", "--json"))
+    assert record["schema"] == 1
+    assert record["healthy"]
+
+
+def test_doctor_finds_a_wrong_setting():
+    done = openmla("doctor", OPENMLA_CHECKS="loud")
+    assert done.returncode == 1
+    assert "WRONG OPENMLA_CHECKS" in done.stdout
+    assert "fix: unset OPENMLA_CHECKS" in done.stdout
+
+
+def test_doctor_into_a_closed_pipe():
+    command = f"{sys.executable} -m openmla doctor | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "software"
+    assert done.stderr == ""
+
+
+def test_explain_text_and_json():
+    text = openmla("explain")
+    assert text.returncode == 0
+    assert text.stdout.count("torch/") >= 4
+    assert max(map(len, text.stdout.splitlines())) <= 100
+    record = as_json(
+        openmla("explain", "decode", "--target", "h100_sxm", "--h-q", "16", "--batch", "4", "--s-k", "1000", "--json")
+    )
+    (one,) = record["explanations"]
+    assert {each["backend"] for each in one["candidates"]} == {"cute", "triton", "torch"}
+    assert "h_q=16" in one["problem"]
+    assert "total_q=4" in one["problem"]
+    assert "max_pages=16" in one["problem"]
+
+
+def test_explain_of_a_layout_and_of_nobody():
+    assert "fp8_584" in openmla("explain", "sparse_decode", "--kv-layout", "fp8_584").stdout
+    done = openmla("explain", "decode", "--backend", "triton")
+    assert done.returncode == 1
+    assert "not built yet" in done.stdout or "triton" in done.stdout
+
+
+def test_bench_lists_cases():
+    done = openmla("bench", "--suite", "cpu_decode", "--list")
+    assert done.stdout.splitlines()[0] == "decode-b16-sq1-hq16-sk4096-bf16"
+    assert as_json(openmla("bench", "--suite", "cpu_decode", "--list", "--json"))["suite"] == "cpu_decode"
+
+
+def test_bench_measures_prints_and_appends(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    arguments = (
+        "bench",
+        "--suite",
+        tiny,
+        "--peer",
+        "eager",
+        "--peer",
+        "flash_mla",
+        "--seconds",
+        "0.05",
+        "--out",
+        str(rows),
+    )
+    text = openmla(*arguments)
+    assert text.returncode == 0, text.stderr
+    assert "gate torch: green" in text.stderr
+    assert "flash_mla  not run: " in text.stdout
+    record = as_json(openmla(*arguments, "--json"))
+    assert [row["who"] for row in record["results"][0]["rows"]] == ["torch", "eager"]
+    assert [row.who for row in store.read(rows)] == ["torch", "eager", "torch", "eager"]
+
+
+def test_bench_of_a_backend_that_cannot_run_says_why(tiny):
+    done = openmla("bench", "--suite", tiny, "--backend", "triton", "--peer", "none", "--seconds", "0.05")
+    assert done.returncode == 0
+    assert "not run: triton/" in done.stdout
+
+
+def test_verify_text_and_json():
+    text = openmla("verify", "--cases", "2", "--device", "cpu")
+    assert text.returncode == 0, text.stdout + text.stderr
+    assert "all cases within tolerance" in text.stdout
+    record = as_json(openmla("verify", "--op", "decode", "--cases", "2", "--seed", "5", "--device", "cpu", "--json"))
+    assert record["schema"] == 1
+    assert record["first_seed"] == 5
+    assert record["passed"]
+
+
+def test_verify_of_what_cannot_run_is_a_finding():
+    done = openmla("verify", "--op", "decode", "--backend", "triton", "--cases", "1", "--device", "cpu")
+    assert done.returncode == 1
+    assert "nothing ran" in done.stdout
+
+
+def test_interrupt_is_130():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openmla", "verify", "--cases", "100000", "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    process.stderr.readline()  # the first progress line: it is in the loop
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "openmla verify: interrupted" in rest
+    assert "Traceback" not in rest
+
+
+def test_demo_without_its_packages_says_what_to_install():
+    code = (
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'transformers':\n"
+        "            raise ModuleNotFoundError('No module named transformers', name='transformers')\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+        "from openmla.cli import main\n"
+        "raise SystemExit(main(['demo', '--quick']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'openmla[demo]'" in done.stderr
+    assert "Traceback" not in done.stderr
