@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from openmla.backends.base import DecodePlan, Kernel, Verdict
-from openmla.backends.torch import anywhere
+from openmla.backends.torch import anywhere, tiled
 from openmla.backends.torch.backward import prefill_backward
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
@@ -43,7 +43,7 @@ class _TorchKernel:
     def launch(self, compiled: TorchConfig, problem: Any, operands: Any, plan: Any) -> None:
         """Writes out, lse and max_logits of the operands in full. A plan is not needed and ignored."""
         with torch.no_grad():
-            getattr(anywhere, self.op)(problem, operands)
+            getattr(tiled if operands.q.is_cpu else anywhere, self.op)(problem, operands)
 
 
 _BLOCK_KEYS = 64  # the unit in which a plan counts keys
