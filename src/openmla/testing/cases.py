@@ -63,6 +63,7 @@ class Case:
     has_sink: bool = False
     invalid_share: float = 0.0  # of indices, or of pages in use
     nan_tokens: bool = False  # some attended keys hold NaN
+    poison: int = 0xFF  # what every KV byte holds that no row reaches; 0xFF is NaN in each format
 
     @property
     def repro(self) -> str:
@@ -100,7 +101,9 @@ class Case:
 
     def __str__(self) -> str:
         shown = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return " ".join(f"{name}={value}" for name, value in shown if value not in ("", 0, False))
+        return " ".join(
+            f"{name}={value}" for name, value in shown if value not in ("", 0, False) and name not in ("op", "poison")
+        )
 
 
 def native_arguments(op: str, operands: dict[str, Any]) -> dict[str, Any]:
@@ -255,11 +258,15 @@ def _hostile_view(pick: random.Random, content: torch.Tensor, garbage: float) ->
     return view
 
 
-def _poisoned_cache(pick: random.Random, layout: KVLayout, num_pages: int, page_size: int, h_kv: int) -> torch.Tensor:
-    """A cache of NaN in every byte (0xFF is NaN in each format), with a random page stride and storage offset."""
+def _poisoned_cache(
+    case: Case, pick: random.Random, layout: KVLayout, num_pages: int, page_size: int, h_kv: int
+) -> torch.Tensor:
+    """A cache of nothing but poison, page padding included, with a random page stride and storage offset."""
     page_elements = page_size * h_kv * layout.row_elements
     slack = pick.choice((0, 16, 48))
-    pool = torch.full(((page_elements + slack) * num_pages * layout.dtype.itemsize + 64,), 0xFF, dtype=torch.uint8)
+    pool = torch.full(
+        ((page_elements + slack) * num_pages * layout.dtype.itemsize + 64,), case.poison, dtype=torch.uint8
+    )
     elements = pool.view(layout.dtype)
     row = layout.row_elements
     return elements.as_strided(
@@ -305,45 +312,43 @@ def _offsets(lengths: Sequence[int]) -> torch.Tensor:
 def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) -> dict[str, Any]:
     layout, size = _layout(case, case.layout), case.page_size
     batch = len(case.seqlens_k)
-    # Odd lengths (negative, beyond capacity) keep a real table of three pages.
+    # Lengths that are no lengths (negative, beyond capacity) get a real table of three full pages.
     real = [length if 0 <= length < 5000 else 3 * size for length in case.seqlens_k]
     used = [-(-length // size) for length in real]
     columns = max(used, default=0) + pick.choice((0, 1, 3))
-    num_pages = sum(used) + pick.choice((0, 1, 4)) + (batch == 0)
-    num_pages = max(num_pages, 1)
-    cache = _poisoned_cache(pick, layout, num_pages, size, case.h_kv)
+    num_pages = max(sum(used) + pick.choice((0, 1, 4)), 1)
+    cache = _poisoned_cache(case, pick, layout, num_pages, size, case.h_kv)
+    is_written = torch.zeros(num_pages * size, dtype=torch.bool)
     free = list(range(num_pages))
     pick.shuffle(free)
     garbage = (-1, -(2**31), 2_147_480_000, 2**31 - 1, num_pages)
     table = torch.tensor([[pick.choice(garbage) for _ in range(columns)] for _ in range(batch)], dtype=torch.int32)
     table = table.reshape(batch, columns)
     queries: list[torch.Tensor] = []
-    prefix: list[int] = []
+    spoiled: list[int] = []
+    pages: list[int] = []
     for request in range(batch):
         # Requests share their first pages with the previous one now and then.
-        shared = prefix[: used[request]] if pick.random() < 0.2 else []
+        shared = pages[: used[request]] if pick.random() < 0.2 else []
         pages = shared + [free.pop() for _ in range(used[request] - len(shared))]
-        prefix = pages
         table[request, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        position = torch.arange(min(real[request], len(pages) * size))
         if not 0 <= case.seqlens_k[request] < 5000:
-            # A length beyond capacity reaches every column; fill them all with pages that exist.
-            extra = [pick.choice(pages) for _ in range(columns - len(pages))]
-            table[request, len(pages) :] = torch.tensor(extra, dtype=torch.int32)
+            # A length beyond capacity reaches every column, so every column holds a page that exists.
+            rest = [pick.choice(pages) for _ in range(columns - len(pages))]
+            table[request, len(pages) :] = torch.tensor(rest, dtype=torch.int32)
+        position = torch.arange(real[request])
         slots = torch.tensor(pages, dtype=torch.int64)[position // size] * size + position % size
-        mine = position >= len(shared) * size
-        keys = draw_keys(case.family, (int(mine.sum()), case.h_kv, case.d_qk), case.d_v, generator, position[mine])
-        _store(cache, layout, slots[mine], keys)
-        read = _load(cache, layout, slots)
-        read = read.masked_fill(~read.isfinite(), 1)  # a shared page may end earlier in its first owner
-        queries.append(
-            draw_queries(case.family, case.seqlens_q[request], case.h_q, read, case.d_v, case.softmax_scale, generator)
-        )
+        fresh = ~is_written[slots]
+        shape = (int(fresh.sum()), case.h_kv, case.d_qk)
+        _store(cache, layout, slots[fresh], draw_keys(case.family, shape, case.d_v, generator, position[fresh]))
+        is_written[slots] = True
+        s_q, keys = case.seqlens_q[request], _load(cache, layout, slots)
+        queries.append(draw_queries(case.family, s_q, case.h_q, keys, case.d_v, case.softmax_scale, generator))
         if case.nan_tokens and slots.shape[0]:
-            _store(
-                cache, layout, slots[pick.randrange(slots.shape[0])][None], torch.full_like(keys[:1], torch.nan)
-            ) if keys.shape[0] else None
+            spoiled.append(int(slots[pick.randrange(slots.shape[0])]))
         _spoil(case, pick, table[request, : len(pages)], garbage)
+    nan = torch.full((len(spoiled), case.h_kv, case.d_qk), torch.nan)
+    _store(cache, layout, torch.tensor(spoiled, dtype=torch.int64), nan)
     operands: dict[str, Any] = {
         "q": _queries(case, queries, pick),
         "kv_cache": cache,
@@ -369,25 +374,31 @@ def _spoil(case: Case, pick: random.Random, values: torch.Tensor, garbage: Seque
 
 
 def _selection(
-    case: Case, pick: random.Random, tokens: int, topk: int, filled: torch.Tensor, num_slots: int
+    case: Case, pick: random.Random, tokens: int, share: int, topk: int, filled: torch.Tensor, num_slots: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(indices [tokens, topk], topk_length [tokens] or None): slots that hold tokens, spoiled; garbage behind."""
+    """Slots that hold tokens, spoiled; garbage behind the length, which `share` tokens have in common.
+
+    Returns:
+        indices [tokens, topk] int32, and topk_length [tokens / share] int32 or None.
+    """
     generator = torch.Generator().manual_seed(pick.randrange(2**31))
-    chosen = filled[torch.randint(filled.shape[0], (tokens, topk), generator=generator)] if filled.numel() else None
-    indices = torch.full((tokens, topk), -1) if chosen is None else chosen
+    indices = torch.full((tokens, topk), -1)
+    if filled.numel():
+        indices = filled[torch.randint(filled.shape[0], (tokens, topk), generator=generator)]
     garbage = torch.tensor((*INVALID_SLOTS, num_slots))
     wrong = torch.rand(tokens, topk, generator=generator) < case.invalid_share
     indices = torch.where(wrong, garbage[torch.randint(5, (tokens, topk), generator=generator)], indices)
     if not case.has_topk_length:
         return indices.to(torch.int32), None
     legal = (0, topk, pick.randint(0, topk), pick.randint(0, topk))
-    lengths = [pick.choice((*legal, -3, topk + 7) if pick.random() < 0.2 else legal) for _ in range(tokens)]
-    for token, length in enumerate(lengths):
-        # Behind the length: slots that hold NaN, and no slots at all.
+    choices = [(*legal, -3, topk + 7) if pick.random() < 0.2 else legal for _ in range(tokens // share)]
+    lengths = [pick.choice(each) for each in choices]
+    for token in range(tokens):
+        # Behind the length: slots that hold poison, and no slots at all.
         tail = torch.randint(-(2**31), 2**31 - 1, (topk,), generator=generator)
         anywhere = torch.randint(max(num_slots, 1), (topk,), generator=generator)
         tail = torch.where(torch.rand(topk, generator=generator) < 0.5, tail, anywhere)
-        begin = min(max(length, 0), topk)
+        begin = min(max(lengths[token // share], 0), topk)
         indices[token, begin:] = tail[begin:]
     return indices.to(torch.int32), torch.tensor(lengths, dtype=torch.int32)
 
@@ -398,7 +409,7 @@ def _sparse_cache(
     """(cache, slots that hold tokens); all other bytes are NaN."""
     count = case.seqlens_k[0]
     num_pages = -(-count // page_size) + pick.choice((1, 2))
-    cache = _poisoned_cache(pick, layout, num_pages, page_size, 1)
+    cache = _poisoned_cache(case, pick, layout, num_pages, page_size, 1)
     filled = torch.randperm(num_pages * page_size, generator=generator)[:count]
     _store(cache, layout, filled, draw_keys(case.family, (filled.shape[0], 1, case.d_qk), case.d_v, generator))
     return cache, filled
@@ -409,7 +420,7 @@ def _make_sparse_decode(case: Case, pick: random.Random, generator: torch.Genera
     s_q = case.seqlens_q[0] if batch else 1
     tokens = batch * s_q
     lead = (tokens,) if case.is_varlen else (batch, s_q)
-    per_request = not case.is_varlen and pick.random() < 0.5
+    share = s_q if not case.is_varlen and s_q and pick.random() < 0.5 else 1  # tokens that have a length in common
     operands: dict[str, Any] = {}
     queries: list[torch.Tensor] = []
     for prefix, name, size, topk in (
@@ -420,7 +431,7 @@ def _make_sparse_decode(case: Case, pick: random.Random, generator: torch.Genera
             continue
         layout = _layout(case, name)
         cache, filled = _sparse_cache(case, pick, generator, layout, size)
-        indices, lengths = _selection(case, pick, tokens, topk, filled, cache.shape[0] * size)
+        indices, lengths = _selection(case, pick, tokens, share, topk, filled, cache.shape[0] * size)
         if not queries:
             read = _load(cache, layout, filled)
             queries = [draw_queries(case.family, tokens, case.h_q, read, case.d_v, case.softmax_scale, generator)]
@@ -428,9 +439,8 @@ def _make_sparse_decode(case: Case, pick: random.Random, generator: torch.Genera
             nan = torch.full((1, 1, case.d_qk), torch.nan)
             _store(cache, layout, filled[:1], nan)
         if lengths is not None:
-            # Every token of a request then has the first token's length, so its tail may hold fewer garbage values.
-            lengths = lengths.reshape(lead)[:, 0] if per_request and s_q else lengths.reshape(lead)
-            operands[f"{prefix}topk_length"] = lengths.contiguous()
+            lengths = lengths if share > 1 else lengths.reshape(lead)
+            operands[f"{prefix}topk_length"] = lengths
         operands[f"{prefix}kv_cache"] = cache
         operands[f"{prefix}indices"] = _hostile_view(pick, indices.reshape(*lead, topk), -(2**31))
         operands[f"{prefix}layout"] = layout if name else None
@@ -448,16 +458,13 @@ def _make_sparse_prefill(case: Case, pick: random.Random, generator: torch.Gener
     kv = draw_keys(case.family, (s_kv, case.h_kv, case.d_qk), case.d_v, generator).to(case.dtype)
     q = draw_queries(case.family, s_q, case.h_q, kv, case.d_v, case.softmax_scale, generator)
     reachable = torch.randperm(s_kv, generator=generator)[: max(s_kv * 3 // 4, 1)]
-    indices, lengths = _selection(case, pick, s_q * case.h_kv, case.topk, reachable, s_kv)
-    if lengths is not None:
-        # One length per token serves every KV head; heads may then see a bit of another's garbage.
-        lengths = lengths.reshape(s_q, case.h_kv)[:, 0].contiguous()
+    indices, lengths = _selection(case, pick, s_q * case.h_kv, case.h_kv, case.topk, reachable, s_kv)
     unreachable = torch.ones(s_kv, dtype=torch.bool)
     for token in range(s_q):
         end = case.topk if lengths is None else min(max(int(lengths[token]), 0), case.topk)
         row = indices.reshape(s_q, case.h_kv, case.topk)[token, :, :end].flatten().long()
         unreachable[row[(row >= 0) & (row < s_kv)]] = False
-    kv[unreachable] = torch.nan
+    kv[unreachable] = torch.nan if case.poison == 0xFF else 0.0
     if case.nan_tokens and s_kv:
         kv[reachable[0]] = torch.nan
     return {
