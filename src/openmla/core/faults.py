@@ -44,14 +44,20 @@ def fault_word(device: torch.device) -> torch.Tensor:
     word = _words.get(device)
     if word is None:
         with _lock:
-            word = _words.setdefault(device, torch.zeros(1, dtype=torch.int32, device=device))
+            word = _words.setdefault(device, _new_word(device))
     return word
+
+
+def _new_word(device: torch.device) -> torch.Tensor:
+    # A tensor made under inference_mode may not be written outside of it, and this one outlives the mode.
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def report(device: torch.device, fault: Fault) -> None:
     """OR `fault` into the word of a CPU device (kernels on a GPU write their word themselves)."""
     with _lock:
-        word = _words.setdefault(device, torch.zeros(1, dtype=torch.int32, device=device))
+        word = _words.setdefault(device, _new_word(device))
         word |= int(fault)
 
 
