@@ -1,0 +1,195 @@
+"""Where a compiled kernel comes from: an ahead-of-time bundle first, else the compiler with a private disk cache.
+
+    served = bundle.serve("decode_dense", config, build)
+    served.function(...)            # launch
+    served.source                   # "bundle" or "jit", and in `served.origin` the file it was loaded from
+
+A bundle is a folder written by `openmla compile`: shared libraries and a manifest that names, for each function, the
+configuration it was compiled for. A function is used only if the whole configuration agrees, and a library only if
+its SHA-256 is the manifest's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from openmla.backends.base import Verdict
+from openmla.backends.cute import diskcache
+from openmla.backends.cute.toolchain import ARCH, MANIFEST, MANIFEST_FORMAT, CompiledObject, link_bundle
+from openmla.core import env
+from openmla.core.errors import CompileError, ConfigError
+
+_CACHE_SCHEMA = 1
+
+
+class Variant(Protocol):
+    """What this module asks of a kernel's frozen Config."""
+
+    @property
+    def name(self) -> str:
+        """Exported function name; says every field."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, JSON-able."""
+        ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A launchable function and where it came from."""
+
+    function: Any
+    source: str  # "bundle" | "jit"
+    origin: Path
+
+
+_served: dict[tuple[str, str], Served] = {}
+_lock = threading.Lock()
+
+
+def availability(family: str, config: Variant) -> Verdict:
+    """Whether `serve` can work here, without compiling: every reason why not."""
+    if importlib.util.find_spec("tvm_ffi") is None:
+        return Verdict(("apache-tvm-ffi is not installed: pip install 'openmla[cuda]'",))
+    if _in_bundle(family, config) is not None:
+        return Verdict()
+    missing = [
+        f"{package} is not installed: pip install 'openmla[cuda]'"
+        for module, package in (("cutlass", "nvidia-cutlass-dsl"), ("triton", "triton"))
+        if importlib.util.find_spec(module) is None
+    ]
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        missing.append("no C compiler (cc, gcc or clang) on PATH to link with")
+    if not missing:
+        return Verdict()
+    where = env.AOT_DIR.read()
+    bundle = f"the bundle at {where} has no {config.name}" if where else "OPENMLA_AOT_DIR names no bundle"
+    return Verdict((f"{config.name} must be compiled and cannot be: {'; '.join(missing)}; {bundle}",))
+
+
+def serve(family: str, config: Variant, build: Callable[[Path], CompiledObject]) -> Served:
+    """The function of one variant, loaded once per process.
+
+    Args:
+        family: kernel folder name, such as decode_dense.
+        config: the variant.
+        build: compiles the variant into a folder (`toolchain.compile_kernel`); called when nothing is cached.
+
+    Raises:
+        CompileError: nothing can serve it; the message says what was tried.
+    """
+    key = (family, config.name)
+    found = _served.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        if key not in _served:
+            _served[key] = _from_bundle(family, config) or _from_compiler(family, config, build)
+        return _served[key]
+
+
+def loaded() -> dict[str, str]:
+    """Function name -> source, of everything loaded in this process."""
+    return {name: found.source for (_, name), found in sorted(_served.items())}
+
+
+@cache
+def _manifest(folder: str) -> dict[str, Any]:
+    path = Path(folder) / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{env.AOT_DIR.name}={folder!r} holds no readable {MANIFEST}: {error}") from error
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ConfigError(
+            f"{path} has format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; "
+            "write it anew with `openmla compile`"
+        )
+    return manifest
+
+
+def _in_bundle(family: str, config: Variant) -> tuple[Path, str] | None:
+    """(library, sha256) of a bundled function with exactly this configuration."""
+    folder = env.AOT_DIR.read()
+    if not folder:
+        return None
+    entry = _manifest(folder).get("families", {}).get(family, {})
+    function = entry.get("functions", {}).get(config.name)
+    if entry.get("arch") != ARCH or function is None or function["config"] != config.as_dict():
+        return None
+    return Path(folder) / entry["library"], entry["sha256"]
+
+
+def _from_bundle(family: str, config: Variant) -> Served | None:
+    found = _in_bundle(family, config)
+    if found is None:
+        return None
+    library, expected = found
+    actual = hashlib.sha256(library.read_bytes()).hexdigest()
+    if actual != expected:
+        raise CompileError(
+            f"{library} was changed after it was built (SHA-256 {actual[:12]}, manifest {expected[:12]})"
+        )
+    return Served(_load(library, config.name), "bundle", library)
+
+
+def _from_compiler(family: str, config: Variant, build: Callable[[Path], CompiledObject]) -> Served:
+    verdict = availability(family, config)
+    if not verdict:
+        raise CompileError(verdict.reasons[0])
+
+    def produce(folder: Path) -> Path:
+        return link_bundle([build(folder).object_path], folder / "kernel.so")
+
+    library = diskcache.fetch(_cache_key(family, config), produce)
+    return Served(_load(library, config.name), "jit", library)
+
+
+def _load(library: Path, name: str) -> Any:
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(library))[name]
+
+
+def _cache_key(family: str, config: Variant) -> str:
+    """Everything that the bytes of a compiled kernel depend on."""
+    return diskcache.key(
+        {
+            "schema": _CACHE_SCHEMA,
+            "family": family,
+            "config": config.as_dict(),
+            "sources": _source_hash(),
+            "arch": ARCH,
+            "python": list(sys.version_info[:2]),
+            "versions": {name: _version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")},
+        }
+    )
+
+
+@cache
+def _source_hash() -> str:
+    """SHA-256 over every source file of this backend: kernels share parts, so any change may change any kernel."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
