@@ -100,8 +100,11 @@ def _add_doctor(verbs: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    import logging
+
     from openmla.observe import doctor
 
+    logging.getLogger("openmla").setLevel(logging.ERROR)  # what was passed over stands in the report itself
     diagnosis = doctor.examine()
     if args.json:
         _print_json(diagnosis.as_dict())

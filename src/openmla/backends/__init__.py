@@ -142,7 +142,8 @@ def select(problem: Problem, target: Target, backend: str = "auto") -> Selection
             {f"{kernel.backend}/{kernel.name}": verdict.reasons for kernel, verdict in verdicts},
             str(problem),
         )
-    _note_fallbacks(problem, target, chosen, verdicts)
+    if backend == "auto":  # a named backend never falls back
+        _note_fallbacks(problem, target, chosen, verdicts)
     rows = tuple(Candidate(k.backend, k.name, verdict, k is chosen) for k, verdict in verdicts)
     return Selection(chosen, chosen.configs(problem, target)[0], rows)
 

@@ -40,7 +40,10 @@ def _speed(row: Row, own: Row) -> str:
     """How many times as fast as `row` our own one is."""
     if row.who == own.who:
         return f" {'1':>8}"
-    return f" {own.ratio[row.who]:>8.2f}" if row.who in own.ratio else f" {'':>8}"
+    ratio = own.ratio.get(row.who)
+    if ratio is None:
+        return f" {'':>8}"
+    return f" {ratio:>8.2f}" if ratio >= 0.1 else f" {ratio:>8.2g}"
 
 
 def _wrapped(who: str, text: str) -> list[str]:
