@@ -29,8 +29,6 @@ from openmla.backends.torch import workers
 from openmla.backends.torch.products import Products
 from openmla.backends.torch.workers import Scratch
 
-# Keys per tile. A gathered bf16 tile of 512 x 576 is 590 KB: it stays in a 1 MB L2 between the two products.
-TILE_KEYS = 512
 # Query rows per task: their fp32 scores of one tile take 512 KB, their running output as much.
 TASK_ROWS = 256
 _LOG2_E, _LN_2 = math.log2(math.e), math.log(2)
@@ -71,7 +69,7 @@ class Task:
     sight: Sight | None = None  # None: every row sees every key of every span
 
 
-def tile_spans(first: int, last: int, step: int = TILE_KEYS) -> list[tuple[int, int]]:
+def tile_spans(first: int, last: int, step: int) -> list[tuple[int, int]]:
     """[first, last) cut at multiples of `step`."""
     edges = [first, *range((first // step + 1) * step, last, step), last]
     return [(begin, end) for begin, end in pairwise(edges) if begin < end]

@@ -15,6 +15,8 @@ from openmla.backends.torch.rows import read_slots
 from openmla.backends.torch.workers import Scratch
 from openmla.core.layout import KVLayout
 
+_WASTED_KEYS = 64  # rows in front of a tile and behind it that copying whole pages may add, each
+
 
 def _padded(keys: int, multiple: int) -> int:
     return -(-keys // multiple) * multiple
@@ -37,6 +39,9 @@ class CacheReader:
         self._page_size = cache.shape[1]
         self._offsets = torch.arange(self._page_size, device="cpu")
         self._rows = None if layout.is_quantised else _flat_rows(cache, head)
+        self._pages = None
+        if self._rows is not None and self._rows.is_contiguous() and self._rows.numel():
+            self._pages = self._rows.view(cache.shape[0], -1)
 
     def slots(self, slots: torch.Tensor, absent: torch.Tensor | None, scratch: Scratch) -> Tile:
         """The rows at slots [n] int64, all of which exist, or where `absent` [n] is true, may not."""
@@ -63,18 +68,32 @@ class CacheReader:
         listed = pages.tolist()
         num_pages, size = self._cache.shape[0], self._page_size
         bad = min(listed) < 0 or max(listed) >= num_pages
-        if not bad and self._rows is not None and self._rows.dtype == self._dtype and keys % self._multiple == 0:
+        if not bad and self._rows is not None and self._rows.dtype == self._dtype:
             first = listed[0]
-            if listed[-1] - first == len(listed) - 1 and listed == list(range(first, listed[-1] + 1)):
+            if (
+                keys % self._multiple == 0
+                and listed[-1] - first == len(listed) - 1
+                and listed == list(range(first, listed[-1] + 1))
+            ):
                 # A run of pages in a row is one matrix; nothing is copied.
                 tile = self._rows[first * size + skip : first * size + skip + keys]
                 return Tile(tile, tile[:, : self._d_v], None), False
+            if self._pages is not None and len(listed) * size <= keys + 2 * _WASTED_KEYS:
+                return self._whole_pages(pages, skip, keys, scratch), False
         wide = pages.long()[:, None]
         slots = (wide * size + self._offsets).view(-1)[skip : skip + keys]
         absent = None
         if bad:
             absent = ((wide < 0) | (wide >= num_pages)).expand(-1, size).reshape(-1)[skip : skip + keys]
         return self.slots(slots, absent, scratch), bad
+
+    def _whole_pages(self, pages: torch.Tensor, skip: int, keys: int, scratch: Scratch) -> Tile:
+        """`pages` for pages that exist, copied as wholes: one long copy each instead of one per row."""
+        assert self._pages is not None
+        total, d_qk = pages.shape[0] * self._page_size, self._layout.d_qk
+        room = scratch.take("tile", self._dtype, max(total, skip + _padded(keys, self._multiple)), d_qk)
+        torch.index_select(self._pages, 0, pages, out=room[:total].view(pages.shape[0], -1))
+        return self._finish(room[skip : skip + _padded(keys, self._multiple)], keys, None)
 
     def _finish(self, tile: torch.Tensor, keys: int, absent: torch.Tensor | None) -> Tile:
         if tile.shape[0] > keys:

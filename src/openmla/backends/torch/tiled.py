@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from openmla.backends.base import DecodeOperands, PrefillOperands, SparseDecodeOperands, SparsePrefillOperands
-from openmla.backends.torch.attend import TASK_ROWS, TILE_KEYS, Attention, Sight, Task, Tile, tile_spans
+from openmla.backends.torch.attend import TASK_ROWS, Attention, Sight, Task, Tile, tile_spans
 from openmla.backends.torch.products import arithmetic_for
 from openmla.backends.torch.reading import CacheReader, read_span
 from openmla.backends.torch.workers import Scratch
@@ -130,7 +130,7 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
     for request, (s_k, (row, start, stop)) in enumerate(zip(lengths, spans, strict=True)):
         for first, last in _blocks(stop - start, group):
             sight = _sees(first, last, stop - start, s_k, problem.is_causal, problem.window, group)
-            keys = tile_spans(*_reach(sight, s_k))
+            keys = tile_spans(*_reach(sight, s_k), arithmetic.tile_keys((last - first) * group))
             tokens = slice(start + first, start + last)
             for head, reader in enumerate(readers):
                 heads = slice(head * group, (head + 1) * group)
@@ -190,12 +190,13 @@ def sparse_decode(problem: SparseDecodeProblem, operands: SparseDecodeOperands) 
         )  # fmt: skip
     q = operands.q.reshape(-1, problem.h_q, problem.d_qk)
     s_q = rows[1] if len(rows) == 2 else 1
+    step = arithmetic.tile_keys(problem.h_q)
     tasks = []
     for token in range(rows.numel()):
         out = operands.out[token // s_q, token % s_q] if len(rows) == 2 else operands.out[token]
         lse = operands.lse[token // s_q, :, token % s_q] if len(rows) == 2 else operands.lse[:, token]
         tasks.append(
-            Task(q[token], *_selected_keys(sources, token), _writer(out[None], lse[None], operands.attn_sink))
+            Task(q[token], *_selected_keys(sources, token, step), _writer(out[None], lse[None], operands.attn_sink))
         )  # fmt: skip
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
@@ -229,14 +230,14 @@ class _Selected:
 
 
 def _selected_keys(
-    sources: Sequence[_Selected], token: int
+    sources: Sequence[_Selected], token: int, step: int
 ) -> tuple[list[tuple[int, int]], Callable[[int, int, Scratch], Tile]]:
     """Spans over the tokens' slots in one cache after the other, and what reads them. No tile mixes two caches."""
     picked = [source.slots(token) for source in sources]
     split = picked[0].shape[0]
-    spans = tile_spans(0, split)
+    spans = tile_spans(0, split, step)
     for others in picked[1:]:
-        spans += [(split + first, split + last) for first, last in tile_spans(0, others.shape[0])]
+        spans += [(split + first, split + last) for first, last in tile_spans(0, others.shape[0], step)]
 
     def read(first: int, last: int, scratch: Scratch) -> Tile:
         index, start = (0, 0) if first < split else (1, split)
@@ -249,6 +250,7 @@ def sparse_prefill(problem: SparsePrefillProblem, operands: SparsePrefillOperand
     """Sparse prefill; see `SparsePrefillOperands`."""
     found, group = _Found(), problem.h_q // problem.h_kv
     arithmetic = arithmetic_for(problem.dtype, problem.d_qk, problem.d_v)
+    step = arithmetic.tile_keys(group)
     layout: KVLayout = plain_layout(problem.dtype, problem.d_qk, problem.d_v)
     tasks = []
     for head in range(problem.h_kv):
@@ -263,7 +265,7 @@ def sparse_prefill(problem: SparsePrefillProblem, operands: SparsePrefillOperand
             write = _writer(
                 operands.out[row, heads], operands.lse[row, heads], sink, operands.max_logits[row, heads]
             )  # fmt: skip
-            tasks.append(Task(operands.q[token, heads], *_selected_keys((source,), token), write))
+            tasks.append(Task(operands.q[token, heads], *_selected_keys((source,), token, step), write))
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
 
@@ -289,7 +291,7 @@ def prefill(problem: PrefillProblem, operands: PrefillOperands) -> None:
                 tasks.append(
                     Task(
                         operands.q[tokens, heads].reshape(-1, problem.d_qk),
-                        tile_spans(*_reach(sight, s_k), TILE_KEYS),
+                        tile_spans(*_reach(sight, s_k), arithmetic.tile_keys((last - first) * group)),
                         read,
                         _writer(operands.out[tokens, heads], operands.lse[heads, tokens].t(), None),
                         sight,
