@@ -195,14 +195,15 @@ def _add_demo(verbs: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    try:
-        from openmla.lab import demo
+    from openmla.lab import demo, progress
 
-        result = demo.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=_say)
-    except ModuleNotFoundError as error:
+    try:
+        with progress.on_stderr() as say:
+            result = demo.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=say)
+    except ImportError as error:
         if (error.name or "").startswith("openmla"):
             raise
-        raise ConfigError(f"the demo needs {error.name}: pip install 'openmla[demo]'") from error
+        raise ConfigError(str(error)) from error
     if args.json:
         _print_json(result.as_dict())
     else:

@@ -221,6 +221,17 @@ def test_interrupt_is_130():
     assert "Traceback" not in rest
 
 
+def test_demo_quick_writes_a_report(tmp_path):
+    report = tmp_path / "report.html"
+    done = openmla("demo", "--quick", "--device", "cpu", "--out", str(report), "--json")
+    assert done.returncode == 0, done.stderr
+    record = as_json(done)
+    assert record["passed"]
+    assert record["tokens_equal"]
+    assert "<html" in report.read_text(encoding="utf-8")
+    assert "[1/" in done.stderr  # progress in sentences, not in bars
+
+
 def test_demo_without_its_packages_says_what_to_install():
     code = (
         "import sys\n"
@@ -237,5 +248,7 @@ def test_demo_without_its_packages_says_what_to_install():
         check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "pip install 'openmla[demo]'" in done.stderr
+    assert "openmla demo: " in done.stderr
+    assert "pip install" in done.stderr
+    assert "openmla[demo]" in done.stderr
     assert "Traceback" not in done.stderr

@@ -275,7 +275,8 @@ def test_rows_carry_ratios_fractions_and_reasons(monkeypatch, tmp_path):
     ours, eager, matmul = result.rows
     assert ours.kind == "backend"
     assert matmul.kind == "ceiling"
-    assert ours.ratio == {"eager": eager.median_us / ours.median_us, "matmul": matmul.median_us / ours.median_us}
+    want = {"eager": eager.median_us / ours.median_us, "matmul": matmul.median_us / ours.median_us}
+    assert ours.ratio == pytest.approx(want)
     assert ours.n >= 10
     assert ours.p20_us <= ours.median_us <= ours.p80_us
     assert ours.flops == 2 * 2 * 70 * 4 * (576 + 512)
