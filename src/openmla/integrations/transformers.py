@@ -125,6 +125,10 @@ class PagedModel:
             module.expand_kv = expand
         self.model.set_attn_implementation(self._stock_name)
 
+    def stock(self, layer: int) -> tuple[Any, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+        """The attention module of one layer, and its own `expand_kv`."""
+        return self._attentions[layer], self._stock_expand[layer]
+
     @torch.inference_mode()
     def forward(self, requests: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """One pass: s_q new tokens of each request, behind what the cache holds of it.
@@ -196,8 +200,8 @@ class PagedModel:
         new_rows: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         batch, _, s_q, _ = query.shape
-        stock = self._stock_expand[self._attentions.index(module)]
-        q, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, *stock(latent, rope)))
+        expand = self._stock_expand[self._attentions.index(module)]
+        q, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, *expand(latent, rope)))
         offsets = torch.arange(0, batch * s_q + 1, s_q, dtype=torch.int32, device=q.device)
         run = partial(native.prefill, softmax_scale=scale, is_causal=True, backend=self.backend)
         out, lse = run(q, key, value, offsets, offsets, s_q, s_q)
@@ -205,7 +209,8 @@ class PagedModel:
             self.observe(
                 AttentionCall("prefill", module.layer_idx, step.requests, q, new_rows, out, lse, scale, key, value)
             )
-        return out.unflatten(0, (batch, s_q))
+        heads: torch.Tensor = out.unflatten(0, (batch, s_q))
+        return heads
 
 
 def _up_projections(module: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,6 +84,11 @@ class PageAllocator:
         return len(self._cached)
 
     @property
+    def cached_pages(self) -> tuple[int, ...]:
+        """The evictable pages, next to go first."""
+        return tuple(self._cached)
+
+    @property
     def num_held(self) -> int:
         """Pages that at least one request holds."""
         return self.num_pages - self.reserved - self.num_free - self.num_evictable

@@ -54,8 +54,8 @@ class StepLog:
     prefilled: dict[str, int]  # request -> prompt tokens computed
     decoded: list[str]
     pages: dict[int, list[str]]
+    cached_pages: list[int]
     free_pages: int
-    cached_pages: int
     prefill_seconds: float
     decode_seconds: float
     context_tokens: int  # KV tokens that the decode of this step read
@@ -238,8 +238,8 @@ def serve(
                 loop.prefilled,
                 decoded,
                 owners,
+                list(allocator.cached_pages),
                 allocator.num_free,
-                allocator.num_evictable,
                 middle - begin if loop.prefilled else 0.0,
                 end - middle,
                 context,

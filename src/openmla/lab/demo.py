@@ -1,0 +1,396 @@
+"""`openmla demo`: a real MLA model over real text through the paged latent cache, checked and measured.
+
+What is checked
+    tokens    every request's greedy tokens equal those of transformers' own `generate()` on the same model
+    outputs   every attention output of the run, prefill and decode, all layers, against the fp64 oracle
+    pages     the rules of cache and allocator after every step
+    controls  three deliberate mistakes, each of which the check of outputs must catch
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import openmla
+from openmla.backends import Explanation, explain
+from openmla.core.problem import PrefillProblem
+from openmla.core.target import Target
+from openmla.integrations.transformers import AttentionCall, PagedModel
+from openmla.kv.cache import PagedKVCache
+from openmla.lab import ceilings, demo_measure, demo_model
+from openmla.lab.demo_measure import KVForm, Rate
+from openmla.lab.demo_serve import Request, RequestLog, Served, StepLog, Watch, serve
+from openmla.lab.progress import Say, Stages
+
+_D_KEY, _D_VALUE = 192, 128  # per head, expanded
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Who comes when, and how much room there is. Prompts are stretches of one text."""
+
+    requests: tuple[Request, ...]
+    text_length: int
+    page_size: int
+    num_pages: int
+    sweep: tuple[int, ...]  # context lengths
+    expanded_up_to: int  # the expanded form is timed up to this length: it is slow
+    seconds_per_point: float
+
+
+def scenario(quick: bool) -> Scenario:
+    """The full one, or a small one for tests and the impatient."""
+    content = demo_model.text(4096 if not quick else 1024)
+
+    def take(begin: int, end: int) -> tuple[int, ...]:
+        return tuple(content[begin:end])
+
+    requests: tuple[Request, ...]
+    if quick:
+        requests = (
+            Request("a", take(0, 70), 6, 0),
+            Request("b", take(100, 220), 9, 0),
+            Request("c", take(100, 200) + take(300, 320), 7, 2, forks="b"),
+            Request("d", take(0, 66) + take(400, 410), 5, 7),
+        )
+        return Scenario(requests, 1024, 16, 26, (64, 256), 64, 0.05)
+    requests = (
+        Request("a", take(0, 300), 24, 0),
+        Request("b", take(400, 1100), 40, 0),
+        Request("c", take(1200, 1720), 32, 2),
+        Request("d", take(1200, 1650) + take(2000, 2060), 28, 6, forks="c"),
+        Request("e", take(2100, 2250), 16, 10),
+        Request("f", take(2400, 3500), 16, 14),
+        Request("g", take(0, 290) + take(2300, 2350), 20, 25),
+    )
+    lengths = (256, 512, 1024, 2048, 4096, 8192, 16384)
+    return Scenario(requests, 4096, 64, 46, lengths, 2048, 0.25)
+
+
+@dataclass
+class RequestResult:
+    """One request: what it was given, what it wrote, and whether stock transformers wrote the same."""
+
+    log: RequestLog
+    prompt_end: str  # last characters of the prompt
+    continuation: str
+    expected: list[int]
+
+    @property
+    def is_equal(self) -> bool:
+        """True when every token equals that of `generate()`."""
+        return self.log.tokens == self.expected
+
+
+@dataclass(frozen=True)
+class Control:
+    """A deliberate mistake; `ratio` is the worst error over its limit, which a caught mistake has above 1."""
+
+    name: str
+    rule: str
+    ratio: float
+
+    @property
+    def is_caught(self) -> bool:
+        """True when the check of outputs refused it."""
+        return self.ratio > 1
+
+
+@dataclass
+class OracleResult:
+    """Every attention output of the run against fp64. `worst` is error over limit, by rule."""
+
+    outputs: int
+    rows: int
+    worst: dict[str, float]
+    where: dict[str, str]
+    failures: list[str]
+    controls: list[Control]
+
+
+@dataclass
+class DemoResult:
+    """Everything the report says; `as_dict()` is JSON-able."""
+
+    versions: dict[str, str]
+    machine: str
+    arch: str
+    threads: int
+    seed: int
+    is_quick: bool
+    model: dict[str, int]
+    page_size: int
+    num_pages: int
+    dtype: str
+    requests: list[RequestResult]
+    steps: list[StepLog]
+    oracle: OracleResult
+    integrity: tuple[str, ...]
+    choices: list[dict[str, Any]]
+    stock_tokens_per_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    served: Rate
+    sweep: list[Rate]
+    forms: list[KVForm]
+    roof: dict[str, float]
+    report: str
+    stages: list[tuple[str, float]] = field(default_factory=list)
+    narrow: dict[str, Any] | None = None  # on a GPU: the same batch in bf16
+
+    @property
+    def tokens_equal(self) -> bool:
+        """True when every request wrote what stock transformers writes."""
+        return all(request.is_equal for request in self.requests)
+
+    @property
+    def passed(self) -> bool:
+        """Tokens equal, all outputs within tolerance, cache sound, every control caught."""
+        caught = all(control.is_caught for control in self.oracle.controls)
+        return self.tokens_equal and not self.oracle.failures and not self.integrity and caught
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(seconds for _, seconds in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"schema": 1, "passed": self.passed, "tokens_equal": self.tokens_equal, **asdict(self)}
+
+    def __str__(self) -> str:
+        from openmla.lab.report import summary
+
+        return summary(self)
+
+
+def run_demo(
+    *,
+    out: Path | str,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    quick: bool = False,
+    progress: Say | None = None,
+    backend: str | None = None,
+) -> DemoResult:
+    """Run the demo and write its report.
+
+    Args:
+        out: path of the HTML report; its folder must exist.
+        seed: of the model's weights.
+        device: default: the GPU if there is one, else the CPU.
+        quick: a small run of a few seconds.
+        progress: called with sentences, or a `LiveDisplay`.
+        backend: of every attention; default OPENMLA_BACKEND.
+
+    Raises:
+        ImportError: transformers, matplotlib or jinja2 is missing; the message says how to install them.
+    """
+    from openmla.lab import report
+
+    report.check_installed()
+    target = Target.detect(device)
+    where = torch.device("cuda" if target.is_cuda else "cpu") if device is None else torch.device(device)
+    plan, stages = scenario(quick), Stages(8 if not target.is_cuda else 9, progress)
+    with stages.stage("build the model and fit its readout to the text"):
+        model = _build(seed, plan, where)
+    with stages.stage("measure what this machine can do"):
+        roof = ceilings.measure(target, ("fp32", "bf16"))
+    with stages.stage("stock transformers: generate() for every request") as share:
+        expected, stock_seconds = _stock(model, plan, where, share)
+    watch = Watch()
+    with stages.stage("OpenMLA: the batch, every attention output checked") as share:
+        served, paged = _serve_checked(model, plan, where, backend, watch, share)
+    with stages.stage("controls: three mistakes that must be caught"):
+        oracle = _oracle(watch, backend)
+    with stages.stage("OpenMLA: the batch again, for the clock") as share:
+        paged.observe = None
+        paged.cache = _cache(plan, torch.float32, where)
+        timed = serve(paged, plan.requests, progress=share)
+    narrow = None
+    if target.is_cuda:
+        with stages.stage("the same batch in bf16, every output checked") as share:
+            narrow = _narrow(model, paged, plan, where, backend, served, share)
+    with stages.stage("decode against context length") as share:
+        budget = plan.seconds_per_point
+        assert watch.largest is not None, "every scenario decodes"
+        batch_rate, problem = demo_measure.replay_rate(watch.largest, roof, backend, 2 * budget)
+        sweep = _sweep(paged, plan, roof, target, backend, share)
+    paged.detach()
+    result = DemoResult(
+        versions=_versions(), machine=target.name, arch=target.arch, threads=target.num_sms, seed=seed, is_quick=quick,
+        model=_model_facts(model), page_size=plan.page_size, num_pages=plan.num_pages, dtype="fp32",
+        requests=_request_results(served, plan, expected), steps=served.steps, oracle=oracle,
+        integrity=served.integrity + timed.integrity, choices=_choices(problem, plan, target, backend),
+        stock_tokens_per_s=sum(len(tokens) for tokens in expected.values()) / stock_seconds,
+        prefill_tokens_per_s=timed.prefill_tokens / sum(step.prefill_seconds for step in timed.steps),
+        decode_tokens_per_s=timed.decode_tokens / sum(step.decode_seconds for step in timed.steps),
+        served=batch_rate, sweep=sweep, forms=demo_measure.kv_forms(demo_model.HEADS, _D_KEY, _D_VALUE),
+        roof=roof.as_dict(), report=os.fspath(out), stages=stages.seconds, narrow=narrow,
+    )  # fmt: skip
+    with stages.stage("write the report"):
+        report.render_demo_report(result, Path(out))
+    return result
+
+
+def _build(seed: int, plan: Scenario, device: torch.device) -> Any:
+    longest = max(len(request.prompt) + request.max_new_tokens for request in plan.requests)
+    return demo_model.build(seed, demo_model.text(plan.text_length), longest).to(device)
+
+
+def _stock(
+    model: Any, plan: Scenario, device: torch.device, share: Callable[[float], None]
+) -> tuple[dict[str, list[int]], float]:
+    """Greedy tokens of each request by transformers alone, and the seconds for all of them."""
+    found, begin = {}, time.perf_counter()
+    for done, request in enumerate(plan.requests, 1):
+        ids = torch.tensor([request.prompt], device=device)
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        found[request.name] = made[0, len(request.prompt) :].tolist()
+        share(done / len(plan.requests))
+    return found, time.perf_counter() - begin
+
+
+def _cache(plan: Scenario, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
+    name = "fp32_576" if dtype == torch.float32 else "bf16_576"
+    return PagedKVCache(name, plan.num_pages, plan.page_size, demo_model.LAYERS, device=device)
+
+
+def _serve_checked(
+    model: Any, plan: Scenario, device: torch.device, backend: str | None, watch: Watch, share: Callable[[float], None]
+) -> tuple[Served, PagedModel]:
+    paged = PagedModel(model, _cache(plan, model.dtype, device), backend=backend)
+
+    def observe(call: AttentionCall) -> None:
+        watch(call)
+        watch.keep_largest(call, paged)
+
+    paged.observe = observe
+    return serve(paged, plan.requests, watch=watch, progress=share), paged
+
+
+def _narrow(
+    model: Any, paged: PagedModel, plan: Scenario, device: torch.device, backend: str | None, wide: Served,
+    share: Callable[[float], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The batch in bf16: outputs are held to the tolerance of bf16; tokens may differ where two logits are close."""
+    paged.detach()
+    watch = Watch()
+    model.to(torch.bfloat16)
+    served, narrow = _serve_checked(model, plan, device, backend, watch, share)
+    narrow.detach()
+    model.to(torch.float32)
+    same = sum(
+        a == b
+        for x, y in zip(served.requests, wide.requests, strict=True)
+        for a, b in zip(x.tokens, y.tokens, strict=True)
+    )
+    return {
+        "outputs": watch.outputs,
+        "failures": watch.failures,
+        "worst": {rule: finding.ratio for rule, finding in watch.worst.items()},
+        "same_tokens": same,
+        "tokens": sum(len(log.tokens) for log in served.requests),
+    }
+
+
+def _oracle(watch: Watch, backend: str | None) -> OracleResult:
+    assert watch.largest is not None, "every scenario decodes"
+    mistakes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("softmax_scale 1 % too large", {"scale": 1.01}),
+        ("the newest token forgotten", {"drop_last": True}),
+        ("one page of another request", {"foreign_page": True}),
+    )
+    controls = []
+    for name, mistake in mistakes:
+        reports = watch.largest.check(*watch.largest.run(backend=backend, **mistake))
+        worst = max((finding for report in reports for finding in report.findings), key=lambda finding: finding.ratio)
+        controls.append(Control(name, worst.rule, worst.ratio))
+    ratios = {rule: finding.ratio for rule, finding in watch.worst.items()}
+    return OracleResult(watch.outputs, watch.rows, ratios, watch.where, watch.failures, controls)
+
+
+def _sweep(
+    paged: PagedModel, plan: Scenario, roof: ceilings.Ceilings, target: Target, backend: str | None,
+    share: Callable[[float], None],
+) -> list[Rate]:  # fmt: skip
+    """Batch 4, the model's head count, growing context: plain and FP8 cache, and the expanded form for comparison."""
+    device = paged.cache.device
+    attention, expand = paged.stock(0)
+    narrow, wide = ("bf16_576", torch.bfloat16), ("fp32_576", torch.float32)
+    series = [narrow, ("fp8_656", torch.bfloat16)] if target.is_cuda else [wide, narrow, ("fp8_656", torch.bfloat16)]
+    measure = partial(
+        demo_measure.decode_rate, batch=4, h_q=demo_model.HEADS, roof=roof, device=device, backend=backend,
+        budget=plan.seconds_per_point,
+    )  # fmt: skip
+    found = []
+    for done, s_k in enumerate(plan.sweep, 1):
+        found += [measure(name, dtype, s_k=s_k) for name, dtype in series]
+        if s_k <= plan.expanded_up_to:
+            found.append(demo_measure.expanded_rate(attention, expand, 4, s_k, roof, budget=plan.seconds_per_point))
+        share(done / len(plan.sweep))
+    return found
+
+
+def _request_results(served: Served, plan: Scenario, expected: dict[str, list[int]]) -> list[RequestResult]:
+    prompts = {request.name: bytes(request.prompt) for request in plan.requests}
+    return [
+        RequestResult(log, _readable(prompts[log.name][-48:]), _readable(bytes(log.tokens)), expected[log.name])
+        for log in served.requests
+    ]
+
+
+def _readable(content: bytes) -> str:
+    """Bytes as text; what is no character is shown as a dot."""
+    return "".join(
+        c if c.isprintable() else "·" for c in content.decode("utf-8", errors="replace").replace("\ufffd", "·")
+    )
+
+
+def _choices(problem: Any, plan: Scenario, target: Target, backend: str | None) -> list[dict[str, Any]]:
+    """Which kernel ran decode and prefill, and why not the others."""
+    longest = max(len(request.prompt) for request in plan.requests)
+    heads = demo_model.HEADS
+    prompt = PrefillProblem(
+        1, longest, longest, longest, longest, heads, heads, _D_KEY, _D_VALUE, problem.dtype, is_causal=True
+    )
+    found: list[Explanation] = [explain(each, target=target, backend=backend) for each in (problem, prompt)]
+    return [explanation.as_dict() for explanation in found]
+
+
+def _model_facts(model: Any) -> dict[str, int]:
+    config = model.config
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "latent": config.kv_lora_rank,
+        "rope": config.qk_rope_head_dim,
+        "nope": config.qk_nope_head_dim,
+        "value": config.v_head_dim,
+        "experts": config.n_routed_experts,
+    }
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "openmla": openmla.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
