@@ -24,7 +24,7 @@ PUBLIC = [
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 CATCH_ALL = {
-    "src/openmla/backends/cute/toolchain.py": "the DSL raises unrelated types; each becomes a CompileError",
+    "src/openmla/backends/torch/workers.py": "what a thread raises is raised again in the caller",
     "src/openmla/observe/doctor.py": "one broken probe must not hide the others",
 }
 DEVICE_CODE = ("kernel.py", "/parts/", "backends/cute/combine.py", "backends/cute/schedule.py")
@@ -110,17 +110,18 @@ def test_nobody_swallows_everything():
             if isinstance(node, ast.ExceptHandler) and path not in CATCH_ALL:
                 caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
                 names = {getattr(each, "id", None) for each in caught}
-                if node.type is None or names & {"Exception", "BaseException"}:
+                passes_on = isinstance(node.body[-1], ast.Raise)
+                if (node.type is None or names & {"Exception", "BaseException"}) and not passes_on:
                     found.append(f"{path}:{node.lineno}")
     assert not found, f"`except Exception` hides bugs: {found}"
 
 
 def test_catch_alls_are_few():
     """Two files may; each at most once, so that a second one is a decision."""
-    for path in CATCH_ALL:
+    for path in filter(lambda path: (ROOT / path).exists(), CATCH_ALL):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
-        assert sum(getattr(node.type, "id", "") == "Exception" for node in handlers) <= 1, path
+        assert sum(getattr(node.type, "id", "") in ("Exception", "BaseException") for node in handlers) <= 1, path
 
 
 def test_no_code_from_data():
