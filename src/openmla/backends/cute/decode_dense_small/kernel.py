@@ -4,18 +4,20 @@ Operands are swapped, so that the few rows lie on the N side of wgmma and nothin
     S^T [64 keys, N]      = K [64, 576] Q^T          A = K, K-major; B = Q, K-major
     O^T [512, N]         += V^T [512, 64] P^T        A = V^T, the same bytes seen MN-major; B = P, K-major
 
-Two consumer warpgroups share each tile of 64 keys. Warpgroup w owns the latent columns [256 w, 256 w + 256) twice: as
-the part of the dot product it sums, and as the rows of O^T it accumulates; so every 8 KB slice of KV is read by one
-warpgroup only, and one warpgroup frees it. The two partial S^T are added through shared memory; warpgroup w then does
-the softmax of the query rows [w N/2, w N/2 + N/2). One producer warp keeps the ring of slices full and runs ahead into
-the next request.
+One producer warp keeps two tiles of 64 keys in flight and runs ahead into the next request. A tile arrives as eight
+boxes of eight whole rows, 9,216 contiguous bytes each: memory delivers those 10 % faster than boxes of 64 columns.
+Two consumer warpgroups share each tile. Warpgroup w accumulates the rows [256 w, 256 w + 256) of O^T and does the
+softmax of the query rows [w N/2, w N/2 + N/2). The dot products are split between them
+    by columns (N <= 32): each sums over half of the 576 columns and gives the other its rows through shared memory;
+    by query rows (N = 64): no exchange, but both read all of K.
 
-Order of a tile in the ring: RoPE, 0, 4, 1, 5, 2, 6, 3, 7, so that both warpgroups can start early.
+Requests in several pieces leave fp32 partials. The CTAs that hold the pieces of one request then merge it together,
+each a share of the rows and columns, in split order; the launch is cooperative, so waiting for the others is safe.
 
 Barriers per tile: X (both warpgroups: partial S^T exchanged), M (one warpgroup: maxima of its four warps), P (both:
 P and rescale factors stored). A second write to any of these buffers lies behind at least one of them.
 
-Budget at N = 16: 24 slices 196,608 + Q 18,432 + P 2,048 + X 4,096 bytes; 288 threads; no spills.
+Budget at N = 16: two tiles 147,456 + Q 18,432 + P 2,048 + X 4,096 bytes; 288 threads; no spills.
 """
 
 import cuda.bindings.driver as cuda
@@ -26,20 +28,21 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 KEYS = 64  # per tile
-SLICE = 64  # columns per ring slot
-SLOT_BYTES = KEYS * SLICE * 2
+BOX = 8  # rows of one bulk load; a page holds a multiple of it
+BOXES = KEYS // BOX
+SLICE = 64  # columns of one swizzled line
+STAGES = 2  # tiles in flight
 D_V = 512
+COLUMNS = 128  # of one unit of the merge
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 EVICT_FIRST = 0x12F0000000000000
-EVICT_NORMAL = 0x1000000000000000
 
 BAR_X, BAR_M, BAR_P, BAR_Q = 1, 2, 4, 5  # named barriers; BAR_M + w belongs to warpgroup w
 
 PAGE_OUT_OF_RANGE = 1
 LENGTH_NEGATIVE = 2
 LENGTH_OVER_CAPACITY = 4
-INFOS = 4  # tile descriptions kept; more than tiles in the ring
 
 
 class DecodeDenseSmall:
@@ -47,20 +50,20 @@ class DecodeDenseSmall:
 
     Args:
         dtype: cutlass.BFloat16 or cutlass.Float16.
-        rows: N, a multiple of 16 up to 64; query rows per KV head, padded.
+        rows: N, 16, 32 or 64; query rows per KV head, padded.
         d_qk: 576 or 512.
-        box_rows: rows of one bulk load, 64 or a divisor of it that divides the page size.
-        slots: ring length in slices.
+        fused: merge split requests in this kernel; else leave partials to `openmla.backends.cute.combine`.
     """
 
-    def __init__(self, dtype, rows, d_qk=576, box_rows=64, slots=24):
-        self.dtype, self.n, self.box, self.slots = dtype, rows, box_rows, slots
-        self.has_rope = d_qk > D_V
+    def __init__(self, dtype, rows, d_qk=576, fused=True):
+        self.dtype, self.n, self.d_qk, self.fused = dtype, rows, d_qk, fused
         self.slices = d_qk // SLICE
-        self.d_qk = d_qk
-        # ring order: (slice of the tile, warpgroup that reads it)
-        latent = [(half * 4 + i, half) for i in range(4) for half in range(2)]
-        self.order = [(8, 0)] * self.has_rope + latent
+        self.tile_bytes = KEYS * d_qk * 2
+        self.by_columns = rows <= 32
+        # k-steps of 16 columns that each warpgroup sums
+        steps = d_qk // 16
+        halves = (range(steps // 2), range(steps // 2, steps))
+        self.steps = [list(half) for half in halves] if self.by_columns else [list(range(steps))] * 2
         self.wide = rows > 32  # 128 accumulators per thread: registers move from a producer warpgroup to the consumers
         self.threads = 384 if self.wide else 288
 
@@ -78,6 +81,7 @@ class DecodeDenseSmall:
         out_accum: cute.Tensor,  # fp32 [slots, h_kv * rows, 512]
         lse_accum: cute.Tensor,  # fp32 [slots, h_kv * rows], base 2
         sink: cute.Tensor,  # fp32 [h_q]
+        counters: cute.Tensor,  # int32 [2, batch * h_kv, 1], zero before the first launch, zero again after each
         faults: cute.Tensor,  # int32 [1]
         scale_log2: Float32,
         is_causal: Int32,
@@ -90,40 +94,49 @@ class DecodeDenseSmall:
         def tile(*shape):
             return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
-        ring_layout, q_layout, p_layout = tile(KEYS, SLICE, self.slots), tile(self.n, self.d_qk), tile(self.n, KEYS)
+        # eight rows of all columns lie together, so that a bulk load reads contiguous memory
+        ring_layout = cute.tile_to_shape(atom, (KEYS, self.d_qk, STAGES), order=(1, 0, 2))
+        q_layout, p_layout = tile(self.n, self.d_qk), tile(self.n, KEYS)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        mma_args = (Float32, (1, 1, 1), (64, self.n))
-        qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, *mma_args)
-        pv = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, mn_major, k_major, *mma_args)
-        paged = cute.make_tensor(kv.iterator, cute.select(kv.layout, [1, 3, 2, 0]))
+        width = self.n if self.by_columns else self.n // 2
+        qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, width))
+        pv = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, mn_major, k_major, Float32, (1, 1, 1), (64, self.n))
+        sliced = cute.make_tensor(
+            kv.iterator,
+            cute.make_layout(
+                (kv.shape[1], SLICE, self.slices, kv.shape[2], kv.shape[0]),
+                stride=(kv.stride[1], 1, SLICE, kv.stride[2], kv.stride[0]),
+            ),
+        )
         tma, tma_kv = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), paged, tile(self.box, SLICE), (self.box, SLICE)
+            cpasync.CopyBulkTensorTileG2SOp(), sliced, tile(BOX, SLICE, self.slices), (BOX, SLICE, self.slices)
         )
 
         @cute.struct
         class Storage:
-            full: cute.struct.MemRange[Int64, self.slots]
-            empty: cute.struct.MemRange[Int64, self.slots]
-            info: cute.struct.MemRange[Int32, INFOS]
+            full: cute.struct.MemRange[Int64, STAGES]
+            empty: cute.struct.MemRange[Int64, STAGES]
+            info: cute.struct.MemRange[Int32, STAGES]
             top: cute.struct.Align[cute.struct.MemRange[Float32, self.n * 4], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
             last: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
             ring: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(ring_layout)], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
-            x: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.n // 4 * 128], 16]
+            x: cute.struct.Align[cute.struct.MemRange[Float32, 64 * self.n if self.by_columns else 4], 16]
 
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
-            tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum, lse_accum, sink, faults,
-            scale_log2, is_causal, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
+            tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum, lse_accum, sink, counters,
+            faults, scale_log2, is_causal, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
             grid=[metadata.shape[0], kv.shape[2], 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
+            cooperative=self.fused,
+            use_pdl=not self.fused,
         )  # fmt: skip
 
     @cute.kernel
@@ -142,6 +155,7 @@ class DecodeDenseSmall:
         out_accum: cute.Tensor,
         lse_accum: cute.Tensor,
         sink: cute.Tensor,
+        counters: cute.Tensor,
         faults: cute.Tensor,
         scale_log2: Float32,
         is_causal: Int32,
@@ -157,41 +171,40 @@ class DecodeDenseSmall:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         st = cutlass.memory.SmemAllocator().allocate(self.Storage)
         full, empty = st.full.data_ptr(), st.empty.data_ptr()
-        sm_info = st.info.get_tensor(cute.make_layout(INFOS))
+        sm_info = st.info.get_tensor(cute.make_layout(STAGES))
         sm_ring = st.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner)
 
         if warp == 0:
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(self.slots):
+                for i in cutlass.range_constexpr(STAGES):
                     cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, 4)
+                    cute.arch.mbarrier_init(empty + i, 8)
             cpasync.prefetch_descriptor(tma)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        if const_expr(not self.fused):
+            cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
 
         if warp >= 8:
             if const_expr(self.wide):
                 cute.arch.setmaxregister_decrease(24)
             if warp == 8:
                 self.produce(
-                    tma, tma_kv, kv, table, lengths, metadata, faults, part, head_kv, chunk_blocks, full, empty,
-                    sm_info, sm_ring,
+                    tma, tma_kv, kv, table, lengths, metadata, faults, part, head_kv, full, empty, sm_info, sm_ring,
                 )  # fmt: skip
         else:
             if const_expr(self.wide):
                 cute.arch.setmaxregister_increase(240)
             self.consume(
                 st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum,
-                lse_accum, sink, scale_log2, is_causal, chunk_blocks, has_sink, qk, pv, q_layout, p_layout, part,
-                head_kv, warp,
+                lse_accum, sink, counters, scale_log2, is_causal, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
+                part, head_kv, warp,
             )  # fmt: skip
 
     @cute.jit
-    def clamped_length(self, lengths: cute.Tensor, table: cute.Tensor, kv: cute.Tensor, request: Int32) -> Int32:
+    def clamped(self, length: Int32, table: cute.Tensor, kv: cute.Tensor) -> Int32:
         """Attendable tokens of a request: not negative, and not more than the block table can address."""
-        length = lengths[request]
         capacity = table.shape[1] * kv.shape[1]
         length = length if length > 0 else Int32(0)
         return length if length < capacity else Int32(capacity)
@@ -208,7 +221,6 @@ class DecodeDenseSmall:
         faults: cute.Tensor,
         part: Int32,
         head_kv: Int32,
-        chunk_blocks: Int32,
         full: cutlass.Constexpr,
         empty: cutlass.Constexpr,
         sm_info: cute.Tensor,
@@ -220,24 +232,23 @@ class DecodeDenseSmall:
         description tells the consumers which pages to mask.
         """
         lane = cute.arch.lane_idx()
-        boxes = KEYS // self.box
-        group = 32 // boxes  # tiles whose page ids one load of the warp brings
-        source = cute.local_tile(tma_kv, (self.box, SLICE), (None, None, head_kv, None))
-        target = cute.flat_divide(sm_ring, (self.box, SLICE))  # [box, slice, boxes, 1, slots]
+        group = 32 // BOXES  # tiles whose page ids one load of the warp brings
+        source = cute.local_tile(tma_kv, (BOX, SLICE, self.slices), (None, 0, 0, head_kv, None))
+        target = cute.flat_divide(sm_ring, (BOX, self.d_qk))  # [row, column, box, 1, stage]
         t_ring, t_kv = cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(target, 0, 2), cute.group_modes(source, 0, 2)
+            tma, 0, cute.make_layout(1), cute.group_modes(target, 0, 2), cute.group_modes(source, 0, 3)
         )
-        boxes_per_page = kv.shape[1] // self.box
+        boxes_per_page = kv.shape[1] // BOX
         policy = Int64(EVICT_FIRST)
         begin_request, end_request = metadata[part, 0], metadata[part, 1]
         begin_block, last_end = metadata[part, 2], metadata[part, 3]
-        slot = Int32(0)
-        phase = Int32(1)  # the first lap finds every slot free
-        tile = Int32(0)
+        stage = Int32(0)
+        phase = Int32(1)  # the first lap finds every stage free
         bad = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-            length = self.clamped_length(lengths, table, kv, request)
             raw = lengths[request]
+            entry = self.page_of(table, request, begin_block * BOXES + lane, boxes_per_page)
+            length = self.clamped(raw, table, kv)
             if raw < 0:
                 bad = bad | LENGTH_NEGATIVE
             if raw > length:
@@ -245,60 +256,49 @@ class DecodeDenseSmall:
             end_block = last_end
             if request != end_request:
                 end_block = (length + KEYS - 1) // KEYS
-            ahead, fault = self.page_of(table, kv, request, begin_block * boxes + lane, boxes_per_page, length)
-            bad = bad | fault
-            pages = ahead
+            pages = entry
             for block in cutlass.range(begin_block, end_block, unroll=1):
                 place = (block - begin_block) % group
+                box = (block - place) * BOXES + lane
                 if place == 0:
-                    pages = ahead
-                    ahead, fault = self.page_of(
-                        table, kv, request, (block + group) * boxes + lane, boxes_per_page, length
+                    pages = entry
+                    entry = self.page_of(table, request, box + 32, boxes_per_page)
+                    if box * BOX >= length:
+                        pages = Int32(-1)
+                    elif (pages < 0) | (pages >= kv.shape[0]):
+                        pages = Int32(-1)
+                        bad = bad | PAGE_OUT_OF_RANGE
+                seen = cute.arch.vote_ballot_sync(pages >= 0) >> (place * BOXES)
+                row = block * BOXES % boxes_per_page
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                with cute.arch.elect_one():
+                    sm_info[stage] = Int32(seen) & (1 << BOXES) - 1
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.tile_bytes)
+                for i in cutlass.range_constexpr(BOXES):
+                    page = cute.arch.shuffle_sync(pages, place * BOXES + i)
+                    cute.copy(
+                        tma,
+                        t_kv[None, row, page],
+                        t_ring[None, i, 0, stage],
+                        tma_bar_ptr=full + stage,
+                        cache_policy=policy,
                     )
-                    bad = bad | fault
-                info = Int32(0)
-                page = []
-                row = []
-                for i in cutlass.range_constexpr(boxes):
-                    page.append(cute.arch.shuffle_sync(pages, place * boxes + i))
-                    row.append((block * boxes + i) % boxes_per_page)
-                    info = info | (Int32(1 << i) if page[i] >= 0 else Int32(0))
-                for e in cutlass.range_constexpr(len(self.order)):
-                    cute.arch.mbarrier_wait(empty + slot, phase)
-                    with cute.arch.elect_one():
-                        if const_expr(e == 0):
-                            sm_info[tile] = info
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + slot, SLOT_BYTES)
-                    for i in cutlass.range_constexpr(boxes):
-                        cute.copy(
-                            tma,
-                            t_kv[None, row[i], self.order[e][0], page[i]],
-                            t_ring[None, i, 0, slot],
-                            tma_bar_ptr=full + slot,
-                            cache_policy=policy,
-                        )
-                    slot += 1
-                    if slot == self.slots:
-                        slot = Int32(0)
-                        phase = phase ^ 1
-                tile = (tile + 1) % INFOS
+                    row += 1
+                    row = row if row < boxes_per_page else Int32(0)
+                stage = stage ^ 1
+                phase = phase ^ (1 if stage == 0 else 0)
             begin_block = Int32(0)
         if bad != 0:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
 
     @cute.jit
-    def page_of(
-        self, table: cute.Tensor, kv: cute.Tensor, request: Int32, box: Int32, boxes_per_page: Int32, length: Int32
-    ):
-        """Page of a box of rows, -1 where it must not be read; and the fault that this is, if any."""
+    def page_of(self, table: cute.Tensor, request: Int32, box: Int32, boxes_per_page: Int32) -> Int32:
+        """The block table's entry for a box of rows. Read before the length is known: it may be garbage."""
         page = Int32(-1)
-        fault = Int32(0)
-        if box * self.box < length:
-            page = table[request, box // boxes_per_page]
-            if (page < 0) | (page >= kv.shape[0]):
-                page = Int32(-1)
-                fault = Int32(PAGE_OUT_OF_RANGE)
-        return page, fault
+        column = box // boxes_per_page
+        if column < table.shape[1]:
+            page = table[request, column]
+        return page
 
     @cute.jit
     def load_q(
@@ -344,6 +344,7 @@ class DecodeDenseSmall:
         out_accum: cute.Tensor,
         lse_accum: cute.Tensor,
         sink: cute.Tensor,
+        counters: cute.Tensor,
         scale_log2: Float32,
         is_causal: Int32,
         chunk_blocks: Int32,
@@ -374,17 +375,22 @@ class DecodeDenseSmall:
         sm_last = st.last.get_tensor(cute.make_layout(n))
         # [warpgroup that adds it, group of four, thread, four]: 16 bytes per thread without bank conflicts
         sm_x = st.x.get_tensor(cute.make_layout((2, per // 4, 128, 4), stride=(per * 128, 512, 4, 1)))
+        # the merge comes after the last tile, when Q's place is free
+        sm_sums = cute.make_tensor(
+            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((8, COLUMNS), stride=(COLUMNS, 1))
+        )
         q_base = st.q.data_ptr().toint().to(Int32)
         p_base = st.p.data_ptr().toint().to(Int32)
         ring_base = st.ring.data_ptr().toint().to(Int32)
 
         thr_qk, thr_pv = qk.get_slice(wtid), pv.get_slice(wtid)
         a_k = qk.make_fragment_A(thr_qk.partition_A(sm_ring))
-        b_q = qk.make_fragment_B(thr_qk.partition_B(sm_q))
+        width = n if self.by_columns else n // 2
+        b_q = qk.make_fragment_B(thr_qk.partition_B(cute.flat_divide(sm_q, (width, self.d_qk))))
         sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
-        a_v = pv.make_fragment_A(thr_pv.partition_A(sm_v))
+        a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (64, KEYS))))
         b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
-        s = qk.make_fragment_C(qk.partition_shape_C((64, n)))
+        s = qk.make_fragment_C(qk.partition_shape_C((64, width)))
         o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(4)]
         mine = cute.make_rmem_tensor(cute.make_layout(per), Float32)
         give = cute.make_rmem_tensor(cute.make_layout(per), Float32)
@@ -396,18 +402,19 @@ class DecodeDenseSmall:
         rows = s_q * group
         begin_request, end_request = metadata[part, 0], metadata[part, 1]
         begin_block, last_end, split = metadata[part, 2], metadata[part, 3], metadata[part, 4]
-        slot = Int32(0)
+        my_split = split
+        stage = Int32(0)
         phase = Int32(0)
-        tile = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-            length = self.clamped_length(lengths, table, kv, request)
+            # every load before the first use of one: each may come from memory
+            # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
+            self.load_q(q, request, head_kv, group, rows, q_base, tid)
+            raw, first_slot, next_slot = lengths[request], num_splits[request], num_splits[request + 1]
+            length = self.clamped(raw, table, kv)
+            pieces = next_slot - first_slot
             end_block = last_end
             if request != end_request:
                 end_block = (length + KEYS - 1) // KEYS
-            first_slot = num_splits[request]
-            pieces = num_splits[request + 1] - first_slot
-            # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
-            self.load_q(q, request, head_kv, group, rows, q_base, tid)
             shortest = length
             if is_causal != 0:
                 shortest = length - s_q + 1
@@ -418,13 +425,7 @@ class DecodeDenseSmall:
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
 
-            step = end_block - begin_block
-            if chunk_blocks > 0:
-                step = chunk_blocks
-            step = step if step > 0 else Int32(1)
-            count = end_block - begin_block
-            count = (count + step - 1) // step
-            count = count if count > 0 else Int32(1)
+            step, count = self.cutting(begin_block, end_block, chunk_blocks)
             for piece in cutlass.range(count, unroll=1):
                 start = begin_block + piece * step
                 stop = start + step
@@ -435,55 +436,44 @@ class DecodeDenseSmall:
                 for m in cutlass.range_constexpr(4):
                     o[m].fill(0.0)
                 for block in cutlass.range(start, stop, unroll=1):
-                    # ---- S^T, this warpgroup's columns
+                    # ---- S^T, this warpgroup's share
+                    cute.arch.mbarrier_wait(full + stage, phase)
+                    warpgroup.fence()
                     for h in cutlass.range_constexpr(2):
                         if half == h:
-                            is_first = True
-                            warpgroup.fence()
-                            for e in cutlass.range_constexpr(len(self.order)):
-                                if const_expr(self.order[e][1] == h):
-                                    at = slot + e
-                                    turn = phase
-                                    if at >= self.slots:
-                                        at = at - self.slots
-                                        turn = turn ^ 1
-                                    cute.arch.mbarrier_wait(full + at, turn)
-                                    if const_expr(is_first):
-                                        warpgroup.fence()
-                                    for k in cutlass.range_constexpr(4):
-                                        qk.set(warpgroup.Field.ACCUMULATE, not (is_first and k == 0))
-                                        cute.gemm(
-                                            qk, s, a_k[None, None, k, at], b_q[None, None, self.order[e][0] * 4 + k], s
-                                        )
-                                    is_first = False
-                            warpgroup.commit_group()
-                    warpgroup.wait_group(0)
-                    info = sm_info[tile]
+                            for k in cutlass.range_constexpr(len(self.steps[h])):
+                                at = self.steps[h][k]
+                                qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                                rows_at = 0 if self.by_columns else h
+                                cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at, rows_at, 0], s)
+                    warpgroup.commit_group()
+                    info = sm_info[stage]
                     token = block * KEYS
-                    if const_expr(self.has_rope):
-                        if half == 0:
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive(empty + slot)
+                    warpgroup.wait_group(0)
 
                     # ---- X: give the other warpgroup its rows, add what it gives
-                    for i in cutlass.range_constexpr(per):
-                        mine[i] = s[i] if half == 0 else s[i + per]
-                        give[i] = s[i + per] if half == 0 else s[i]
+                    if const_expr(self.by_columns):
+                        for i in cutlass.range_constexpr(per):
+                            mine[i] = s[i] if half == 0 else s[i + per]
+                            give[i] = s[i + per] if half == 0 else s[i]
+                        for j in cutlass.range_constexpr(per // 4):
+                            for i in cutlass.range_constexpr(4):
+                                sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
+                    cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
                     for j in cutlass.range_constexpr(per // 4):
                         for i in cutlass.range_constexpr(4):
-                            sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
-                    cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+                            if const_expr(self.by_columns):
+                                mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
+                            else:
+                                mine[j * 4 + i] = s[j * 4 + i] * scale_log2
                     if token + KEYS > length:
                         # keys beyond the length may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
-                        # behind X, because all four warps must be done with these rows as keys
-                        self.clear_tail(ring_base, slot, half, wtid, length - token)
-                    for j in cutlass.range_constexpr(per // 4):
-                        for i in cutlass.range_constexpr(4):
-                            mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
-                    if (token + KEYS > shortest) | (info != (1 << (KEYS // self.box)) - 1):
+                        # behind X, because every warp must be done with these rows as keys
+                        self.clear_tail(ring_base + stage * self.tile_bytes, half, wtid, length - token)
+                    if (token + KEYS > shortest) | (info != (1 << BOXES) - 1):
                         for i in cutlass.range_constexpr(per):
                             key = key0 + 8 * ((i % 4) // 2)
-                            seen = (info >> (key // self.box)) & 1
+                            seen = (info >> (key // BOX)) & 1
                             if (token + key >= limit[(i // 4) * 2 + i % 2]) | (seen == 0):
                                 mine[i] = -Float32.inf
 
@@ -535,43 +525,182 @@ class DecodeDenseSmall:
                     pv.set(warpgroup.Field.ACCUMULATE, True)
                     for k in cutlass.range_constexpr(4):
                         for m in cutlass.range_constexpr(4):
-                            at = self.place(slot, m, half)
-                            cute.gemm(pv, o[m], a_v[None, None, k, at], b_p[None, None, k], o[m])
+                            cute.gemm(pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m])
                     warpgroup.commit_group()
                     warpgroup.wait_group(0)
                     with cute.arch.elect_one():
-                        for m in cutlass.range_constexpr(4):
-                            cute.arch.mbarrier_arrive(empty + self.place(slot, m, half))
-                    slot += len(self.order)
-                    if slot >= self.slots:
-                        slot -= self.slots
-                        phase = phase ^ 1
-                    tile = (tile + 1) % INFOS
+                        cute.arch.mbarrier_arrive(empty + stage)
+                    stage = stage ^ 1
+                    phase = phase ^ (1 if stage == 0 else 0)
 
                 self.finish(
                     o, top, total, sm_top, sm_factor, sm_last, out, lse, out_accum, lse_accum, sink, has_sink, request, head_kv,
                     first_slot + split + piece, pieces, rows, group, half, wwarp, lane, tid,
                 )  # fmt: skip
+                if const_expr(self.fused):
+                    if pieces > 1:
+                        cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
+                        if tid == 0:  # the barrier and this release make all threads' stores visible
+                            counter = counters[0, request * kv.shape[2] + head_kv, None].iterator
+                            cute.arch.atomic_add(counter, Int32(1), sem="release", scope="gpu")
             begin_block = Int32(0)
             split = Int32(0)
 
-    @cute.jit
-    def place(self, slot: Int32, m: cutlass.Constexpr, half: Int32) -> Int32:
-        """Ring slot of a warpgroup's m-th latent slice, given the slot of the tile's first slice."""
-        at = slot + (int(self.has_rope) + 2 * m) + half
-        return at if at < self.slots else at - self.slots
+        if const_expr(self.fused):
+            begin_block = metadata[part, 2]
+            for request in cutlass.range(begin_request, end_request + 1, unroll=1):
+                first_slot = num_splits[request]
+                pieces = num_splits[request + 1] - first_slot
+                if pieces > 1:
+                    end_block = last_end
+                    if request != end_request:
+                        end_block = (self.clamped(lengths[request], table, kv) + KEYS - 1) // KEYS
+                    _, count = self.cutting(begin_block, end_block, chunk_blocks)
+                    if tid == 0:
+                        self.await_pieces(counters, request * kv.shape[2] + head_kv, pieces, count)
+                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
+                    self.merge(
+                        out, lse, out_accum, lse_accum, sink, has_sink, sm_sums, request, head_kv, first_slot, pieces,
+                        my_split, count, rows, group, tid,
+                    )  # fmt: skip
+                begin_block = Int32(0)
+                my_split = Int32(0)
 
     @cute.jit
-    def clear_tail(self, ring_base: Int32, slot: Int32, half: Int32, wtid: Int32, valid: Int32):
-        """Zero the rows behind the last key in this warpgroup's four latent slices; whole rows, so swizzle is moot."""
+    def cutting(self, begin_block: Int32, end_block: Int32, chunk_blocks: Int32):
+        """Blocks per piece, and pieces, of this part's stretch of one request."""
+        span = end_block - begin_block
+        step = chunk_blocks if chunk_blocks > 0 else span
+        step = step if step > 0 else Int32(1)
+        count = (span + step - 1) // step
+        return step, count if count > 0 else Int32(1)
+
+    @cute.jit
+    def await_pieces(self, counters: cute.Tensor, which: Int32, pieces: Int32, mine: Int32):
+        """Wait until all pieces of a request are stored. The last CTA to leave sets both counters back to zero."""
+        arrived = counters[0, which, None].iterator
+        left = counters[1, which, None].iterator
+        seen = cute.arch.load(arrived, Int32, sem="acquire", scope="gpu")
+        while seen < pieces:
+            seen = cute.arch.load(arrived, Int32, sem="acquire", scope="gpu")
+        before = cute.arch.atomic_add(left, mine, sem="relaxed", scope="gpu")
+        if before + mine == pieces:
+            counters[0, which, 0] = Int32(0)
+            counters[1, which, 0] = Int32(0)
+
+    @cute.jit
+    def merge(
+        self,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        out_accum: cute.Tensor,
+        lse_accum: cute.Tensor,
+        sink: cute.Tensor,
+        has_sink: Int32,
+        sm_sums: cute.Tensor,
+        request: Int32,
+        head_kv: Int32,
+        first_slot: Int32,
+        pieces: Int32,
+        my_split: Int32,
+        count: Int32,
+        rows: Int32,
+        group: Int32,
+        tid: Int32,
+    ):
+        """This CTA's share of one request: unit u (128 columns of a row) belongs to the holder of piece u mod pieces.
+
+        With many pieces all eight warps add up one unit, each every eighth piece; with few, each warp takes its own.
+        """
+        warp, lane = tid // 32, tid % 32
+        per_row = D_V // COLUMNS
+        units = rows * per_row
+        together = pieces >= 16
+        # index i of this CTA's units -> u; a CTA that holds `count` pieces has `count` residues
+        index = Int32(0) if together else warp
+        step = Int32(1) if together else Int32(8)
+        sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        loads = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
+        scales = cute.make_rmem_tensor(cute.make_layout(8), Float32)
+        unit = my_split + index % count + (index // count) * pieces
+        while unit < units:
+            row, chunk = unit // per_row, unit % per_row
+            line = head_kv * rows + row
+            first = warp if together else Int32(0)
+            stride = Int32(8) if together else Int32(1)
+            data = cute.local_tile(out_accum, (1, 1, 4), (None, line, chunk * 32 + lane))
+            sums.fill(0.0)
+            # the first eight partials of this warp are on their way before the weights are known
+            for u in cutlass.range_constexpr(8):
+                piece = first + u * stride
+                scales[u] = -Float32.inf
+                if piece < pieces:
+                    cute.autovec_copy(data[0, 0, None, first_slot + piece], loads[None, u])
+                    scales[u] = lse_accum[first_slot + piece, line]
+            peak = -Float32.inf
+            for piece in cutlass.range(lane, pieces, 32, unroll=1):
+                peak = cute.arch.fmax(peak, lse_accum[first_slot + piece, line])
+            for d in (1, 2, 4, 8, 16):
+                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, d))
+            shift = peak if peak > -Float32.inf else Float32(0.0)
+            total = Float32(0.0)
+            for piece in cutlass.range(lane, pieces, 32, unroll=1):
+                total += cute.math.exp2(lse_accum[first_slot + piece, line] - shift, fastmath=True)
+            for d in (1, 2, 4, 8, 16):
+                total += cute.arch.shuffle_sync_bfly(total, d)
+            for base in cutlass.range(0, pieces, 8 * stride, unroll=1):
+                if base > 0:
+                    for u in cutlass.range_constexpr(8):
+                        piece = base + first + u * stride
+                        scales[u] = -Float32.inf
+                        if piece < pieces:
+                            cute.autovec_copy(data[0, 0, None, first_slot + piece], loads[None, u])
+                            scales[u] = lse_accum[first_slot + piece, line]
+                for u in cutlass.range_constexpr(8):
+                    if base + first + u * stride < pieces:
+                        weight = cute.math.exp2(scales[u] - shift, fastmath=True)
+                        for i in cutlass.range_constexpr(4):
+                            sums[i] = sums[i] + loads[i, u] * weight
+            if together:
+                for i in cutlass.range_constexpr(4):
+                    sm_sums[warp, lane * 4 + i] = sums[i]
+                cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+                if warp == 0:
+                    for w in cutlass.range_constexpr(1, 8):
+                        for i in cutlass.range_constexpr(4):
+                            sums[i] = sums[i] + sm_sums[w, lane * 4 + i]
+                cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+            if (not together) | (warp == 0):
+                token, head = row // group, head_kv * group + row % group
+                scale = Float32(0.0)
+                lse2 = -Float32.inf
+                if total > 0.0:
+                    scale = Float32(1.0) / total
+                    lse2 = peak + cute.math.log2(total, fastmath=True)
+                    if has_sink != 0:
+                        scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
+                rounded = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
+                for i in cutlass.range_constexpr(4):
+                    sums[i] = sums[i] * scale
+                rounded.store(sums.load().to(self.dtype))
+                target = cute.local_tile(out[request, token, head, None], (4,), (chunk * 32 + lane,))
+                cute.autovec_copy(rounded, target)
+                if (chunk == 0) & (lane == 0):
+                    lse[request, head, token] = lse2 * LN_2
+            index += step
+            unit = my_split + index % count + (index // count) * pieces
+
+    @cute.jit
+    def clear_tail(self, base: Int32, half: Int32, wtid: Int32, valid: Int32):
+        """Zero the rows behind the last key in this warpgroup's four latent slices; whole lines, so swizzle is moot."""
         keep = valid if valid > 0 else Int32(0)
         zero = Int32(0)
-        for m in cutlass.range_constexpr(4):
-            base = ring_base + self.place(slot, m, half) * SLOT_BYTES
-            for chunk in cutlass.range(keep * 8 + wtid, KEYS * 8, 128, unroll=1):
-                cute.arch.inline_ptx(
-                    "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[base + chunk * 16, zero]
-                )
+        for item in cutlass.range(keep * 32 + wtid, KEYS * 32, 128, unroll=1):
+            row, slice_, chunk = item // 32, half * 4 + (item // 8) % 4, item % 8
+            place = base + (row // 8) * (self.d_qk * 16) + slice_ * 1024 + (row % 8) * 128 + chunk * 16
+            cute.arch.inline_ptx(
+                "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[place, zero]
+            )
 
     @cute.jit
     def store_p(self, mine: cute.Tensor, p_base: Int32, half: Int32, wwarp: Int32, lane: Int32):
@@ -663,13 +792,12 @@ class DecodeDenseSmall:
 
 def fake_arguments(dtype, d_qk=576):
     """Arguments for `toolchain.compile_kernel(DecodeDenseSmall(...), ...)`: every extent and stride left open."""
-    from openmla.backends.cute.toolchain import fake_stream, fake_tensor
-
-    steps = 8  # elements: rows start at multiples of 16 bytes
-    div = [cute.sym_int64(divisibility=steps) for _ in range(6)]
     from cutlass.cute.runtime import make_fake_tensor
 
-    sym = cute.sym_int
+    from openmla.backends.cute.toolchain import fake_stream, fake_tensor
+
+    sym, div = cute.sym_int, [cute.sym_int64(divisibility=8) for _ in range(6)]  # rows start at 16-byte multiples
+    out_step = [cute.sym_int64(divisibility=4) for _ in range(3)]
     q = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[:3], 1), assumed_align=16)
     kv = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[3:], 1), assumed_align=16)
     return [
@@ -679,11 +807,12 @@ def fake_arguments(dtype, d_qk=576):
         fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (None, 8), align=16),
         fake_tensor(Int32, (None,), align=4),
-        fake_tensor(dtype, (None, None, None, D_V), stride=(None, None, None, 1), align=2),
+        make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=8),
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),
         fake_tensor(Float32, (None, None, D_V), align=16),
         fake_tensor(Float32, (None, None), align=4),
         fake_tensor(Float32, (None,), align=4),
+        make_fake_tensor(Int32, (2, sym(), 1), stride=(cute.sym_int64(), 1, 1), assumed_align=4),
         fake_tensor(Int32, (1,), align=4),
         Float32(1.0), Int32(0), Int32(0), Int32(0),
         fake_stream(),
