@@ -68,9 +68,8 @@ class Case:
     @property
     def repro(self) -> str:
         """The command that runs this case alone."""
-        return (
-            f"REPRO: python -m pytest tests/unit/test_fuzz_ops.py -k {self.op}_cases --case-seed={self.seed}\n  {self}"
-        )
+        where = f"tests/unit/test_fuzz_ops.py::test_{self.op}_cases"
+        return f"REPRO: python -m pytest {where} --case-seed={self.seed}\n  {self}"
 
     def tensors(self) -> dict[str, Any]:
         """Keyword arguments of `openmla.reference.attention.<op>`, made afresh."""
@@ -186,7 +185,7 @@ def _draw_sparse_decode(pick: random.Random, op: str) -> dict[str, Any]:
     d_qk, d_v, layout = _draw_dims(pick, 0.45)
     h_q, _ = _draw_heads(pick, may_group=False)
     batch = pick.choices((0, 1, 2, 3), (1, 8, 8, 6))[0] if h_q < 64 else 1
-    s_q = pick.choices((0, 1, 2, 3), (1, 10, 6, 3))[0] if h_q < 64 else 1
+    s_q = pick.choices((0, 1, 2, 3), (1, 14, 8, 4))[0] if h_q < 64 else 1
     has_extra = pick.random() < 0.35
     same_width = [name for name in ("", *BYTE_LAYOUT_NAMES) if not name or kv_layout(name).d_qk == d_qk]
     if (d_qk, d_v) not in ((576, 512), (512, 512)):
@@ -201,7 +200,7 @@ def _draw_sparse_decode(pick: random.Random, op: str) -> dict[str, Any]:
         "seqlens_q": (s_q,) * batch,
         "seqlens_k": (pick.choice((1, 40, 64, 150)),),  # slots that hold tokens
         "is_varlen": pick.random() < 0.3,
-        "topk": pick.choice((0, 1, 2, 63, 64, 65, 128, 200)),
+        "topk": pick.choices((0, 1, 2, 63, 64, 65, 128, 200), (1, 3, 3, 4, 4, 4, 4, 4))[0],
         "has_topk_length": pick.random() < 0.5,
         "extra_layout": pick.choice(same_width) if has_extra else "",
         "extra_page_size": pick.choice(PAGE_SIZES) if has_extra else 1,
@@ -220,9 +219,9 @@ def _draw_unpaged(pick: random.Random, op: str) -> dict[str, Any]:
             "h_kv": h_kv,
             "d_qk": d_qk,
             "d_v": d_v,
-            "seqlens_q": (pick.choice((0, 1, 2, 5, 9)) if h_q < 64 else 2,),
-            "seqlens_k": (pick.choice((0, 1, 63, 64, 65, 200)),),
-            "topk": pick.choice((0, 1, 2, 63, 64, 65, 128, 200)),
+            "seqlens_q": (pick.choices((0, 1, 2, 5, 9), (1, 6, 6, 6, 4))[0] if h_q < 64 else 2,),
+            "seqlens_k": (pick.choices((0, 1, 63, 64, 65, 200), (1, 4, 4, 4, 4, 6))[0],),
+            "topk": pick.choices((0, 1, 2, 63, 64, 65, 128, 200), (1, 3, 3, 4, 4, 4, 4, 4))[0],
             "has_topk_length": pick.random() < 0.5,
             "has_sink": pick.random() < 0.4,
             "invalid_share": pick.choices((0.0, 0.1, 0.5, 1.0), (4, 6, 3, 1))[0],

@@ -99,4 +99,7 @@ def draw_queries(
         direction = direction.clone()
         direction[..., : d_qk - rope_columns(d_qk, d_v)] = 0
     length = direction.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    # A q that is k times a power of two makes every product a square, whose last bits are always 001: fp32 sums of
+    # those round down every time, 18 units of 2^-24 on average instead of 0. A tenth of noise breaks the pattern.
+    direction = direction * (1 + q / 10)
     return direction * (_NEEDLE_LOGIT / softmax_scale) / length
