@@ -218,7 +218,7 @@ def _add_bench(verbs: Any) -> None:
     parser = _verb(verbs, "bench", _bench, "measure a suite: gate, then everybody in turn, rows as JSONL")
     parser.add_argument("--suite", default="smoke", metavar="NAME|PATH", help="default: smoke")
     parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches, such as '*hq16*'")
-    parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: auto")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
     parser.add_argument(
         "--peer", action="append", metavar="NAME", help="repeatable; none for no peer; default: the suite's"
     )
@@ -244,6 +244,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
     from openmla.backends import BACKENDS
+    from openmla.core import env
     from openmla.core.target import Target
     from openmla.lab import peers, runner, store, table
 
@@ -254,7 +255,7 @@ def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
     unknown = [name for name in chosen or () if name not in peers.PEERS]
     if unknown:
         raise ConfigError(f"unknown peer {unknown[0]!r}; use one of: {', '.join(peers.PEERS)}, none")
-    options = runner.Options(tuple(args.backend or ("auto",)), chosen, args.seconds)
+    options = runner.Options(tuple(args.backend or (env.BACKEND.read(),)), chosen, args.seconds)
     results = []
     for result in runner.run(suite, cases, options, Target.detect(args.device), _say):
         results.append(result)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -45,10 +46,8 @@ def test_every_requirement_is_pinned_within_its_range():
 
 
 def test_a_cuda_host_keeps_its_own_versions(venv, monkeypatch):
-    class Host:
-        metadata = {"Name": "Torch"}
-
-    monkeypatch.setattr(venv.importlib.metadata, "distributions", lambda: [Host()])
+    host = SimpleNamespace(metadata={"Name": "Torch"})
+    monkeypatch.setattr(venv.importlib.metadata, "distributions", lambda: [host])
     assert "torch==2.13.0" in venv.pins(None)
     kept = venv.pins("13.0")
     assert "torch==" not in kept
