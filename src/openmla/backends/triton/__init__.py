@@ -1,1 +1,5 @@
-"""Portable kernels in Triton: none is built yet; `openmla explain` says so."""
+"""Portable kernels in Triton: dense decode, sparse decode and sparse prefill on NVIDIA, AMD and in the interpreter."""
+
+from openmla.backends.triton.kernels import DECODE, KERNELS, SPARSE_DECODE, SPARSE_PREFILL
+
+__all__ = ["DECODE", "KERNELS", "SPARSE_DECODE", "SPARSE_PREFILL"]

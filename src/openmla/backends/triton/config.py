@@ -1,0 +1,188 @@
+"""Which problems the Triton kernels take, with every reason against, and with which tiles. Imports no Triton.
+
+A tile is (BLOCK_M query rows, BLOCK_N keys). BLOCK_M rows share each load of a KV tile, so more rows mean less traffic,
+and the accumulator [BLOCK_M, d_v] in fp32 lives in registers, so they are bounded: 64 x 512 takes 128 registers of
+each of 256 threads. The tables below hold what to try, best first, per family of machines; a tile whose shared memory
+does not fit the target is passed over. Their order is reasoned, see docs/kernels/triton.md, not measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from openmla.backends.base import Verdict, require
+from openmla.core.layout import KVLayout
+from openmla.core.problem import DecodeProblem, SparseDecodeProblem, SparsePrefillProblem
+from openmla.core.target import Target
+
+AnyProblem = DecodeProblem | SparseDecodeProblem | SparsePrefillProblem
+
+MAX_D_V = 512
+MAX_PADDED = 640  # d_v and the columns behind it, each rounded up to a power of two
+OVERHEAD_TOKENS = 320  # cost of starting a piece in keys: filling the pipeline, and storing an fp32 partial
+CHUNK_TOKENS = 4096  # piece length of the policy batch_invariant
+MIN_SPLIT_KEYS = 256  # a sparse split shorter than this costs more to merge than it saves
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to run an attention kernel."""
+
+    block_m: int  # query rows per tile
+    block_n: int  # keys per tile
+    num_warps: int
+    num_stages: int
+    ctas_per_sm: int = 1  # programs that are resident together
+
+
+# family -> (most rows per request and KV head, configs to try in order). The last row serves all larger counts.
+_TABLE: dict[str, tuple[tuple[int, tuple[Config, ...]], ...]] = {
+    "hopper": (
+        (16, (Config(16, 64, 4, 2), Config(16, 32, 4, 2))),
+        (32, (Config(32, 64, 8, 2), Config(32, 32, 4, 2))),
+        (1 << 31, (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1))),
+    ),
+    "ampere": (
+        (16, (Config(16, 32, 4, 3), Config(16, 32, 4, 2), Config(16, 16, 4, 1))),
+        (32, (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 1))),
+        (1 << 31, (Config(64, 32, 8, 2), Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 1))),
+    ),
+    "cdna3": (
+        (16, (Config(16, 32, 4, 1), Config(16, 16, 4, 1))),
+        (1 << 31, (Config(64, 32, 4, 1), Config(64, 16, 4, 1))),
+    ),
+    "interpreter": ((1 << 31, (Config(16, 16, 1, 1),)),),
+}
+# fp32 dot products run on the ordinary cores (exact, no tf32): small tiles, since neither operand nor sum is narrow.
+_WIDE = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
+
+
+def is_installed() -> bool:
+    """True when Triton can be imported; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """True when kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    if not is_installed():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def family(target: Target) -> str | None:
+    """Which table serves a target; None for a target that none does."""
+    if target.arch == "cpu":
+        return "interpreter" if is_interpreted() else None
+    if target.arch == "gfx942":
+        return "cdna3"
+    digits = target.arch.removeprefix("sm_").rstrip("af")
+    if not target.is_cuda or not digits.isdigit() or int(digits) < 80:
+        return None
+    # 90 and 100 to 109 have 227 KB of shared memory; consumer cards of every generation have about 100 KB.
+    return "hopper" if int(digits) // 10 in (9, 10) else "ampere"
+
+
+def padded(columns: int) -> int:
+    """Columns of a tile: a power of two, at least 16 (the shortest dot product); 0 for none."""
+    return max(16, 1 << (columns - 1).bit_length()) if columns else 0
+
+
+def dims(problem: AnyProblem) -> tuple[int, int, int, int]:
+    """(d_qk, d_v, D_LATENT, D_ROPE): sizes, and the padded sizes of the two halves of a key."""
+    return (problem.d_qk, problem.d_v, padded(problem.d_v), padded(problem.d_qk - problem.d_v))
+
+
+def is_wide(problem: AnyProblem) -> bool:
+    """Dots in fp32: fp32 operands, and byte layouts (whose values are bf16) with queries that are not bf16."""
+    if problem.dtype == torch.float32:
+        return True
+    layouts = [] if isinstance(problem, SparsePrefillProblem) else [problem.layout]
+    if isinstance(problem, SparseDecodeProblem) and problem.extra is not None:
+        layouts.append(problem.extra.layout)
+    # A cache of plain elements has the dtype of q.
+    return problem.dtype != torch.bfloat16 and any(layout.is_quantised for layout in layouts)
+
+
+def stored_rows(layout: KVLayout, page_size: int) -> tuple[str, str, int, int, int, int, int, int]:
+    """A layout as the constants that `openmla.backends.triton.rows` reads."""
+    if not layout.is_quantised:
+        return ("plain", "none", 0, 0, 0, 0, 0, 0)
+    codes = layout.d_quant // 2 if layout.data_format == "e2m1" else layout.d_quant
+    if layout.scales_behind_page:
+        row, first, step, rope = layout.data_bytes, page_size * layout.data_bytes, layout.scale_bytes, codes
+    else:
+        row = layout.bytes_per_token
+        first, step, rope = codes, row, codes + layout.scale_bytes
+    return (layout.data_format, layout.scale_format, layout.d_quant, layout.scale_group, row, first, step, rope)
+
+
+def rows(problem: AnyProblem) -> int:
+    """Query rows that share one list of keys, at most: of a request where the cache is dense, else of a token."""
+    group = problem.h_q // problem.h_kv
+    return group * problem.s_q if isinstance(problem, DecodeProblem) else group
+
+
+def shared_bytes(config: Config, problem: AnyProblem) -> int:
+    """Shared memory of a tile, from above: queries, num_stages KV tiles, weights, and 2 KB for reductions."""
+    itemsize = 4 if is_wide(problem) else problem.dtype.itemsize
+    columns = sum(dims(problem)[2:])
+    kv = config.block_n * columns * max(config.num_stages, 1)
+    return itemsize * (config.block_m * columns + kv + config.block_m * config.block_n) + 2048
+
+
+def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:
+    """Configs that fit the target, best first; empty where none does."""
+    name = family(target)
+    if name is None:
+        return ()
+    if is_wide(problem) and name != "interpreter":
+        listed = _WIDE
+    else:
+        listed = next(configs for most, configs in _TABLE[name] if rows(problem) <= most)
+    return tuple(each for each in listed if not target.smem_bytes or shared_bytes(each, problem) <= target.smem_bytes)
+
+
+def supports(problem: AnyProblem, target: Target) -> Verdict:
+    """May a Triton kernel run it? Needs neither Triton nor a GPU to answer."""
+    _, d_v, latent, rope = dims(problem)
+    found = require(
+        (is_installed(), "triton is not installed: pip install openmla[triton]"),
+        (d_v <= MAX_D_V, f"holds at most {MAX_D_V} value columns, got d_v={d_v}"),
+        (latent + rope <= MAX_PADDED, f"holds at most {MAX_PADDED} key columns, got {latent} + {rope} after padding"),
+    )
+    if not found:
+        return found
+    if target.arch == "cpu":
+        is_bf16 = problem.dtype == torch.bfloat16
+        return require(
+            (is_interpreted(), "a CPU runs it only in Triton's interpreter: set TRITON_INTERPRET=1"),
+            (not is_bf16 or not is_interpreted(), "Triton's interpreter multiplies bf16 wrongly; use fp16 or fp32"),
+        )
+    if family(target) is None:
+        return Verdict((f"needs an NVIDIA GPU of sm_80 or later or an AMD gfx942, got {target.arch}",))
+    return require(
+        (bool(candidates(problem, target)), f"no tile fits {target.smem_bytes} bytes of shared memory"),
+    )
+
+
+def num_parts(problem: DecodeProblem, config: Config, target: Target) -> int:
+    """Parts of a plan: together with the row tiles they occupy every SM once, whatever the lengths are."""
+    return max(target.num_sms * config.ctas_per_sm // (tiles(problem, config) * problem.h_kv), 1)
+
+
+def tiles(problem: AnyProblem, config: Config) -> int:
+    """Row tiles per request (token) and KV head."""
+    return max(-(-rows(problem) // config.block_m), 1)
+
+
+def sparse_splits(problem: SparseDecodeProblem, config: Config, target: Target) -> int:
+    """Splits of each selection: enough to occupy every SM, none shorter than MIN_SPLIT_KEYS."""
+    keys = problem.topk + (problem.extra.topk if problem.extra else 0)
+    programs = max(problem.total_q * tiles(problem, config), 1)
+    wanted = target.num_sms * config.ctas_per_sm // programs
+    return max(min(wanted, keys // MIN_SPLIT_KEYS), 1)

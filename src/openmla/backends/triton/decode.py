@@ -1,0 +1,268 @@
+"""Dense decode over a paged cache: split-KV, varlen queries, causal, window, sink, every KV layout.
+
+    out[b, i, h] = softmax_j(softmax_scale * <q[b, i, h], k[b, j]>) @ v[b, j],  v = k[..., :d_v]
+
+A program is (row tile and KV head, part). The rows of a request and KV head are its s_q * h_q / h_kv queries, token
+after token; BLOCK_M of them share every KV tile that is loaded. A part walks over the pieces that the plan gives it
+(`openmla.split.schedule`), each a stretch of KV tiles of one request:
+
+    request with one piece      -> out and lse, finished here
+    request with several        -> fp32 partials in the workspace, merged by `combine`
+
+The grid is (tiles * h_kv, parts): tiles of one part run side by side and find its KV in the L2 cache. It is fixed by
+the problem; lengths are read on the device.
+
+Plans cannot be stale: the last piece of a request ends where the request ends now, other pieces shrink to what is
+there, so every key is read once by somebody, whatever lengths the plan was made for. It is only balanced for those.
+
+Deep dive: docs/kernels/triton.md
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+from openmla.backends.triton.rows import load_latent, load_rope
+from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, sink_share
+
+# Bits of openmla.core.faults.Fault.
+PAGE_OUT_OF_RANGE = tl.constexpr(1)
+LENGTH_NEGATIVE = tl.constexpr(2)
+LENGTH_OVER_CAPACITY = tl.constexpr(4)
+CU_SEQLENS_NOT_MONOTONE = tl.constexpr(32)
+
+
+@triton.jit
+def query_span(cu_ptr, request, total_q, s_q, IS_VARLEN: tl.constexpr):
+    """(first query token in q, number of query tokens) of a request; offsets clamped to [0, total_q], never falling."""
+    first = request * s_q
+    count = s_q
+    if IS_VARLEN:
+        first = 0
+        for base in range(0, request + 1, 256):
+            place = base + tl.arange(0, 256)
+            first = tl.maximum(first, tl.max(tl.load(cu_ptr + place, mask=place <= request, other=0), 0))
+        first = tl.minimum(first, total_q)
+        count = tl.maximum(tl.minimum(tl.load(cu_ptr + request + 1), total_q), first) - first
+    return first, count
+
+
+@triton.jit
+def request_length(seqlens_ptr, request, capacity, fault_ptr, is_reporter):
+    """Keys of a request, clamped to what the block table can address; the reporter notes a bad one."""
+    raw = tl.load(seqlens_ptr + request)
+    bits = tl.where(raw < 0, LENGTH_NEGATIVE, 0) | tl.where(raw > capacity, LENGTH_OVER_CAPACITY, 0)
+    tl.atomic_or(fault_ptr, bits, mask=(bits != 0) & is_reporter, sem="relaxed")
+    return tl.minimum(tl.maximum(raw, 0), capacity)
+
+
+@triton.jit
+def visible(token, count, length, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """[begin, end) of the keys that query `token` of `count` sees; causal is aligned to the bottom right."""
+    end = length + token * 0
+    if IS_CAUSAL or WINDOW > 0:
+        end = tl.minimum(tl.maximum(length - count + token + 1, 0), length)
+    begin = end * 0
+    if WINDOW > 0:
+        begin = tl.maximum(end - WINDOW, 0)
+    return begin, end
+
+
+@triton.jit
+def pieces_here(metadata, request, splits, chunk_blocks):
+    """How many pieces of a request its part computes; metadata points to the part's row."""
+    here = 1
+    if chunk_blocks > 0:
+        is_first = request == tl.load(metadata)
+        begin = tl.where(is_first, tl.load(metadata + 2), 0)
+        left = splits - tl.where(is_first, tl.load(metadata + 4), 0)
+        planned = (tl.load(metadata + 3) - begin + chunk_blocks - 1) // chunk_blocks
+        here = tl.where(request == tl.load(metadata + 1), tl.minimum(planned, left), left)
+        here = tl.maximum(here, 1)
+    return here
+
+
+@triton.jit
+def piece_at(metadata, request, splits, index, blocks, chunk_blocks):
+    """(split, begin block, end block) of piece `index` of a request within a part.
+
+    The last split of a request ends where its blocks end as they are now, no other reaches beyond that.
+    """
+    is_first = request == tl.load(metadata)
+    begin = tl.where(is_first, tl.load(metadata + 2), 0)
+    split = tl.where(is_first, tl.load(metadata + 4), 0) + index
+    end = tl.load(metadata + 3)
+    if chunk_blocks > 0:
+        begin += index * chunk_blocks
+        end = begin + chunk_blocks
+    return split, begin, tl.where(split == splits - 1, blocks, tl.minimum(end, blocks))
+
+
+@triton.jit
+def load_page(table, start, length, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(page [BLOCK_N] int64, offset, present, strays) of the keys start to start + BLOCK_N - 1.
+
+    A page id outside [0, num_pages) makes its keys absent; strays is 1 where that happened.
+    """
+    place = start + tl.arange(0, BLOCK_N)
+    within = place < length
+    if PAGE_SIZE % BLOCK_N == 0:
+        # One page per tile: a scalar load, and rows at a constant distance.
+        page = tl.load(table + start // PAGE_SIZE, mask=start < length, other=0) + tl.zeros((BLOCK_N,), tl.int32)
+        offset = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    else:
+        page = tl.load(table + place // PAGE_SIZE, mask=within, other=0)
+        offset = place % PAGE_SIZE
+    exists = within & (page >= 0) & (page < num_pages)
+    return tl.where(exists, page, 0).to(tl.int64), offset, exists, (within & ~exists).to(tl.int32)
+
+
+@triton.jit
+def attend_range(
+    q_latent, q_rope, kv_ptr, table, low, high, turn, step, begin, end, hull_begin, hull_end, num_pages, kv_page_stride,
+    kv_row_stride, sign, scale2, peak, mass, acc, strays, MIXED: tl.constexpr, LAYOUT: tl.constexpr,
+    DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """KV tiles low to high - 1, of which those from `turn` on stand `step` tiles further; returns state and strays.
+
+    [begin, end) is what each row sees, [hull_begin, hull_end) what any of the rows sees.
+    """
+    for index in range(low, high):
+        start = (index + tl.where(index < turn, 0, step)) * BLOCK_N
+        place = start + tl.arange(0, BLOCK_N)
+        page, offset, present, stray = load_page(table, start, hull_end, num_pages, PAGE_SIZE, BLOCK_N)
+        strays |= tl.where(place >= hull_begin, stray, 0)
+        present = present & (place >= hull_begin)
+        pages = kv_ptr + page * kv_page_stride
+        latent = load_latent(pages, offset, kv_row_stride, present, q_latent.dtype, LAYOUT, DIMS)
+        rope = latent
+        if DIMS[3] > 0:
+            rope = load_rope(pages, offset, kv_row_stride, present, q_latent.dtype, LAYOUT, DIMS)
+        seen = present[None, :]
+        if MIXED:
+            seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+        peak, mass, acc = fold_tile(
+            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED, DIMS
+        )  # fmt: skip
+    return peak, mass, acc, strays
+
+
+@triton.jit
+def attend_piece(
+    q_latent, q_rope, kv_ptr, table, first_block, end_block, token, token_low, token_high, count, length, num_pages,
+    kv_page_stride, kv_row_stride, sign, scale2, strays, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    IS_MIXED: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(out [BLOCK_M, D_LATENT], lse2 [BLOCK_M], strays) of the rows over KV tiles first_block to end_block - 1.
+
+    token [BLOCK_M] is the query of each row, from token_low to token_high; token_high < 0 where there is no row.
+    """
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIMS[2]), tl.float32)
+    begin, end = visible(token, count, length, IS_CAUSAL, WINDOW)
+    hull_begin, low_end = visible(token_low, count, length, IS_CAUSAL, WINDOW)
+    high_begin, hull_end = visible(token_high, count, length, IS_CAUSAL, WINDOW)
+    hull_end = tl.where(token_high < 0, 0, hull_end)
+    low = tl.maximum(first_block, hull_begin // BLOCK_N)
+    high = tl.maximum(tl.minimum(end_block, (hull_end + BLOCK_N - 1) // BLOCK_N), low)
+    # Tiles that every row sees in full come first; those at the edges of causal and window need care and come last.
+    inner_low, inner_high = low, high
+    if IS_MIXED:
+        inner_low = tl.minimum(tl.maximum((high_begin + BLOCK_N - 1) // BLOCK_N, low), high)
+        inner_high = tl.maximum(tl.minimum(low_end // BLOCK_N, high), inner_low)
+    peak, mass, acc, strays = attend_range(
+        q_latent, q_rope, kv_ptr, table, inner_low, inner_high, inner_high, 0, begin, end, hull_begin, hull_end,
+        num_pages, kv_page_stride, kv_row_stride, sign, scale2, peak, mass, acc, strays, False, LAYOUT, DIMS,
+        PAGE_SIZE, BLOCK_N,
+    )  # fmt: skip
+    if IS_MIXED:
+        inner = inner_high - inner_low
+        peak, mass, acc, strays = attend_range(
+            q_latent, q_rope, kv_ptr, table, low, high - inner, inner_low, inner, begin, end, hull_begin, hull_end,
+            num_pages, kv_page_stride, kv_row_stride, sign, scale2, peak, mass, acc, strays, True, LAYOUT, DIMS,
+            PAGE_SIZE, BLOCK_N,
+        )  # fmt: skip
+    out, lse2 = finish(peak, mass, acc, scale2)
+    return out, lse2, strays
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr,  # [batch, s_q, h_q, d_qk], or [total_q, h_q, d_qk] with IS_VARLEN and q_batch_stride 0
+    kv_ptr,  # [num_pages, page_size, h_kv, row]
+    table_ptr,  # [batch, max_pages] int32
+    seqlens_ptr,  # [batch] int32
+    cu_ptr,  # [batch + 1] int32 with IS_VARLEN
+    sink_ptr,  # [h_q] fp32 with HAS_SINK
+    metadata_ptr,  # [parts, 8] int32
+    num_splits_ptr,  # [batch + 1] int32
+    out_ptr,  # like q, d_v columns
+    lse_ptr,  # [batch, h_q, s_q] or [h_q, total_q] fp32
+    out_accum_ptr,  # [slots, h_q * s_q, d_v] fp32
+    lse_accum_ptr,  # [slots, h_q * s_q] fp32, base 2
+    fault_ptr,  # [1] int32
+    sign, scale2, total_q, s_q, capacity, num_pages, chunk_blocks, tiles,
+    q_batch_stride, q_token_stride, q_head_stride, kv_page_stride, kv_row_stride, kv_head_stride, table_stride,
+    out_batch_stride, out_token_stride, out_head_stride, lse_batch_stride, lse_token_stride, lse_head_stride,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr, IS_MIXED: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """See the module. GROUP = h_q / h_kv; IS_MIXED: rows of a tile may see different keys; COMPUTE: dtype of the dots."""
+    tile = tl.program_id(0) % tiles
+    kv_head = tl.program_id(0) // tiles
+    metadata = metadata_ptr + tl.program_id(1) * 8
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + row % GROUP
+    column = tl.arange(0, DIMS[2])
+    strays = tl.zeros((BLOCK_N,), tl.int32)
+    for request in range(tl.load(metadata), tl.load(metadata + 1) + 1):
+        first, count = query_span(cu_ptr, request, total_q, s_q, IS_VARLEN)
+        length = request_length(seqlens_ptr, request, capacity, fault_ptr, tl.program_id(0) == 0)
+        rows = tl.minimum(count, s_q) * GROUP  # a longer request than was announced: `combine` writes the rest
+        valid = row < rows
+        token = tl.minimum(row, tl.maximum(rows - 1, 0)) // GROUP
+        token_low = tile * BLOCK_M // GROUP
+        token_high = tl.where(tile * BLOCK_M < rows, (tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1) // GROUP, -1)
+        lead = tl.cast(request, tl.int64)
+        place = token.to(tl.int64)
+        if IS_VARLEN:
+            lead = lead * 0
+            place += first
+        query = q_ptr + lead * q_batch_stride + place * q_token_stride + head.to(tl.int64) * q_head_stride
+        q_latent, q_rope = load_queries(query, valid, DIMS)
+        splits = tl.load(num_splits_ptr + request + 1) - tl.load(num_splits_ptr + request)
+        here = pieces_here(metadata, request, splits, chunk_blocks)
+        for index in range(0, here):
+            split, first_block, end_block = piece_at(
+                metadata, request, splits, index, (length + BLOCK_N - 1) // BLOCK_N, chunk_blocks
+            )  # fmt: skip
+            out, lse2, strays = attend_piece(
+                q_latent.to(COMPUTE), q_rope.to(COMPUTE), kv_ptr + tl.cast(kv_head, tl.int64) * kv_head_stride,
+                table_ptr + tl.cast(request, tl.int64) * table_stride, first_block, end_block, token, token_low,
+                token_high, count, length, num_pages, kv_page_stride, kv_row_stride, sign, scale2, strays, IS_CAUSAL,
+                WINDOW, IS_MIXED, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            if splits == 1:
+                if HAS_SINK:
+                    out *= sink_share(lse2, tl.load(sink_ptr + head))[:, None]
+                target = lead * out_batch_stride + place * out_token_stride + head.to(tl.int64) * out_head_stride
+                tl.store(
+                    out_ptr + target[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty),
+                    mask=valid[:, None] & (column < DIMS[1])[None, :],
+                )  # fmt: skip
+                target = lead * lse_batch_stride + place * lse_token_stride + head.to(tl.int64) * lse_head_stride
+                tl.store(lse_ptr + target, lse2 * LN_2, mask=valid)
+            else:
+                slot = (tl.load(num_splits_ptr + request) + split).to(tl.int64) * (H_KV * GROUP * s_q)
+                target = slot + kv_head * GROUP * s_q + row
+                tl.store(
+                    out_accum_ptr + target[:, None] * DIMS[1] + column[None, :], out,
+                    mask=valid[:, None] & (column < DIMS[1])[None, :],
+                )  # fmt: skip
+                tl.store(lse_accum_ptr + target, lse2, mask=valid)
+    stray = tl.max(strays, 0)
+    tl.atomic_or(fault_ptr, stray * PAGE_OUT_OF_RANGE, mask=stray != 0, sem="relaxed")

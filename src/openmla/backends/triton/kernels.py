@@ -1,0 +1,67 @@
+"""The kernels of the Triton backend, as the table of backends sees them. Triton is imported when one is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from openmla.backends.base import DecodePlan, Kernel, Verdict
+from openmla.backends.triton import config as choice
+from openmla.core.problem import DecodeProblem
+from openmla.core.target import Target
+
+
+@dataclass(frozen=True)
+class _TritonKernel:
+    """What the kernels share: who supports what, and that the first launch compiles."""
+
+    op: str
+    name: str
+    backend: str = "triton"
+
+    def supports(self, problem: Any, target: Target) -> Verdict:
+        """Every reason against, without importing Triton."""
+        return choice.supports(problem, target)
+
+    def configs(self, problem: Any, target: Target) -> Sequence[choice.Config]:
+        """Tiles that fit the target, best first."""
+        return choice.candidates(problem, target)
+
+    def compile(self, problem: Any, config: choice.Config, target: Target) -> Any:
+        """Constants and grid; machine code follows at the first launch, once for each alignment of the operands."""
+        from openmla.backends.triton import launch
+
+        return launch.make_ready(problem, config, target)
+
+    def launch(self, compiled: Any, problem: Any, operands: Any, plan: Any) -> None:
+        """Writes the outputs of the operands in full, on the current stream."""
+        from openmla.backends.triton import launch
+
+        if plan is None:
+            getattr(launch, self.op)(problem, compiled, operands)
+        else:
+            launch.decode(problem, compiled, operands, plan)
+
+
+@dataclass(frozen=True)
+class _DecodeKernel(_TritonKernel):
+    def plan(self, compiled: Any, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
+        """Parts by the lengths, computed on their device. Any plan of the problem is correct for any lengths."""
+        from openmla.backends.triton import launch
+
+        return launch.plan(problem, compiled, cache_seqlens, policy)
+
+    def workspace_bytes(self, compiled: Any, problem: DecodeProblem) -> int:
+        """Partials of a balanced plan. A batch_invariant plan with more pieces takes its own from PyTorch."""
+        from openmla.backends.triton import launch
+
+        return launch.partial_bytes(launch.slots(problem, compiled, 0), problem.s_q * problem.h_q, problem.d_v)
+
+
+DECODE = _DecodeKernel("decode", "decode_split")
+SPARSE_DECODE = _TritonKernel("sparse_decode", "decode_sparse")
+SPARSE_PREFILL = _TritonKernel("sparse_prefill", "prefill_sparse")
+KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL)

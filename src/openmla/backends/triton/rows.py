@@ -1,0 +1,140 @@
+"""Device code: rows of a KV cache as tiles [BLOCK_N, columns], dequantised on the way in.
+
+A layout reaches the device as the tuple of constants that `openmla.backends.triton.config.stored_rows` makes:
+
+    (data, scale, d_quant, scale_group, row_bytes, scale_first, scale_step, rope_first)
+
+`data` is "plain", "e4m3" or "e2m1". For byte layouts the token `offset` of a page has its codes at byte
+offset * row_bytes of the page, its scales at scale_first + offset * scale_step, its bf16 columns at rope_first of its
+row. Codes are read with integer arithmetic alone, so every architecture can: no fp8 conversion is asked of it.
+
+Reading is bf16(fp32(code) * fp32(scale)), as in `openmla.reference.quant`. Rows that are not `seen` read as zeros,
+whatever bytes they hold, and are not touched in memory.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_e4m3(code):
+    """fp32 values of e4m3 bytes (uint8).
+
+    Shifted by 7, an e4m3 code is the fp16 number of the same digits with another bias: 2^-8 times the value, subnormal
+    numbers included. The pattern of all ones is NaN; there is no infinity.
+    """
+    bits = code.to(tl.uint16)
+    magnitude = bits & 0x7F
+    half = (((bits & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True)
+    return tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def decode_e2m1(nibble):
+    """fp32 values of e2m1 codes (0 to 15): as fp16 digits they are 2^-14 times the value."""
+    bits = nibble.to(tl.uint16)
+    half = (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 16384.0
+
+
+@triton.jit
+def decode_e8m0(code):
+    """fp32 values 2^(code - 127) of e8m0 bytes; 255 is NaN, and 0 is fp32's subnormal 2^-127."""
+    exponent = code.to(tl.int32)
+    bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_scales(page, offset, group, wanted, LAYOUT: tl.constexpr):
+    """fp32 scales; page (pointers to bytes), offset and group broadcast to the shape of `wanted`."""
+    place = page + LAYOUT[5] + offset.to(tl.int64) * LAYOUT[6]
+    if LAYOUT[1] == "fp32":
+        scales = tl.load((place + 4 * group).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)
+    elif LAYOUT[1] == "e8m0":
+        scales = decode_e8m0(tl.load(place + group, mask=wanted, other=0))
+    else:
+        scales = decode_e4m3(tl.load(place + group, mask=wanted, other=0))
+    return scales
+
+
+@triton.jit
+def load_codes(row, column, wanted, LAYOUT: tl.constexpr):
+    """fp32 values of quantised columns; row (pointers to the first byte) and column broadcast to `wanted`."""
+    if LAYOUT[0] == "e2m1":
+        pair = tl.load(row + column // 2, mask=wanted, other=0)
+        values = decode_e2m1((pair >> (column % 2 * 4).to(tl.uint8)) & 15)
+    else:
+        values = decode_e4m3(tl.load(row + column, mask=wanted, other=0))
+    return values
+
+
+@triton.jit
+def load_quantised(page, offset, seen, LAYOUT: tl.constexpr, D_LATENT: tl.constexpr):
+    """bf16 [BLOCK_N, D_LATENT]: the latent columns of byte rows, with bf16 columns behind the quantised ones.
+
+    page: pointers to the first byte of each row's page, [BLOCK_N]; offset: its token within that page.
+    """
+    D_QUANT: tl.constexpr = LAYOUT[2]
+    GROUP: tl.constexpr = LAYOUT[3]
+    BLOCK_N: tl.constexpr = seen.shape[0]
+    row = page + offset.to(tl.int64) * LAYOUT[4]
+    # A third dimension of scale groups: a scale is then loaded once per group and broadcast in registers.
+    group = tl.arange(0, D_LATENT // GROUP)[None, :, None]
+    column = group * GROUP + tl.arange(0, GROUP)[None, None, :]
+    wanted = seen[:, None, None] & (column < D_QUANT)
+    values = load_codes(row[:, None, None], column, wanted, LAYOUT)
+    has_scale = seen[:, None, None] & (group * GROUP < D_QUANT)
+    scales = load_scales(page[:, None, None], offset[:, None, None], group, has_scale, LAYOUT)
+    tile = tl.reshape((values * scales).to(tl.bfloat16), (BLOCK_N, D_LATENT))
+    if D_QUANT < D_LATENT:
+        columns = tl.arange(0, D_LATENT)
+        tail = load_stored(row, columns - D_QUANT, seen, columns >= D_QUANT, LAYOUT)
+        tile = tl.where((columns < D_QUANT)[None, :], tile, tail)
+    return tile
+
+
+@triton.jit
+def load_stored(row, column, seen, wanted, LAYOUT: tl.constexpr):
+    """bf16 [BLOCK_N, columns]: columns that a byte layout stores as they are."""
+    place = (row + LAYOUT[7]).to(tl.pointer_type(tl.bfloat16))
+    return tl.load(place[:, None] + column[None, :], mask=seen[:, None] & wanted[None, :], other=0.0)
+
+
+@triton.jit
+def load_plain(row, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr):
+    """[BLOCK_N, PADDED]: columns FIRST to FIRST + COUNT of plain rows, zeros behind them."""
+    column = tl.arange(0, PADDED)
+    if COUNT == PADDED:
+        wanted = seen[:, None]
+    else:
+        wanted = seen[:, None] & (column < COUNT)[None, :]
+    return tl.load(row[:, None] + (FIRST + column)[None, :], mask=wanted, other=0.0)
+
+
+@triton.jit
+def load_latent(page, offset, row_stride, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
+    """[BLOCK_N, D_LATENT] in `dtype`: the columns of v, which are also the first columns of k.
+
+    page: pointers to each row's page (elements, or bytes of a byte layout), [BLOCK_N]; offset: token within it;
+    row_stride: elements between tokens of a page, plain layouts only; DIMS: (d_qk, d_v, D_LATENT, D_ROPE).
+    """
+    if LAYOUT[0] == "plain":
+        tile = load_plain(page + offset.to(tl.int64) * row_stride, seen, 0, DIMS[1], DIMS[2])
+    else:
+        tile = load_quantised(page, offset, seen, LAYOUT, DIMS[2])
+    return tile.to(dtype)
+
+
+@triton.jit
+def load_rope(page, offset, row_stride, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
+    """[BLOCK_N, D_ROPE] in `dtype`: the columns of k behind those of v. Arguments as in `load_latent`."""
+    if LAYOUT[0] == "plain":
+        tile = load_plain(page + offset.to(tl.int64) * row_stride, seen, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])
+    else:
+        column = tl.arange(0, DIMS[3])
+        row = page + offset.to(tl.int64) * LAYOUT[4]
+        tile = load_stored(row, column, seen, column < DIMS[0] - DIMS[1], LAYOUT)
+    return tile.to(dtype)

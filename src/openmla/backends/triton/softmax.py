@@ -1,0 +1,76 @@
+"""Device code: the online softmax over tiles of keys, in base 2, shared by every attention kernel.
+
+State of a tile of BLOCK_M query rows, fp32:
+
+    peak [BLOCK_M]              largest score so far, unscaled
+    mass [BLOCK_M]              sum of 2^((score - peak) * scale2)
+    acc [BLOCK_M, D_LATENT]     sum of 2^((score - peak) * scale2) * v
+
+with scale2 = |softmax_scale| * log2(e) and scores multiplied by the sign of softmax_scale, so that the largest score
+has the largest weight. The peak is subtracted before scaling: the largest weight is then exactly 1, also for scores of
+1e12, where a fused multiply-add of score and scaled peak would be off by whole powers of two.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_queries(row, valid, DIMS: tl.constexpr):
+    """(q_latent [BLOCK_M, D_LATENT], q_rope [BLOCK_M, D_ROPE]) at those row pointers; zeros where not valid.
+
+    Without RoPE columns q_rope is q_latent, and never used.
+    """
+    column = tl.arange(0, DIMS[2])
+    wanted = valid[:, None] & (column < DIMS[1])[None, :]
+    q_latent = tl.load(row[:, None] + column[None, :], mask=wanted, other=0.0)
+    q_rope = q_latent
+    if DIMS[3] > 0:
+        column = tl.arange(0, DIMS[3])
+        wanted = valid[:, None] & (column < DIMS[0] - DIMS[1])[None, :]
+        q_rope = tl.load(row[:, None] + (DIMS[1] + column)[None, :], mask=wanted, other=0.0)
+    return q_latent, q_rope
+
+
+@triton.jit
+def fold_tile(q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED: tl.constexpr, DIMS: tl.constexpr):
+    """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
+
+    seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
+    a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
+    """
+    # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
+    scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+    if DIMS[3] > 0:
+        scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
+    scores = tl.where(seen, scores * sign, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2((scores - shift[:, None]) * scale2)
+    rescale = tl.exp2((peak - shift) * scale2)
+    mass = mass * rescale + tl.sum(weights, 1)
+    if MIXED:
+        latent = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
+    acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * rescale[:, None], input_precision="ieee")
+    return higher, mass, acc
+
+
+@triton.jit
+def finish(peak, mass, acc, scale2):
+    """(out fp32 [BLOCK_M, D_LATENT], lse2 [BLOCK_M]) of a state; 0 and -inf where no key was seen."""
+    is_empty = mass == 0.0
+    out = acc / tl.where(is_empty, 1.0, mass)[:, None]
+    lse2 = tl.where(is_empty, float("-inf"), peak * scale2 + tl.log2(mass))
+    return out, lse2
+
+
+@triton.jit
+def sink_share(lse2, sink):
+    """1 / (1 + exp(sink - lse)): what is left for the keys beside a logit `sink` (natural units) without a value."""
+    share = 1.0 / (1.0 + tl.exp2(sink * LOG2_E - lse2))
+    return tl.where(lse2 == float("-inf"), 1.0, share)
