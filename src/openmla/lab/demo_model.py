@@ -52,14 +52,9 @@ def text(length: int) -> bytes:
 
 
 def build(seed: int, fit_to: bytes, max_length: int) -> Any:
-    """The model in fp32 on the CPU, in eval mode; `lm_head` fitted to predict each next byte of `fit_to`.
+    """The model in fp32 on the CPU, in eval mode; `lm_head` fitted to predict each next byte of `fit_to`."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    Raises ImportError, with the command that installs it, when transformers is missing.
-    """
-    try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-    except ImportError as error:
-        raise ImportError('transformers (>= 5.16, < 6) is not installed; run: pip install "openmla[demo]"') from error
     config = DeepseekV3Config(
         vocab_size=VOCABULARY, hidden_size=_HIDDEN, intermediate_size=1024, moe_intermediate_size=256,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS,

@@ -70,6 +70,11 @@ class Served:
     integrity: tuple[str, ...]
 
     @property
+    def seconds(self) -> float:
+        """Wall time of all prefills and decodes."""
+        return sum(step.prefill_seconds + step.decode_seconds for step in self.steps)
+
+    @property
     def prefill_tokens(self) -> int:
         """Prompt tokens that were computed, those shared or found left out."""
         return sum(sum(step.prefilled.values()) for step in self.steps)

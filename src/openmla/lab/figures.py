@@ -47,15 +47,17 @@ def _draw(size: tuple[float, float], salt: str, title: str, paint: Callable[[Any
         paint(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _svg(buffer.getvalue(), title)
+    return _svg(buffer.getvalue(), salt, title)
 
 
-def _svg(text: str, title: str) -> str:
+def _svg(text: str, salt: str, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
+    text = re.sub(r'\bid="', f'id="{salt}-', text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{salt}-", text)
     for marker, variable in _VARIABLES.items():
         text = text.replace(marker, f"var({variable})")
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
@@ -128,23 +130,29 @@ def decode_time(sweep: Sequence[Rate]) -> str:
 
 
 def decode_bandwidth(sweep: Sequence[Rate], read_gbps: float) -> str:
-    """GB/s of KV read, with the measured read rate of the machine as a line."""
+    """GB/s of KV read; dotted, for each series, the most that the measured rates of the machine allow."""
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         names = {key: name for key, name in series_names(sweep).items() if key != "expanded"}
         absorbed = [rate for rate in sweep if rate.name != "expanded"]
-        axes.axhline(read_gbps, color=MUTED, linewidth=1, linestyle=":")
-        top = max(read_gbps, *(rate.gbps for rate in absorbed))
-        axes.set_ylim(0, 1.15 * top)
+        limits = {rate.name: allowed_gbps(rate) for rate in absorbed}
+        top = max(*limits.values(), *(rate.gbps for rate in absorbed))
+        lengths = [rate.s_k for rate in absorbed]
+        for i, key in enumerate(names):
+            axes.plot([min(lengths), max(lengths)], [limits[key]] * 2, ":", color=SERIES[i], linewidth=1.3)
+        if read_gbps <= top:
+            axes.axhline(read_gbps, color=MUTED, linewidth=1, linestyle=":")
+        axes.set_ylim(0, 1.12 * top)
         _line_plot(axes, absorbed, names, lambda rate: rate.gbps)
-        axes.annotate(
-            f"memory reads {read_gbps:.3g}", (0.02, read_gbps), xycoords=("axes fraction", "data"), xytext=(0, 4),
-            textcoords="offset points", color=MUTED,
-        )  # fmt: skip
         axes.set_title("GB/s of KV", loc="left", fontsize=_POINT, color=MUTED)
 
     return _draw((4.6, 3.1), "bandwidth", "KV bandwidth of decode against context length", paint)
+
+
+def allowed_gbps(rate: Rate) -> float:
+    """The bandwidth at 100 % of the roofline: the read rate, or what arithmetic leaves of it."""
+    return rate.gbps * 100 / rate.roofline_percent
 
 
 def _plain_log(axes: Any) -> None:
@@ -194,21 +202,20 @@ def schedule(requests: Sequence[RequestLog], steps: Sequence[StepLog], num_pages
 
 
 def _paint_requests(axes: Any, requests: Sequence[RequestLog], colours: dict[str, str]) -> None:
+    last_step = max(log.left for log in requests) + 1
     for row, log in enumerate(requests):
         colour = colours[log.name]
         if log.joined > log.arrived:
             axes.plot([log.arrived - 0.5, log.joined - 0.5], [row, row], ":", color=colour, linewidth=2)
-        axes.barh(row, log.left - log.joined + 1, left=log.joined - 0.5, height=0.62, color=colour, alpha=0.45)
-        axes.barh(row, 1, left=log.joined - 0.5, height=0.62, color=colour)
+        axes.barh(row, log.left - log.joined + 1, left=log.joined - 0.5, height=0.66, color=colour, alpha=0.3)
+        axes.barh(row, 1, left=log.joined - 0.5, height=0.66, color=colour)
         known = f", {log.shared_tokens} of them shared" if log.shared_tokens else ""
         known = f", {log.cached_tokens} of them found" if log.cached_tokens else known
         label = f"{log.prompt_tokens} in{known}, {len(log.tokens)} out"
-        fits_right = log.left < 0.6 * max(other.left for other in requests)
-        axes.annotate(
-            label, (log.left + 0.5 if fits_right else log.joined - 0.5, row), xytext=(4 if fits_right else -4, 0),
-            textcoords="offset points", va="center", ha="left" if fits_right else "right", color=MUTED,
-            fontsize=_POINT - 1,
-        )  # fmt: skip
+        # Inside the pale part where the text fits, else behind it.
+        is_roomy = (log.left - log.joined) / last_step > 0.0098 * len(label)
+        spot = (log.joined + 0.5 if is_roomy else log.left + 0.5, row)
+        axes.annotate(label, spot, xytext=(5, 0), textcoords="offset points", va="center", fontsize=_POINT - 1)
     axes.set_yticks(range(len(requests)), [log.name for log in requests])
     for label, log in zip(axes.get_yticklabels(), requests, strict=True):
         label.set_color(colours[log.name])

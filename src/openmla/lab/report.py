@@ -25,10 +25,10 @@ _MEANING = {
 
 
 def check_installed() -> None:
-    """Raises ImportError, with the command to install them, unless matplotlib and jinja2 are there."""
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    """Raises ConfigError, with the command to install them, unless the packages of the demo are there."""
+    missing = [name for name in ("jinja2", "matplotlib", "transformers") if find_spec(name) is None]
     if missing:
-        raise ImportError(f'{" and ".join(missing)} not installed; run: pip install "openmla[demo]"')
+        raise ConfigError(f'the demo needs {", ".join(missing)}; run: pip install "openmla[demo]"')
 
 
 def duration(seconds: float) -> str:
@@ -59,6 +59,7 @@ def _speeds(result: DemoResult) -> list[tuple[str, str, str]]:
     together = max(len(step.decoded) for step in result.steps)
     roof_gemm = result.roof[f"gemm_{batch.dtype}_tflops"]
     limit = f"the {batch.bound} limit of this machine ({roof_gemm * 1000:.3g} GFLOP/s in {batch.dtype}, {result.roof['read_gbps']:.3g} GB/s, both measured in this run)"
+    beyond = "" if batch.roofline_percent <= 100 else "; the machine was busier while that was measured"
     return [
         ("decode, whole model", f"{result.decode_tokens_per_s:.3g} tokens/s", f"up to {together} requests at once"),
         (
@@ -66,10 +67,11 @@ def _speeds(result: DemoResult) -> list[tuple[str, str, str]]:
             f"{result.prefill_tokens_per_s:,.4g} tokens/s",
             "reading prompts, one request at a time",
         ),
+        ("both together", f"{result.tokens_per_s:.3g} new tokens/s", "all requests, prompts included"),
         (
             "stock transformers",
-            f"{result.stock_tokens_per_s:.3g} tokens/s",
-            "the same requests with generate(), one after another, prompts included",
+            f"{result.stock_tokens_per_s:.3g} new tokens/s",
+            "the same with generate(), one request after another; it expands the whole context for every token",
         ),
         (
             "attention alone",
@@ -78,7 +80,7 @@ def _speeds(result: DemoResult) -> list[tuple[str, str, str]]:
         ),
         ("", f"{batch.gbps:.3g} GB/s", "notes read, queries and outputs included"),
         ("", _flops(batch.tflops), "multiplications and additions"),
-        ("", f"{batch.roofline_percent:.0f} % of roofline", f"against {limit}"),
+        ("", f"{batch.roofline_percent:.0f} % of roofline", f"against {limit}{beyond}"),
     ]
 
 
@@ -156,14 +158,16 @@ def _sharing(result: DemoResult) -> str:
     for log in (request.log for request in result.requests):
         if log.shared_tokens:
             said.append(
-                f"{log.name} began with the same {log.shared_tokens} tokens as a request that was running, so the two share pages."
+                f"Request {log.name} began with the same {log.shared_tokens} tokens as a request that was running, so the two share pages."
             )
         if log.cached_tokens:
             said.append(
-                f"{log.name} found the first {log.cached_tokens} of its {log.prompt_tokens} tokens in the pages of one that had left."
+                f"Request {log.name} found the first {log.cached_tokens} of its {log.prompt_tokens} tokens in the pages of one that had left."
             )
         if log.joined > log.arrived:
-            said.append(f"{log.name} came in step {log.arrived} and had to wait for room until step {log.joined}.")
+            said.append(
+                f"Request {log.name} came in step {log.arrived} and had to wait for room until step {log.joined}."
+            )
     return " ".join(said)
 
 
@@ -183,8 +187,8 @@ def _texts(result: DemoResult) -> dict[str, str]:
         f"number of heads; with the {result.model['heads']} heads here it is {mha.demo_bytes / mla.demo_bytes:.1f} times.",
         "sweep_text": "The same data is read again and again, so short contexts come from the processor's cache, long ones from memory.",
         "expanded_text": "not measured in this run.",
-        "bandwidth_text": f"Higher is better. The dotted line is how fast this machine reads memory. With {result.model['heads']} heads each "
-        "note is used for so many multiplications that arithmetic, not memory, can be the limit; the table below names it for each point.",
+        "bandwidth_text": "Higher is better. Dotted, in the colour of each line: the most this machine allows. "
+        + _limit_text(result),
     }
     expanded = _last(sweep, "expanded")
     same = _last(sweep, plain, expanded.s_k) if expanded else None
@@ -194,6 +198,17 @@ def _texts(result: DemoResult) -> dict[str, str]:
             f"{duration(same.seconds)})."
         )
     return texts
+
+
+def _limit_text(result: DemoResult) -> str:
+    bounds = {rate.bound for rate in result.sweep if rate.name != "expanded"}
+    read = f"{result.roof['read_gbps']:.3g} GB/s"
+    if bounds == {"memory"}:
+        return f"It reads memory at {read}."
+    return (
+        f"It reads memory at {read}, but with {result.model['heads']} heads each note is used for so many multiplications that "
+        "arithmetic is the tighter limit; the table below names the limit of each point."
+    )
 
 
 def render_demo_report(result: DemoResult, path: Path) -> None:

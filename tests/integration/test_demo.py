@@ -1,0 +1,239 @@
+"""The demo: what it promises, and that its checks can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the demo needs transformers: pip install openmla[demo]")
+pytest.importorskip("matplotlib", reason="the demo needs matplotlib: pip install openmla[demo]")
+
+from openmla.core.errors import ConfigError, ProblemError, UnsupportedError
+from openmla.integrations.transformers import PagedModel
+from openmla.kv.cache import PagedKVCache
+from openmla.lab import demo, demo_model, report
+from openmla.lab.demo_serve import Watch, serve
+from openmla.lab.progress import LiveDisplay, Stages
+from openmla.lab.report import duration, render_demo_report
+from openmla.ops import native
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    said = []
+    path = tmp_path_factory.mktemp("demo") / "report.html"
+    found = demo.run_demo(out=path, device="cpu", quick=True, progress=said.append)
+    assert said[0].startswith("[1/8] ")
+    return found
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return demo.scenario(quick=True)
+
+
+@pytest.fixture(scope="module")
+def model(plan):
+    return demo_model.build(3, demo_model.text(plan.text_length), 512)
+
+
+def attach(model, plan, **options):
+    return PagedModel(model, PagedKVCache("fp32_576", plan.num_pages, plan.page_size, demo_model.LAYERS), **options)
+
+
+def test_tokens_and_outputs_agree(result, plan) -> None:
+    assert result.passed
+    assert result.tokens_equal
+    logs = {request.log.name: request.log for request in result.requests}
+    assert {name: len(log.tokens) for name, log in logs.items()} == {
+        request.name: request.max_new_tokens for request in plan.requests
+    }
+    assert logs["c"].shared_tokens == 100
+    assert logs["d"].cached_tokens == 64
+    decodes = sum(len(step.decoded) for step in result.steps) + 2  # c and d read the rest of their prompts by decode
+    assert result.oracle.outputs == demo_model.LAYERS * (decodes + 2)  # a and b by prefill
+    assert {"HARD", "RMS", "LSE"} <= set(result.oracle.worst)
+    assert all(0 < result.oracle.worst[rule] <= 1 for rule in ("HARD", "RMS", "LSE"))
+    assert len({tuple(request.log.tokens) for request in result.requests}) == len(result.requests)
+
+
+def test_every_control_is_caught(result) -> None:
+    assert [control.is_caught for control in result.oracle.controls] == [True] * 3
+
+
+def test_numbers_are_of_this_machine(result) -> None:
+    assert result.served.seconds > 0
+    assert result.served.low <= result.served.seconds <= result.served.high
+    assert result.choices[0]["candidates"][-1]["chosen"]
+    forms = {form.name: form for form in result.forms}
+    assert (forms["MLA"].demo_bytes, forms["MLA-FP8"].demo_bytes) == (1152, 656)
+    assert forms["MHA"].deepseek_v3_bytes == 128 * (192 + 128) * 2
+    assert json.loads(json.dumps(result.as_dict()))["passed"] is True
+    assert "torch/" in str(result)
+    assert "roofline" in str(result)
+
+
+def test_report_is_one_whole_page(result) -> None:
+    page = Path(result.report).read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in page
+    outside = re.findall(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|<script|<link|@import""", page)
+    assert outside == [], "the page must not load anything"
+    assert not re.search(r"#0a0[bc]", page), "a marker colour was not replaced"
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len(pictures) == 5
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)), "two pictures share an id"
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids), "a clip path is missing"
+    for picture in pictures:
+        root = ElementTree.fromstring(picture)
+        assert root.get("role") == "img"
+        assert root.get("aria-label")
+    for request in result.requests:
+        assert f"<b>{request.log.name}</b>" in page
+
+
+def test_report_of_a_failure_says_what_is_wrong(result, tmp_path) -> None:
+    wrong = copy.deepcopy(result)
+    wrong.requests[0].expected[-1] ^= 1
+    wrong.integrity = ("page 3 is free twice",)
+    assert not wrong.passed
+    render_demo_report(wrong, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Something is wrong" in page
+    assert "page 3 is free twice" in page
+    assert "FAILED" in str(wrong)
+    with pytest.raises(ConfigError, match="cannot write the report"):
+        render_demo_report(wrong, tmp_path / "nowhere" / "r.html")
+
+
+@pytest.mark.parametrize("mistake", ["scale", "length", "tables"])
+def test_watch_catches_a_wrong_operator(model, plan, monkeypatch, mistake) -> None:
+    """The negative control of the whole chain: an operator with a mistake in it, behind the same loop."""
+    right = native.decode
+
+    def wrong(q, kv_cache, block_table, cache_seqlens, *, softmax_scale, **options):
+        if mistake == "scale":
+            softmax_scale *= 1.01
+        elif mistake == "length":
+            cache_seqlens = (cache_seqlens - 1).clamp_min(0)
+        else:
+            block_table = block_table.flip(0)
+        return right(q, kv_cache, block_table, cache_seqlens, softmax_scale=softmax_scale, **options)
+
+    monkeypatch.setattr(native, "decode", wrong)
+    watch = Watch()
+    paged = attach(model, plan, observe=watch)
+    try:
+        serve(paged, plan.requests[:2], watch=watch)
+    finally:
+        paged.detach()
+    assert watch.failures
+    assert "decode, layer" in watch.failures[0]
+
+
+def test_wrong_pages_change_the_tokens(model, plan, monkeypatch) -> None:
+    """Equality of tokens says something: the model listens to what its attention returns."""
+    paged = attach(model, plan)
+    try:
+        good = [log.tokens for log in serve(paged, plan.requests[:2]).requests]
+        right = native.decode
+        monkeypatch.setattr(native, "decode", lambda q, kv, table, lens, **o: right(q, kv, table.flip(0), lens, **o))
+        paged.cache = PagedKVCache("fp32_576", plan.num_pages, plan.page_size, demo_model.LAYERS)
+        bad = [log.tokens for log in serve(paged, plan.requests[:2]).requests]
+    finally:
+        paged.detach()
+    assert good != bad
+
+
+def test_chunked_prompt_equals_whole_prompt(model, plan) -> None:
+    """Absorbed attention over cached context gives the logits of the expanded prefill."""
+    prompt = list(demo_model.text(90))
+    paged = attach(model, plan)
+    try:
+        paged.cache.alloc("whole")
+        whole = paged.forward(["whole"], [prompt])
+        paged.cache.alloc("parts")
+        for begin, end in ((0, 1), (1, 33), (33, 90)):
+            parts = paged.forward(["parts"], [prompt[begin:end]])
+        assert paged.cache.check_integrity() == ()
+    finally:
+        paged.detach()
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-3)
+    with torch.inference_mode():
+        stock = model(torch.tensor([prompt])).logits[:, -1]
+    torch.testing.assert_close(whole, stock, rtol=0, atol=2e-3)
+
+
+def test_fp8_cache_serves_the_model_in_bf16(plan) -> None:
+    model = demo_model.build(3, demo_model.text(plan.text_length), 512).to(torch.bfloat16)
+    cache = PagedKVCache("fp8_656", plan.num_pages, plan.page_size, demo_model.LAYERS)
+    logs = serve(PagedModel(model, cache), plan.requests[:2]).requests
+    assert [len(log.tokens) for log in logs] == [6, 9]
+
+
+def test_attached_model_refuses_what_it_cannot_do(model, plan) -> None:
+    paged = attach(model, plan)
+    try:
+        with pytest.raises(ProblemError, match=r"runs through PagedModel\.forward"):
+            model(torch.zeros(1, 3, dtype=torch.int64), use_cache=False)
+        paged.cache.alloc("a")
+        with pytest.raises(ProblemError, match=r"rows of length \[2, 1\]; call once per length"):
+            paged.forward(["a", "b"], [[1, 2], [3]])
+    finally:
+        paged.detach()
+    with pytest.raises(ProblemError, match=r"(?s)3 attention layers, the cache 1.*d_qk=576 d_v=512, layout fp32_64"):
+        PagedModel(model, PagedKVCache("fp32_64", 4))
+    with pytest.raises(UnsupportedError, match="Linear cannot run"):
+        PagedModel(torch.nn.Linear(2, 2), PagedKVCache("fp32_576", 4))
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
+    with pytest.raises(ConfigError, match=r"needs jinja2; run: pip install \"openmla\[demo\]\""):
+        demo.run_demo(out=tmp_path / "r.html")
+
+
+def test_request_that_can_never_fit_is_named(model, plan) -> None:
+    paged = PagedModel(model, PagedKVCache("fp32_576", 3, plan.page_size, demo_model.LAYERS))
+    try:
+        with pytest.raises(ValueError, match="request a needs 5 pages"):
+            serve(paged, plan.requests[:1])
+    finally:
+        paged.detach()
+
+
+def test_text_has_an_end() -> None:
+    assert demo_model.text(10) == demo_model.text(100)[:10]
+    with pytest.raises(ValueError, match="asked for"):
+        demo_model.text(10**9)
+
+
+def test_durations_read_well() -> None:
+    assert [duration(x) for x in (1.5, 0.0421, 8.12e-4, 0.1, 3e-9)] == [
+        "1.50 s",
+        "42.1 ms",
+        "812 µs",
+        "100 ms",
+        "0.00 µs",
+    ]
+
+
+def test_stages_tell_and_time(capsys) -> None:
+    said: list[str] = []
+    stages = Stages(2, said.append)
+    with stages.stage("first") as share:
+        share(0.5)
+    with LiveDisplay() as display:
+        stages = Stages(1, display)
+        with stages.stage("shown") as share:
+            share(0.5)
+        display("a sentence")
+    assert said == ["[1/2] first"]
+    assert stages.seconds[0][0] == "shown"
+    assert "shown" in capsys.readouterr().err
