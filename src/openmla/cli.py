@@ -203,7 +203,8 @@ def _demo(args: argparse.Namespace) -> int:
     except ImportError as error:
         if (error.name or "").startswith("openmla"):
             raise
-        raise ConfigError(str(error)) from error
+        fix = "" if "pip install" in str(error) else "; the demo needs: pip install 'openmla[demo]'"
+        raise ConfigError(f"{error}{fix}") from error
     if args.json:
         _print_json(result.as_dict())
     else:
