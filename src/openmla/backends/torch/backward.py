@@ -4,26 +4,24 @@ With P = exp(s - lse), D = rowsum(dO * O):
 
     dV = P^T dO      dS = P * (dO V^T - D)      dQ = scale * dS K      dK = scale * dS^T Q
 
-Sums run over tiles in a fixed order in fp32, so the same inputs give the same bits.
+Sums run over tiles in a fixed order in fp32, so the same inputs give the same bits. One thread does one KV head of
+one request; its fp32 dQ, dK and dV are the extra memory.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import product
+
 import torch
 
 from openmla.backends.base import PrefillOperands
+from openmla.backends.torch import workers
+from openmla.backends.torch.tiled import rising_offsets
 from openmla.core.problem import PrefillProblem
 
 BLOCK_QUERIES = 128  # query tokens per tile
 BLOCK_KEYS = 256  # keys per tile; with 128 queries the five score-sized fp32 tiles take 128 KB each
-
-
-def rising_offsets(cu_seqlens: torch.Tensor, total: int) -> list[int]:
-    """Offsets clamped to [0, total], none below the one before it."""
-    offsets: list[int] = []
-    for raw in cu_seqlens.tolist():
-        offsets.append(max(min(max(raw, 0), total), offsets[-1] if offsets else 0))
-    return offsets
 
 
 def prefill_backward(
@@ -40,19 +38,30 @@ def prefill_backward(
         dq, dk, dv, shaped and typed like q, k, v; zero for rows that no request owns.
     """
     q, k, v = operands.q, operands.k, operands.v
-    offsets_q = rising_offsets(operands.cu_seqlens_q, problem.total_q)
-    offsets_k = rising_offsets(operands.cu_seqlens_k, problem.total_k)
+    offsets_q = rising_offsets(operands.cu_seqlens_q.tolist(), problem.total_q)
+    offsets_k = rising_offsets(operands.cu_seqlens_k.tolist(), problem.total_k)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     group = problem.h_q // problem.h_kv
-    for request in range(problem.batch):
-        queries = slice(offsets_q[request], offsets_q[request + 1])
-        keys = slice(offsets_k[request], offsets_k[request + 1])
-        for head in range(problem.h_kv):
+    heads_of_requests = deque(product(range(problem.batch), range(problem.h_kv)))
+
+    def work() -> None:
+        while heads_of_requests:
+            try:
+                request, head = heads_of_requests.popleft()
+            except IndexError:
+                return
+            queries = slice(offsets_q[request], offsets_q[request + 1])
+            keys = slice(offsets_k[request], offsets_k[request + 1])
             heads = slice(head * group, (head + 1) * group)
             dq[queries, heads], dk[keys, head], dv[keys, head] = _one_head(
                 q[queries, heads], k[keys, head], v[keys, head], operands.out[queries, heads],
                 operands.lse[heads, queries], grad_out[queries, heads], operands.softmax_scale, problem.is_causal,
             )  # fmt: skip
+
+    if q.is_cpu:
+        workers.run(work, min(torch.get_num_threads(), max(len(heads_of_requests), 1)))
+    else:
+        work()
     return dq, dk, dv
 
 

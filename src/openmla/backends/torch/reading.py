@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from openmla.backends.torch import dequant
 from openmla.backends.torch.attend import Tile
 from openmla.backends.torch.products import Arithmetic
-from openmla.backends.torch.rows import read_slots
 from openmla.backends.torch.workers import Scratch
 from openmla.core.layout import KVLayout
 
@@ -39,8 +39,10 @@ class CacheReader:
         self._page_size = cache.shape[1]
         self._offsets = torch.arange(self._page_size, device="cpu")
         self._rows = None if layout.is_quantised else _flat_rows(cache, head)
-        self._pages = None
-        if self._rows is not None and self._rows.is_contiguous() and self._rows.numel():
+        self._pages = None  # [num_pages, elements of a page]
+        if layout.is_quantised:
+            self._pages = _page_bytes(cache, layout)
+        elif self._rows is not None and self._rows.is_contiguous() and self._rows.numel():
             self._pages = self._rows.view(cache.shape[0], -1)
 
     def slots(self, slots: torch.Tensor, absent: torch.Tensor | None, scratch: Scratch) -> Tile:
@@ -48,34 +50,30 @@ class CacheReader:
         keys = slots.shape[0]
         if absent is not None:
             slots = slots.masked_fill(absent, 0)
-        if self._cache.shape[0] == 0:
-            found = torch.zeros((keys, self._layout.d_qk), dtype=self._dtype, device="cpu")
-        elif self._rows is not None and self._rows.dtype == self._dtype:
-            tile = scratch.take("tile", self._dtype, _padded(keys, self._multiple), self._layout.d_qk)
-            torch.index_select(self._rows, 0, slots, out=tile[:keys])
-            return self._finish(tile, keys, absent)
-        elif self._rows is not None:
-            found = scratch.take("stored", self._rows.dtype, keys, self._layout.d_qk)
-            torch.index_select(self._rows, 0, slots, out=found)
-        else:
-            found = read_slots(self._cache, self._layout, slots, self._head)
         tile = scratch.take("tile", self._dtype, _padded(keys, self._multiple), self._layout.d_qk)
-        tile[:keys] = found
+        if self._cache.shape[0] == 0:
+            tile.zero_()
+        elif self._layout.is_quantised:
+            self._dequantise_slots(slots, tile[:keys], scratch)
+        elif self._rows is None:
+            tile[:keys] = self._cache[slots // self._page_size, slots % self._page_size, self._head]
+        elif self._rows.dtype == self._dtype:
+            torch.index_select(self._rows, 0, slots, out=tile[:keys])
+        else:
+            stored = scratch.take("stored", self._rows.dtype, keys, self._layout.d_qk)
+            tile[:keys] = torch.index_select(self._rows, 0, slots, out=stored)
         return self._finish(tile, keys, absent)
 
     def pages(self, pages: torch.Tensor, skip: int, keys: int, scratch: Scratch) -> tuple[Tile, bool]:
         """Keys [skip, skip + keys) of the pages named by int32 `pages`, and whether a page does not exist."""
         listed = pages.tolist()
-        num_pages, size = self._cache.shape[0], self._page_size
+        num_pages, size, first = self._cache.shape[0], self._page_size, listed[0]
         bad = min(listed) < 0 or max(listed) >= num_pages
-        if not bad and self._rows is not None and self._rows.dtype == self._dtype:
-            first = listed[0]
-            if (
-                keys % self._multiple == 0
-                and listed[-1] - first == len(listed) - 1
-                and listed == list(range(first, listed[-1] + 1))
-            ):
+        if not bad:
+            in_place = self._rows is not None and self._rows.dtype == self._dtype and keys % self._multiple == 0
+            if in_place and listed == list(range(first, first + len(listed))):
                 # A run of pages in a row is one matrix; nothing is copied.
+                assert self._rows is not None
                 tile = self._rows[first * size + skip : first * size + skip + keys]
                 return Tile(tile, tile[:, : self._d_v], None), False
             if self._pages is not None and len(listed) * size <= keys + 2 * _WASTED_KEYS:
@@ -90,10 +88,32 @@ class CacheReader:
     def _whole_pages(self, pages: torch.Tensor, skip: int, keys: int, scratch: Scratch) -> Tile:
         """`pages` for pages that exist, copied as wholes: one long copy each instead of one per row."""
         assert self._pages is not None
-        total, d_qk = pages.shape[0] * self._page_size, self._layout.d_qk
-        room = scratch.take("tile", self._dtype, max(total, skip + _padded(keys, self._multiple)), d_qk)
-        torch.index_select(self._pages, 0, pages, out=room[:total].view(pages.shape[0], -1))
-        return self._finish(room[skip : skip + _padded(keys, self._multiple)], keys, None)
+        count, d_qk = pages.shape[0], self._layout.d_qk
+        total, end = count * self._page_size, skip + _padded(keys, self._multiple)
+        room = scratch.take("tile", self._dtype, max(total, end), d_qk)
+        if self._pages.dtype == self._dtype:
+            torch.index_select(self._pages, 0, pages, out=room[:total].view(count, -1))
+        else:
+            stored = scratch.take("stored", self._pages.dtype, count, self._pages.shape[1])
+            torch.index_select(self._pages, 0, pages, out=stored)
+            if self._layout.is_quantised:
+                parts = dequant.split_pages(stored, self._layout, self._page_size)
+                dequant.dequantise(*parts, self._layout, room[:total], scratch)
+            else:
+                room[:total] = stored.view(total, d_qk)
+        return self._finish(room[skip:end], keys, None)
+
+    def _dequantise_slots(self, slots: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+        assert self._pages is not None
+        layout, page, offset = self._layout, slots // self._page_size, slots % self._page_size
+        if layout.scales_behind_page:
+            codes, scales, rope = dequant.split_pages(self._pages, layout, self._page_size)
+            dequant.dequantise(
+                codes[page, offset], scales[page, offset], rope[page, offset], layout, out, scratch
+            )  # fmt: skip
+        else:
+            rows = self._pages.unflatten(1, (self._page_size, layout.bytes_per_token))[page, offset]
+            dequant.dequantise(*dequant.split_rows(rows, layout), layout, out, scratch)
 
     def _finish(self, tile: torch.Tensor, keys: int, absent: torch.Tensor | None) -> Tile:
         if tile.shape[0] > keys:
@@ -101,6 +121,14 @@ class CacheReader:
         if absent is not None:
             tile[:keys].masked_fill_(absent[:, None], 0)
         return Tile(tile, tile[:, : self._d_v], absent)
+
+
+def _page_bytes(cache: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+    """The bytes of every page, uint8 [num_pages, page_size * bytes_per_token], a view."""
+    size = cache.shape[1] * layout.bytes_per_token
+    # The stride of a single page may be anything.
+    stride = cache.stride(0) if cache.shape[0] > 1 else size
+    return cache.view(torch.uint8).as_strided((cache.shape[0], size), (stride, 1))
 
 
 def _flat_rows(cache: torch.Tensor, head: int) -> torch.Tensor | None:

@@ -107,6 +107,8 @@ class _Crew:
             self._size = width
 
     def _serve(self, ready: threading.Semaphore) -> None:
+        # The first look makes PyTorch give this thread the default number; asked later, it would undo the 1.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         ready.release()
         with torch.inference_mode():
