@@ -1,0 +1,867 @@
+from __future__ import annotations
+
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+
+from openmla.backends.cute.decode_dense.config import Config
+
+THREADS = 512
+REGS_SCORES, REGS_VALUES, REGS_LOADS = 168, 160, 24  # x 128 threads = 65,536
+SLOT_BYTES = 64 * 128 * 2
+SLICE_BYTES = 64 * 64 * 2
+PIECES = 4  # descriptors between the planner and the other warps
+EVICT_FIRST = 0x12F0000000000000
+LN2 = 0.6931471805599453
+FAULT_PAGE = 1
+# A finite start for the running maximum: -inf would make -inf - -inf where a row has seen no key.
+NO_MAXIMUM = -1.0e30
+# Rescale O only when a score exceeds the reference by 2^8: P stays below 256, exact enough in bf16 and fp16.
+LAZY_LOG2 = 8.0
+
+# Fields of a piece descriptor.
+TILES, REQUEST, FIRST_BLOCK, LENGTH, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD = range(8)
+
+
+class Scope:
+    """Names that the warp roles share. Opaque to the tracer, which would thread a SimpleNamespace through every branch."""
+
+    def __init__(self, **names: Any) -> None:
+        self.__dict__.update(names)
+
+
+class DecodeDense:
+    """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dtype = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
+        self.smem_bytes = 0
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, d_qk]
+        kv: cute.Tensor,  # [num_pages, page_size, h_kv, d_qk]
+        block_table: cute.Tensor,  # int32 [batch, max_pages]
+        cache_seqlens: cute.Tensor,  # int32 [batch]
+        cu_seqlens_q: cute.Tensor,  # int32 [batch + 1]; read only with is_varlen
+        metadata: cute.Tensor,  # int32 [num_parts, 8]
+        num_splits: cute.Tensor,  # int32 [batch + 1]
+        out: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, 512]
+        lse: cute.Tensor,  # fp32 [batch | 1, h_q, s_q | total_q], natural log
+        out_accum: cute.Tensor,  # fp32 [slots, h_kv * rows, 512]
+        lse2_accum: cute.Tensor,  # fp32 [slots, h_kv * rows], base 2
+        fault_word: cute.Tensor,  # int32 [1]
+        s_q: Int32,  # tokens per request, the longest with is_varlen; rows = s_q * heads
+        chunk_blocks: Int32,  # 0, or the piece length of batch_invariant
+        is_causal: Int32,
+        is_varlen: Int32,
+        scale_log2: Float32,  # softmax_scale * log2(e), positive
+        stream: cuda.CUstream,
+    ):
+        cfg, dtype = self.config, self.dtype
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+
+        def tiled(*shape: int) -> Any:
+            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+        ring_layout, rope_layout, p_layout = tiled(64, 128, cfg.slots), tiled(64, 64, 1), tiled(64, 64, 2)
+        q_layout = tiled(64, 64 * (cfg.q_slices - cfg.q_regs))
+
+        def mma(n: int, b_major: Any, source: Any) -> Any:
+            return sm90.make_trivial_tiled_mma(
+                dtype, dtype, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, n), source
+            )
+
+        qk_first = mma(64, OperandMajorMode.K, warpgroup.OperandSource.RMEM)  # overwrites S, the others add to it
+        qk_rs = mma(64, OperandMajorMode.K, warpgroup.OperandSource.RMEM)
+        qk_ss = mma(64, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
+        pv = mma(128, OperandMajorMode.MN, warpgroup.OperandSource.SMEM)
+
+        heads = cfg.heads
+        # rows (head, token) | column | KV head | request
+        q_rows = cute.make_tensor(
+            q.iterator,
+            cute.make_layout(
+                ((heads, q.shape[1]), q.shape[3], q.shape[2] // heads, q.shape[0]),
+                stride=((q.stride[2], q.stride[1]), q.stride[3], q.stride[2] * heads, q.stride[0]),
+            ),
+        )
+        kv_rows = cute.make_tensor(kv.iterator, cute.select(kv.layout, [1, 3, 2, 0]))
+        load, box = cpasync.CopyBulkTensorTileG2SOp(), tiled(64, 64)
+        load_kv = cpasync.CopyBulkTensorTileG2SMulticastOp() if cfg.cluster > 1 else load
+        tma_kv, t_kv = cpasync.make_tiled_tma_atom(load_kv, kv_rows, box, (64, 64))
+        tma_q, t_q = cpasync.make_tiled_tma_atom(load, q_rows, box, (64, 64))
+
+        @cute.struct
+        class Storage:
+            full: cute.struct.MemRange[Int64, cfg.slots]
+            empty: cute.struct.MemRange[Int64, cfg.slots]
+            rope_full: cute.struct.MemRange[Int64, 1]
+            rope_empty: cute.struct.MemRange[Int64, 1]
+            q_full: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 1]
+            p_full: cute.struct.MemRange[Int64, 2]
+            p_empty: cute.struct.MemRange[Int64, 2]
+            go: cute.struct.MemRange[Int64, 4]
+            sum_full: cute.struct.MemRange[Int64, 1]
+            sum_empty: cute.struct.MemRange[Int64, 1]
+            piece_full: cute.struct.MemRange[Int64, PIECES]
+            piece_empty: cute.struct.MemRange[Int64, PIECES]
+            piece: cute.struct.MemRange[Int32, 8 * PIECES]
+            valid: cute.struct.MemRange[Int32, cfg.slots]
+            need: cute.struct.MemRange[Int32, 2 * 4]
+            factor: cute.struct.MemRange[Float32, 2 * 64]
+            inverse: cute.struct.MemRange[Float32, 64]
+            ring: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(ring_layout)], 1024]
+            rope: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(rope_layout)], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(p_layout)], 1024]
+
+        self.storage = Storage
+        self.smem_bytes = Storage.size_in_bytes()
+        m_blocks = cute.ceil_div(s_q * heads, 64)
+        m_blocks = cute.ceil_div(m_blocks, cfg.cluster) * cfg.cluster
+        self.kernel(
+            tma_kv, t_kv, tma_q, t_q, block_table, cache_seqlens, cu_seqlens_q, metadata, num_splits, out, lse,
+            out_accum, lse2_accum, fault_word, s_q, chunk_blocks, is_causal, is_varlen, scale_log2,
+            Int32(kv.shape[0]), Int32(block_table.shape[1] * cfg.page_size), qk_first, qk_rs, qk_ss, pv,
+            ring_layout, rope_layout, q_layout, p_layout,
+        ).launch(
+            grid=[m_blocks, q.shape[2] // heads, metadata.shape[0]],
+            block=[THREADS, 1, 1],
+            cluster=[cfg.cluster, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_kv: cute.CopyAtom,
+        t_kv: cute.Tensor,
+        tma_q: cute.CopyAtom,
+        t_q: cute.Tensor,
+        block_table: cute.Tensor,
+        cache_seqlens: cute.Tensor,
+        cu_seqlens_q: cute.Tensor,
+        metadata: cute.Tensor,
+        num_splits: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        out_accum: cute.Tensor,
+        lse2_accum: cute.Tensor,
+        fault_word: cute.Tensor,
+        s_q: Int32,
+        chunk_blocks: Int32,
+        is_causal: Int32,
+        is_varlen: Int32,
+        scale_log2: Float32,
+        num_pages: Int32,
+        capacity: Int32,
+        qk_first: cute.TiledMma,
+        qk_rs: cute.TiledMma,
+        qk_ss: cute.TiledMma,
+        pv: cute.TiledMma,
+        ring_layout: cute.ComposedLayout,
+        rope_layout: cute.ComposedLayout,
+        q_layout: cute.ComposedLayout,
+        p_layout: cute.ComposedLayout,
+    ):
+        cfg = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        m_block, kv_head, part = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        store = SmemAllocator().allocate(self.storage)
+        pointer = lambda name: getattr(store, name).data_ptr()  # noqa: E731
+        c = Scope(
+            **{name: pointer(name) for name in (
+                "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
+                "sum_empty", "piece_full", "piece_empty",
+            )},
+            piece=store.piece.get_tensor(cute.make_layout((8, PIECES))),
+            valid=store.valid.get_tensor(cute.make_layout(cfg.slots)),
+            need=store.need.get_tensor(cute.make_layout((4, 2))),
+            factor=store.factor.get_tensor(cute.make_layout((64, 2))),
+            inverse=store.inverse.get_tensor(cute.make_layout(64)),
+            s_ring=store.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner),
+            s_rope=store.rope.get_tensor(rope_layout.outer, swizzle=rope_layout.inner),
+            s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
+            s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
+            tma_kv=tma_kv, t_kv=t_kv, tma_q=tma_q, t_q=t_q, block_table=block_table, cache_seqlens=cache_seqlens,
+            cu_seqlens_q=cu_seqlens_q, metadata=metadata, num_splits=num_splits, out=out, lse=lse,
+            out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, s_q_max=s_q,
+            chunk_blocks=chunk_blocks, is_causal=is_causal, is_varlen=is_varlen, scale_log2=scale_log2,
+            num_pages=num_pages, capacity=capacity, qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
+            m_block=m_block, kv_head=kv_head, part=part, rank=m_block % cfg.cluster,
+            thread=tidx % 128, warp=warp_idx % 4, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
+        )  # fmt: skip
+
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for pointer_, count, copies in (
+                    (c.full, 1, cfg.slots),
+                    (c.empty, 4 * cfg.cluster, cfg.slots),
+                    (c.rope_full, 1, 1),
+                    (c.rope_empty, 4 * cfg.cluster, 1),
+                    (c.q_full, 1, 1),
+                    (c.q_empty, 4, 1),
+                    (c.p_full, 4, 2),
+                    (c.p_empty, 8, 2),
+                    (c.go, 4, 4),
+                    (c.sum_full, 4, 1),
+                    (c.sum_empty, 8, 1),
+                    (c.piece_full, 1, PIECES),
+                    (c.piece_empty, 12 + 2 + cfg.has_rope, PIECES),  # math warps and loaders
+                ):
+                    for i in range(copies):
+                        cute.arch.mbarrier_init(pointer_ + i, count)
+            cpasync.prefetch_descriptor(tma_kv)
+            cpasync.prefetch_descriptor(tma_q)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        if const_expr(cfg.cluster > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+        if warp_idx < 4:
+            cute.arch.setmaxregister_increase(REGS_SCORES)
+            self.scores(c)
+        elif warp_idx < 12:
+            cute.arch.setmaxregister_increase(REGS_VALUES)
+            self.values(c)
+        else:
+            cute.arch.setmaxregister_decrease(REGS_LOADS)
+            if warp_idx == 12:
+                self.load_kv(c)
+            elif warp_idx == 13:
+                self.load_q(c)
+            elif warp_idx == 14:
+                if const_expr(cfg.has_rope):
+                    self.load_rope(c)
+            else:
+                self.plan(c)
+        if const_expr(cfg.cluster > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    # ------------------------------------------------------------------ small steps that several roles share
+
+    @cute.jit
+    def release(self, barrier: cutlass.Constexpr, rank: Int32):
+        """One arrival of this warp, in both CTAs of the pair: a slot is free when nobody in either reads it."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier)
+            if const_expr(self.config.cluster > 1):
+                cute.arch.mbarrier_arrive(barrier, rank ^ 1)
+
+    @cute.jit
+    def arrive(self, barrier: cutlass.Constexpr):
+        """One arrival of this warp."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier)
+
+    def row_of(self, c: Scope, row: Int32) -> tuple[Int32, Int32]:
+        """Token and head (within the KV head) of a packed row."""
+        return row // self.config.heads, row % self.config.heads
+
+    def q_tiles(self, c: Scope, boxes: cute.Tensor, token0: Int32, batch: Int32) -> Any:
+        """This CTA's 64 rows of Q for copies into `boxes`: (shared, global) partitions, one entry per slice."""
+        rows = cute.domain_offset(((0, token0), 0, 0, 0), c.t_q)
+        tile = cute.local_tile(rows, (64, 64), (c.m_block, None, c.kv_head, batch))
+        return cpasync.tma_partition(c.tma_q, 0, cute.make_layout(1), boxes, cute.group_modes(tile, 0, 2))
+
+    # ------------------------------------------------------------------ planner
+
+    @cute.jit
+    def plan(self, c: cutlass.Constexpr):
+        """Turn this part's stretch of the line into piece descriptors."""
+        meta, fields = c.metadata, c.piece
+        req, last = meta[c.part, 0], cutlass.min(meta[c.part, 1], c.cache_seqlens.shape[0] - 1)
+        block, split = meta[c.part, 2], meta[c.part, 4]
+        count = Int32(0)
+        while req <= last:
+            length = cutlass.min(cutlass.max(c.cache_seqlens[req], 0), c.capacity)
+            end = (length + 63) // 64
+            if req == meta[c.part, 1]:
+                end = cutlass.min(end, meta[c.part, 3])
+            step = c.chunk_blocks if c.chunk_blocks > 0 else cutlass.max(end - block, 1)
+            stop = cutlass.max(end, block + 1)
+            while block < stop:
+                index = count % PIECES
+                cute.arch.mbarrier_wait(c.piece_empty + index, ((count // PIECES) & 1) ^ 1)
+                if c.lane == 0:
+                    first_slot = c.num_splits[req]
+                    is_split = c.num_splits[req + 1] - first_slot > 1
+                    fields[TILES, index] = cutlass.max(cutlass.min(end - block, step), 0)
+                    fields[REQUEST, index] = req
+                    fields[FIRST_BLOCK, index] = block
+                    fields[LENGTH, index] = length
+                    fields[SPLIT_SLOT, index] = first_slot + split if is_split else Int32(-1)
+                    token0, s_q, batch = Int32(0), c.s_q_max, req
+                    if c.is_varlen != 0:
+                        token0, batch = c.cu_seqlens_q[req], Int32(0)
+                        s_q = cutlass.min(c.cu_seqlens_q[req + 1] - token0, c.s_q_max)
+                    fields[TOKEN0, index] = token0
+                    fields[S_Q, index] = s_q
+                    fields[BATCH_COORD, index] = batch
+                self.arrive(c.piece_full + index)
+                count += 1
+                block += step
+                split += 1
+            req += 1
+            block, split = Int32(0), Int32(0)
+        index = count % PIECES
+        cute.arch.mbarrier_wait(c.piece_empty + index, ((count // PIECES) & 1) ^ 1)
+        if c.lane == 0:
+            fields[TILES, index] = Int32(-1)
+        self.arrive(c.piece_full + index)
+
+    # ------------------------------------------------------------------ loads
+
+    @cute.jit
+    def load_kv(self, c: cutlass.Constexpr):
+        """Q's register slices and then the tiles of each piece, through the ring, as far ahead as slots are free."""
+        cfg = self.config
+        pages_tiles = cfg.page_size // 64
+        g_kv = cute.local_tile(c.t_kv, (64, 64), (None, None, c.kv_head, None))  # [64, 64, row tile, column tile, page]
+        boxes = cute.group_modes(cute.flat_divide(c.s_ring, (64, 64))[None, None, 0, None, None], 0, 2)
+        s_kv, g_kv = cpasync.tma_partition(
+            c.tma_kv, 0, cute.make_layout(1), boxes, cute.group_modes(g_kv, 0, 2)
+        )
+        policy = Int64(EVICT_FIRST)
+        valid = c.valid
+        slot, phase, piece = Int32(0), Int32(1), Int32(0)
+        cute.arch.mbarrier_wait(c.piece_full, 0)
+        tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
+        while tiles >= 0:
+            index = piece % PIECES
+            first = c.piece[FIRST_BLOCK, index]
+            s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
+            for e in cutlass.range_constexpr(cfg.q_regs // 2):
+                cute.arch.mbarrier_wait(c.empty + slot, phase)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(c.full + slot, SLOT_BYTES)
+                for s in cutlass.range_constexpr(2):
+                    cute.copy(
+                        c.tma_q, g_q[None, 2 * e + s], s_q[None, s, slot],
+                        tma_bar_ptr=c.full + slot, cache_policy=policy,
+                    )  # fmt: skip
+                slot += 1
+                if slot == cfg.slots:
+                    slot = Int32(0)
+                    phase ^= 1
+            page = Int32(0)
+            for j in cutlass.range(tiles, unroll=1):
+                if j % 16 == 0:  # page ids of 32 tiles, one per lane, so that 16 tiles can be looked ahead
+                    ahead = j + c.lane
+                    if ahead < tiles:
+                        page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
+                        if (page < 0) | (page >= c.num_pages):
+                            # Beyond the tensor map: the copy engine fills with zeros, and no token of it counts.
+                            page = c.num_pages
+                            cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_PAGE))
+                here = cute.arch.shuffle_sync(page, j % 16)
+                if const_expr(cfg.prefetch > 0):
+                    if j + cfg.prefetch < tiles:
+                        later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
+                        later_tile = (first + j + cfg.prefetch) % pages_tiles
+                        for e in cutlass.range_constexpr(8 // cfg.cluster):
+                            column = cfg.cluster * e + c.rank if cfg.cluster > 1 else Int32(e)
+                            cute.prefetch(c.tma_kv, g_kv[None, later_tile, column, later])
+                count = cutlass.min(c.piece[LENGTH, index] - (first + j) * 64, 64) if here < c.num_pages else Int32(0)
+                row_tile = (first + j) % pages_tiles
+                for e in cutlass.range_constexpr(4):
+                    cute.arch.mbarrier_wait(c.empty + slot, phase)
+                    with cute.arch.elect_one():
+                        valid[slot] = count
+                        cute.arch.mbarrier_arrive_and_expect_tx(c.full + slot, SLOT_BYTES)
+                    if const_expr(cfg.cluster > 1):
+                        cute.copy(
+                            c.tma_kv, g_kv[None, row_tile, 2 * e + c.rank, here], s_kv[None, c.rank, slot],
+                            tma_bar_ptr=c.full + slot, cache_policy=policy, mcast_mask=cutlass.Int16(3),
+                        )  # fmt: skip
+                    else:
+                        for s in cutlass.range_constexpr(2):
+                            cute.copy(
+                                c.tma_kv, g_kv[None, row_tile, 2 * e + s, here], s_kv[None, s, slot],
+                                tma_bar_ptr=c.full + slot, cache_policy=policy,
+                            )  # fmt: skip
+                    slot += 1
+                    if slot == cfg.slots:
+                        slot = Int32(0)
+                        phase ^= 1
+            self.arrive(c.piece_empty + index)
+            piece += 1
+            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    @cute.jit
+    def load_rope(self, c: cutlass.Constexpr):
+        """The ninth slice of every tile; with a cluster the two CTAs take turns and multicast."""
+        cfg = self.config
+        pages_tiles = cfg.page_size // 64
+        g_kv = cute.local_tile(c.t_kv, (64, 64), (None, None, c.kv_head, None))
+        s_kv, g_kv = cpasync.tma_partition(
+            c.tma_kv, 0, cute.make_layout(1), cute.group_modes(c.s_rope, 0, 2), cute.group_modes(g_kv, 0, 2)
+        )
+        policy = Int64(EVICT_FIRST)
+        turn, piece = Int32(0), Int32(0)
+        cute.arch.mbarrier_wait(c.piece_full, 0)
+        tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
+        while tiles >= 0:
+            index = piece % PIECES
+            first = c.piece[FIRST_BLOCK, index]
+            page = Int32(0)
+            for j in cutlass.range(tiles, unroll=1):
+                if j % 16 == 0:
+                    ahead = j + c.lane
+                    if ahead < tiles:
+                        page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
+                        if (page < 0) | (page >= c.num_pages):
+                            page = c.num_pages
+                here = cute.arch.shuffle_sync(page, j % 16)
+                if const_expr(cfg.prefetch > 0):
+                    if (j + cfg.prefetch < tiles) & ((cfg.cluster == 1) | (((turn + cfg.prefetch) & 1) == c.rank)):
+                        later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
+                        later_tile = (first + j + cfg.prefetch) % pages_tiles
+                        cute.prefetch(c.tma_kv, g_kv[None, later_tile, 8, later])
+                row_tile = (first + j) % pages_tiles
+                cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(c.rope_full, SLICE_BYTES)
+                if const_expr(cfg.cluster > 1):
+                    if (turn & 1) == c.rank:
+                        cute.copy(
+                            c.tma_kv, g_kv[None, row_tile, 8, here], s_kv[None, 0],
+                            tma_bar_ptr=c.rope_full, cache_policy=policy, mcast_mask=cutlass.Int16(3),
+                        )  # fmt: skip
+                else:
+                    cute.copy(
+                        c.tma_kv, g_kv[None, row_tile, 8, here], s_kv[None, 0],
+                        tma_bar_ptr=c.rope_full, cache_policy=policy,
+                    )  # fmt: skip
+                turn += 1
+            self.arrive(c.piece_empty + index)
+            piece += 1
+            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    @cute.jit
+    def load_q(self, c: cutlass.Constexpr):
+        """The slices of Q that stay in shared memory, as soon as the piece before has made its last scores."""
+        cfg = self.config
+        kept = cfg.q_slices - cfg.q_regs
+        boxes = cute.group_modes(cute.flat_divide(c.s_q, (64, 64))[None, None, 0, None], 0, 2)
+        policy = Int64(EVICT_FIRST)
+        piece = Int32(0)
+        cute.arch.mbarrier_wait(c.piece_full, 0)
+        tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
+        while tiles >= 0:
+            index = piece % PIECES
+            s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
+            if const_expr(cfg.prefetch > 0):
+                for x in cutlass.range_constexpr(kept):
+                    cute.prefetch(c.tma_q, g_q[None, cfg.q_regs + x])
+            cute.arch.mbarrier_wait(c.q_empty, (piece & 1) ^ 1)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, kept * SLICE_BYTES)
+            for s in cutlass.range_constexpr(kept):
+                cute.copy(
+                    c.tma_q, g_q[None, cfg.q_regs + s], s_q[None, s],
+                    tma_bar_ptr=c.q_full, cache_policy=policy,
+                )  # fmt: skip
+            self.arrive(c.piece_empty + index)
+            piece += 1
+            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    # ------------------------------------------------------------------ S = Q K^T and the softmax
+
+    @cute.jit
+    def scores(self, c: cutlass.Constexpr):
+        """S of tile j on the tensor cores, while the exponentials of tile j - 1 run between the wgmmas."""
+        cfg = self.config
+        s = Scope(
+            t_rk=None, acc=c.qk_ss.make_fragment_C(c.qk_ss.partition_shape_C((64, 64))),
+            t=cute.make_rmem_tensor(32, Float32),
+        )  # fmt: skip
+        c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
+        c.qk_rs.set(warpgroup.Field.ACCUMULATE, True)
+        c.qk_ss.set(warpgroup.Field.ACCUMULATE, True)
+        thr = c.qk_ss.get_slice(c.thread)
+        s.a_smem = c.qk_ss.make_fragment_A(thr.partition_A(c.s_q))
+        s.b_ring = c.qk_ss.make_fragment_B(thr.partition_B(c.s_ring))
+        s.b_rope = c.qk_ss.make_fragment_B(thr.partition_B(c.s_rope))
+        s.a_regs = [
+            c.qk_rs.make_fragment_A(c.qk_rs.partition_shape_A((64, 128))) for _ in range(cfg.q_regs // 2)
+        ]
+        load_a = cute.make_tiled_copy_A(cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), c.qk_rs)
+        thr_a = load_a.get_slice(c.thread)
+        s.row0 = c.warp * 16 + c.lane // 4
+        s.packed = cute.make_rmem_tensor(s.acc.layout, self.dtype)
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), c.qk_ss)
+        s.store, thr_p = store, store.get_slice(c.thread)
+        s.p_from, s.p_to = thr_p.retile(s.packed), thr_p.partition_D(c.s_p)
+
+        t = s.t
+        # Every phase follows from a running count: ring slots filled, tiles, pieces.
+        slot, phase, tile, piece = Int32(0), Int32(0), Int32(0), Int32(0)
+        cute.arch.mbarrier_wait(c.piece_full, 0)
+        tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
+        while tiles >= 0:
+            for e in cutlass.range_constexpr(cfg.q_regs // 2):
+                cute.arch.mbarrier_wait(c.full + slot, phase)
+                cute.copy(load_a, thr_a.partition_S(c.s_ring[None, None, slot]), thr_a.retile(s.a_regs[e]))
+                # An arrival may overtake loads that wait behind the stores of an epilogue: let them finish first.
+                cute.arch.fence_view_async_shared()
+                self.release(c.empty + slot, c.rank)
+                slot += 1
+                if slot == cfg.slots:
+                    slot = Int32(0)
+                    phase ^= 1
+            cute.arch.mbarrier_wait(c.q_full, piece & 1)
+            m0, m1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM)
+            l0, l1 = Float32(0.0), Float32(0.0)
+            f0, f1, need = Float32(1.0), Float32(1.0), Int32(0)
+            t.fill(-Float32.inf)
+            for j in cutlass.range(tiles, unroll=1):
+                first = slot
+                slot, phase, l0, l1 = self.issue(c, s, slot, phase, tile, j, f0, f1, need, l0, l1)
+                if j == tiles - 1:
+                    self.arrive(c.q_empty)
+                m0, m1, l0, l1, f0, f1, need = self.maximum(c, s, piece, j, first, m0, m1, l0, l1, f0, f1)
+                tile += 1
+            if tiles > 0:
+                l0, l1 = self.finish(c, s, tile - 1, f0, f1, need, l0, l1)
+            else:
+                self.arrive(c.q_empty)
+            self.sums(c, s, piece, m0, m1, l0, l1)
+            self.arrive(c.piece_empty + piece % PIECES)
+            piece += 1
+            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    @cute.jit
+    def exponential(self, c: cutlass.Constexpr, s: cutlass.Constexpr, x: cutlass.Constexpr, l0: Float32, l1: Float32):
+        """One probability: s.t[x] becomes exp2((score - maximum) * scale), added to its row's sum."""
+        value = cute.math.exp2(s.t[x] * c.scale_log2, fastmath=True)
+        s.t[x] = value
+        if const_expr((x // 2) % 2 == 0):
+            l0 += value
+        else:
+            l1 += value
+        return l0, l1
+
+    @cute.jit
+    def store_p(self, c: cutlass.Constexpr, s: cutlass.Constexpr, k: cutlass.Constexpr, buf: Int32):
+        """The 16 columns of k-step `k`, one stmatrix per warp."""
+        for i in cutlass.range_constexpr(8):
+            s.packed[8 * k + i] = s.t[8 * k + i].to(self.dtype)
+        cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
+
+    @cute.jit
+    def publish(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
+        """P and, when the reference moved, the factors of O, for the value warpgroups."""
+        factor, flag = c.factor, c.need
+        if need != 0:
+            if c.lane % 4 == 0:
+                factor[s.row0, buf] = f0
+                factor[s.row0 + 8, buf] = f1
+        if c.lane == 0:
+            flag[c.warp, buf] = need
+        # The tensor cores read P through the async proxy.
+        cute.arch.fence_view_async_shared()
+        self.arrive(c.p_full + buf)
+
+    @cute.jit
+    def issue(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, slot: Int32, phase: Int32, tile: Int32, j: Int32,
+        f0: Float32, f1: Float32, need: Int32, l0: Float32, l1: Float32,
+    ):  # fmt: skip
+        """All wgmmas of one tile's scores; between them the probabilities of the tile before (`j` > 0)."""
+        cfg = self.config
+        steps = [0, 1, 2, -1, 3] if cfg.has_rope else [0, 1, 2, 3]
+        count = 0
+        done = 0
+        buf = (tile & 1) ^ 1  # of the tile before
+        warpgroup.fence()
+        for step in cutlass.range_constexpr(len(steps)):
+            e = steps[step]
+            if const_expr(e < 0):
+                cute.arch.mbarrier_wait(c.rope_full, tile & 1)
+            else:
+                cute.arch.mbarrier_wait(c.full + slot, phase)
+            if const_expr(step == 0):
+                warpgroup.fence()
+            for k in cutlass.range_constexpr(4 if e < 0 else 8):
+                column = 4 * 8 + k if e < 0 else 8 * e + k
+                if const_expr(column < 4 * cfg.q_regs):
+                    cute.gemm(
+                        c.qk_rs if count else c.qk_first,
+                        s.acc, s.a_regs[column // 8][None, None, column % 8], s.b_ring[None, None, k, slot], s.acc,
+                    )  # fmt: skip
+                else:
+                    b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, slot]
+                    cute.gemm(c.qk_ss, s.acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, s.acc)
+                if const_expr(count == cfg.exp_start):
+                    if j > 0:
+                        cute.arch.mbarrier_wait(c.p_empty + buf, (((tile - 1) >> 1) & 1) ^ 1)
+                for _ in cutlass.range_constexpr(cfg.exp_each):
+                    if const_expr(count >= cfg.exp_start and done < 32):
+                        l0, l1 = self.exponential(c, s, done, l0, l1)
+                        done += 1
+                        if const_expr(done % 8 == 0):
+                            if j > 0:
+                                self.store_p(c, s, done // 8 - 1, buf)
+                        if const_expr(done == 32):
+                            if j > 0:
+                                self.publish(c, s, buf, f0, f1, need)
+                if const_expr(count == cfg.gate_left):
+                    if j > 0:
+                        self.arrive(c.go + buf)
+                if const_expr(count == cfg.gate_right):
+                    if j > 0:
+                        self.arrive(c.go + 2 + buf)
+                count += 1
+            if const_expr(e >= 0):
+                slot += 1
+                if slot == cfg.slots:
+                    slot = Int32(0)
+                    phase ^= 1
+        warpgroup.commit_group()
+        for gate, barrier in ((cfg.gate_left, c.go + buf), (cfg.gate_right, c.go + 2 + buf)):
+            if const_expr(gate == -1):
+                if j > 0:
+                    self.arrive(barrier)
+        warpgroup.wait_group(0)
+        for gate, barrier in ((cfg.gate_left, c.go + buf), (cfg.gate_right, c.go + 2 + buf)):
+            if const_expr(gate == -2):
+                if j > 0:
+                    self.arrive(barrier)
+        if const_expr(cfg.has_rope):
+            self.release(c.rope_empty, c.rank)
+        return slot, phase, l0, l1
+
+    @cute.jit
+    def maximum(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, j: Int32, first: Int32,
+        m0: Float32, m1: Float32, l0: Float32, l1: Float32, f0: Float32, f1: Float32,
+    ):  # fmt: skip
+        """Mask, move the reference if a score exceeds it by 2^8, and leave score - reference in s.t.
+
+        The difference is taken before the scale is applied: it is exact for the largest score, whatever its size.
+        """
+        acc = s.acc
+        index = piece % PIECES
+        start = (c.piece[FIRST_BLOCK, index] + j) * 64
+        count = c.valid[first]
+        s_q = c.piece[S_Q, index]
+        seen = c.piece[LENGTH, index] - start
+        if (count < 64) | ((c.is_causal != 0) & (seen - s_q + 1 < 64)):
+            row = c.m_block * 64 + s.row0
+            lim0, lim1 = count, count
+            if c.is_causal != 0:
+                lim0 = cutlass.min(count, seen - s_q + 1 + row // self.config.heads)
+                lim1 = cutlass.min(count, seen - s_q + 1 + (row + 8) // self.config.heads)
+            for x in cutlass.range_constexpr(32):
+                column = (x // 4) * 8 + (c.lane % 4) * 2 + x % 2
+                if column >= (lim0 if (x // 2) % 2 == 0 else lim1):
+                    acc[x] = -Float32.inf
+        x0, x1 = acc[0], acc[2]
+        for i in cutlass.range_constexpr(8):
+            x0 = cute.arch.fmax(x0, cute.arch.fmax(acc[i * 4 + 0], acc[i * 4 + 1]))
+            x1 = cute.arch.fmax(x1, cute.arch.fmax(acc[i * 4 + 2], acc[i * 4 + 3]))
+        over = ((x0 - m0) * c.scale_log2 > Float32(LAZY_LOG2)) | ((x1 - m1) * c.scale_log2 > Float32(LAZY_LOG2))
+        need = Int32(1) if cute.arch.vote_any_sync(over) else Int32(0)
+        if need != 0:
+            for d in (1, 2):
+                x0 = cute.arch.fmax(x0, cute.arch.shuffle_sync_bfly(x0, d))
+                x1 = cute.arch.fmax(x1, cute.arch.shuffle_sync_bfly(x1, d))
+            n0, n1 = cute.arch.fmax(m0, x0), cute.arch.fmax(m1, x1)
+            f0 = cute.math.exp2((m0 - n0) * c.scale_log2, fastmath=True)
+            f1 = cute.math.exp2((m1 - n1) * c.scale_log2, fastmath=True)
+            l0, l1, m0, m1 = l0 * f0, l1 * f1, n0, n1
+        for x in cutlass.range_constexpr(32):
+            s.t[x] = acc[x] - (m0 if (x // 2) % 2 == 0 else m1)
+        return m0, m1, l0, l1, f0, f1, need
+
+    @cute.jit
+    def finish(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, tile: Int32, f0: Float32, f1: Float32, need: Int32,
+        l0: Float32, l1: Float32,
+    ):  # fmt: skip
+        """The last tile of a piece: nothing to overlap with, so both gates open at once."""
+        buf = tile & 1
+        cute.arch.mbarrier_wait(c.p_empty + buf, ((tile >> 1) & 1) ^ 1)
+        for k in cutlass.range_constexpr(4):
+            for i in cutlass.range_constexpr(8):
+                l0, l1 = self.exponential(c, s, 8 * k + i, l0, l1)
+            self.store_p(c, s, k, buf)
+        self.publish(c, s, buf, f0, f1, need)
+        self.arrive(c.go + buf)
+        self.arrive(c.go + 2 + buf)
+        return l0, l1
+
+    @cute.jit
+    def sums(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, m0: Float32, m1: Float32, l0: Float32,
+        l1: Float32,
+    ):  # fmt: skip
+        """Row sums to the value warpgroups, log-sum-exp to memory."""
+        for d in (1, 2):
+            l0 += cute.arch.shuffle_sync_bfly(l0, d)
+            l1 += cute.arch.shuffle_sync_bfly(l1, d)
+        index = piece % PIECES
+        cute.arch.mbarrier_wait(c.sum_empty, (piece & 1) ^ 1)
+        shared_inverse, lse, lse2_accum = c.inverse, c.lse, c.lse2_accum
+        if c.lane % 4 == 0:
+            heads = self.config.heads
+            split_slot, s_q = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index]
+            token0, batch = c.piece[TOKEN0, index], c.piece[BATCH_COORD, index]
+            for half in cutlass.range_constexpr(2):
+                m, l = (m0, l0) if half == 0 else (m1, l1)  # noqa: E741
+                row = c.m_block * 64 + s.row0 + 8 * half
+                inverse, lse2 = Float32(0.0), -Float32.inf
+                if l > 0.0:
+                    inverse = Float32(1.0) / l
+                    lse2 = m * c.scale_log2 + cute.math.log2(l)
+                shared_inverse[s.row0 + 8 * half] = inverse
+                if row < s_q * heads:
+                    if split_slot >= 0:
+                        lse2_accum[split_slot, c.kv_head * c.s_q_max * heads + row] = lse2
+                    else:
+                        lse[batch, c.kv_head * heads + row % heads, token0 + row // heads] = lse2 * Float32(LN2)
+        self.arrive(c.sum_full)
+
+    # ------------------------------------------------------------------ O += P V
+
+    @cute.jit
+    def values(self, c: cutlass.Constexpr):
+        """Half of O's columns: P from the exchange into registers, V from the ring, O in registers."""
+        cfg = self.config
+        half = c.warp_idx // 4 - 1
+        pv = c.pv
+        s_v = cute.make_tensor(c.s_ring.iterator, cute.select(c.s_ring.layout, [1, 0, 2]))
+        b = pv.make_fragment_B(pv.get_slice(c.thread).partition_B(s_v))
+        a = pv.make_fragment_A(pv.get_slice(c.thread).partition_A(c.s_p))
+        accs = [pv.make_fragment_C(pv.partition_shape_C((64, 128))) for _ in range(2)]
+        row0 = c.warp * 16 + c.lane // 4
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+        slot, tile, piece = 2 * half, Int32(0), Int32(0)  # slot of this half's first quarter
+        cute.arch.mbarrier_wait(c.piece_full, 0)
+        tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
+        while tiles >= 0:
+            for acc in accs:
+                acc.fill(0.0)
+            slot += cfg.q_regs // 2
+            for _ in cutlass.range(tiles, unroll=1):
+                if slot >= cfg.slots:
+                    slot -= cfg.slots
+                slot1 = slot + 1 if slot + 1 < cfg.slots else Int32(0)
+                buf = tile & 1
+                cute.arch.mbarrier_wait(c.p_full + buf, (tile >> 1) & 1)
+                if c.need[c.warp, buf] != 0:
+                    f0, f1 = c.factor[row0, buf], c.factor[row0 + 8, buf]
+                    for acc in accs:
+                        for i in cutlass.range_constexpr(16):
+                            acc[i * 4 + 0] = acc[i * 4 + 0] * f0
+                            acc[i * 4 + 1] = acc[i * 4 + 1] * f0
+                            acc[i * 4 + 2] = acc[i * 4 + 2] * f1
+                            acc[i * 4 + 3] = acc[i * 4 + 3] * f1
+                if c.valid[slot] < 64:
+                    self.clear_tail(c, slot, slot1, half)
+                cute.arch.mbarrier_wait(c.go + half * 2 + buf, (tile >> 1) & 1)
+                warpgroup.fence()
+                for k in cutlass.range_constexpr(4):
+                    cute.gemm(pv, accs[0], a[None, None, k, buf], b[None, None, k, slot], accs[0])
+                warpgroup.commit_group()
+                for k in cutlass.range_constexpr(4):
+                    cute.gemm(pv, accs[1], a[None, None, k, buf], b[None, None, k, slot1], accs[1])
+                warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                self.release(c.empty + slot, c.rank)
+                warpgroup.wait_group(0)
+                self.arrive(c.p_empty + buf)
+                self.release(c.empty + slot1, c.rank)
+                slot += 4
+                tile += 1
+            if slot >= cfg.slots:
+                slot -= cfg.slots
+            cute.arch.mbarrier_wait(c.sum_full, piece & 1)
+            f0, f1 = c.inverse[row0], c.inverse[row0 + 8]
+            for acc in accs:
+                for i in cutlass.range_constexpr(16):
+                    acc[i * 4 + 0] = acc[i * 4 + 0] * f0
+                    acc[i * 4 + 1] = acc[i * 4 + 1] * f0
+                    acc[i * 4 + 2] = acc[i * 4 + 2] * f1
+                    acc[i * 4 + 3] = acc[i * 4 + 3] * f1
+            cute.arch.fence_view_async_shared()  # the loads are done before the arrival
+            self.arrive(c.sum_empty)
+            self.store_out(c, accs, piece % PIECES, half, row0)
+            self.arrive(c.piece_empty + piece % PIECES)
+            piece += 1
+            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    @cute.jit
+    def clear_tail(self, c: cutlass.Constexpr, slot: Int32, slot1: Int32, half: Int32):
+        """Zero the rows of V behind the last token: 0 * NaN would be NaN. A row is 128 bytes of each 8 KB box."""
+        count = c.valid[slot]
+        zero = cute.make_rmem_tensor(4, Int32)
+        zero.fill(0)
+        words = cute.make_tensor(cute.recast_ptr(c.s_ring.iterator, None, Int32), cute.make_layout((4, 1024, self.config.slots)))
+        for box in cutlass.range_constexpr(4):
+            where = slot if box < 2 else slot1
+            chunk = count * 8 + c.thread
+            while chunk < 512:
+                cute.autovec_copy(zero, words[None, chunk + 512 * (box % 2), where])
+                chunk += 128
+        cute.arch.fence_view_async_shared()
+        # One barrier per half; their numbers are literals, a computed one would reserve all 16.
+        if half == 0:
+            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+        else:
+            cute.arch.barrier(barrier_id=2, number_of_threads=128)
+
+    @cute.jit
+    def store_out(
+        self, c: cutlass.Constexpr, accs: cutlass.Constexpr, index: Int32, half: Int32, row0: Int32,
+    ):  # fmt: skip
+        """O, divided by its sums: fp32 partials of a split request, else the output rows."""
+        heads = self.config.heads
+        split_slot, s_q = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index]
+        token0, batch = c.piece[TOKEN0, index], c.piece[BATCH_COORD, index]
+        column = half * 256 + (c.lane % 4) * 2
+        for side in cutlass.range_constexpr(2):
+            row = c.m_block * 64 + row0 + 8 * side
+            if row < s_q * heads:
+                if split_slot >= 0:
+                    line = c.out_accum[split_slot, c.kv_head * c.s_q_max * heads + row, None]
+                    self.store_row(line, accs, column, side, Float32)
+                else:
+                    line = c.out[batch, token0 + row // heads, c.kv_head * heads + row % heads, None]
+                    self.store_row(line, accs, column, side, self.dtype)
+
+    @cute.jit
+    def store_row(
+        self, line: cute.Tensor, accs: cutlass.Constexpr, column: Int32, side: cutlass.Constexpr,
+        dtype: cutlass.Constexpr,
+    ):  # fmt: skip
+        """This thread's column pairs of one row."""
+        base = cute.make_ptr(dtype, (line.iterator + column).toint(), cute.AddressSpace.gmem, assumed_align=dtype.width // 4)
+        pair = cute.make_rmem_tensor(2, dtype)
+        for h in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(16):
+                pair[0] = accs[h][i * 4 + 2 * side].to(dtype)
+                pair[1] = accs[h][i * 4 + 2 * side + 1].to(dtype)
+                cute.autovec_copy(pair, cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(2)))

@@ -1,0 +1,252 @@
+"""The barrier protocol of decode_dense, run as a model: every role a coroutine, every interleaving random.
+
+Counts, parities and slot arithmetic mirror kernel.py. A wrong one ends here as a deadlock or as a slot that holds
+something else than its reader expects, instead of hanging a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+
+import pytest
+
+PIECES, SLOTS, Q_ELEMENTS = 4, 10, 2
+
+
+class Barrier:
+    """An mbarrier: arrivals and bytes per phase."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.pending = count
+        self.bytes = self.phase = 0
+
+    def arrive(self, number: int = 1, expect: int = 0) -> None:
+        self.pending -= number
+        self.bytes += expect
+        assert self.pending >= 0, "more arrivals than the barrier counts"
+        self._flip()
+
+    def complete(self, number: int) -> None:
+        self.bytes -= number
+        self._flip()
+
+    def _flip(self) -> None:
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+
+    def passed(self, parity: int) -> bool:
+        return self.phase % 2 != parity
+
+
+class Cta:
+    def __init__(self, rank: int, cluster: int) -> None:
+        self.rank, self.cluster = rank, cluster
+        arrivals = 4 * cluster
+        self.full = [Barrier(1) for _ in range(SLOTS)]
+        self.empty = [Barrier(arrivals) for _ in range(SLOTS)]
+        self.rope_full, self.rope_empty = Barrier(1), Barrier(arrivals)
+        self.q_full, self.q_empty = Barrier(1), Barrier(4)
+        self.p_full, self.p_empty = [Barrier(4) for _ in range(2)], [Barrier(8) for _ in range(2)]
+        self.go = [Barrier(4) for _ in range(4)]
+        self.sum_full, self.sum_empty = Barrier(4), Barrier(8)
+        self.piece_full, self.piece_empty = [Barrier(1) for _ in range(PIECES)], [Barrier(15) for _ in range(PIECES)]
+        self.piece: list[int] = [0] * PIECES
+        self.ring: list[object] = [None] * SLOTS
+        self.rope: object = None
+        self.p: list[object] = [None, None]
+        self.out: list[tuple[str, int]] = []
+
+
+class Machine:
+    def __init__(self, pieces: list[int], cluster: int, seed: int) -> None:
+        self.pieces, self.random = pieces, random.Random(seed)
+        self.ctas = [Cta(rank, cluster) for rank in range(cluster)]
+        self.copies: list[tuple[Cta, str, int, object, int]] = []  # in flight
+        self.cluster = cluster
+
+    def run(self) -> None:
+        roles = [
+            role
+            for c in self.ctas
+            for role in (self.plan(c), self.load_kv(c), self.load_q(c), self.load_rope(c), self.scores(c),
+                         self.values(c, 0), self.values(c, 1))
+        ]  # fmt: skip
+        waiting = {role: next(role) for role in roles}
+        while waiting:
+            ready = [role for role, (barrier, parity) in waiting.items() if barrier.passed(parity)]
+            choices = len(ready) + len(self.copies)
+            assert choices, f"deadlock with {len(waiting)} roles waiting"
+            pick = self.random.randrange(choices)
+            if pick < len(ready):
+                try:
+                    waiting[ready[pick]] = next(ready[pick])
+                except StopIteration:
+                    del waiting[ready[pick]]
+            else:
+                self.land(self.copies.pop(pick - len(ready)))
+
+    def land(self, copy: tuple[Cta, str, int, object, int]) -> None:
+        cta, where, slot, tag, size = copy
+        if where == "ring":
+            cta.ring[slot] = tag
+            cta.full[slot].complete(size)
+        elif where == "rope":
+            cta.rope = tag
+            cta.rope_full.complete(size)
+        else:
+            cta.q_full.complete(size)
+
+    def release(self, name: str, slot: int | None = None) -> None:
+        for cta in self.ctas:
+            barrier = getattr(cta, name)
+            (barrier if slot is None else barrier[slot]).arrive(4)
+
+    Role = Generator[tuple[Barrier, int], None, None]
+
+    def plan(self, c: Cta) -> Role:
+        for count, tiles in enumerate([*self.pieces, -1]):
+            index = count % PIECES
+            yield c.piece_empty[index], (count // PIECES & 1) ^ 1
+            c.piece[index] = tiles
+            c.piece_full[index].arrive()
+
+    def each(self, c: Cta, arrivals: int, body) -> Role:
+        piece = 0
+        while True:
+            yield c.piece_full[piece % PIECES], piece // PIECES & 1
+            tiles = c.piece[piece % PIECES]
+            if tiles < 0:
+                return
+            assert tiles == self.pieces[piece]
+            yield from body(piece, tiles)
+            c.piece_empty[piece % PIECES].arrive(arrivals)
+            piece += 1
+
+    def load_kv(self, c: Cta) -> Role:
+        at = [0]
+
+        def fill(tag: object, shared: bool) -> Machine.Role:
+            slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
+            yield c.empty[slot], phase ^ 1
+            c.full[slot].arrive(expect=2)
+            if shared and self.cluster > 1:
+                self.copies += [(cta, "ring", slot, tag, 1) for cta in self.ctas]
+            else:
+                self.copies += [(c, "ring", slot, tag, 1)] * 2
+            at[0] += 1
+
+        def body(piece: int, tiles: int) -> Machine.Role:
+            for e in range(Q_ELEMENTS):
+                yield from fill(("q", piece, e), False)
+            for j in range(tiles):
+                for e in range(4):
+                    yield from fill((piece, j, e), True)
+
+        yield from self.each(c, 1, body)
+
+    def load_q(self, c: Cta) -> Role:
+        def body(piece: int, tiles: int) -> Machine.Role:
+            yield c.q_empty, (piece & 1) ^ 1
+            c.q_full.arrive(expect=1)
+            self.copies.append((c, "q", 0, piece, 1))
+
+        yield from self.each(c, 1, body)
+
+    def load_rope(self, c: Cta) -> Role:
+        turn = [0]
+
+        def body(piece: int, tiles: int) -> Machine.Role:
+            for j in range(tiles):
+                yield c.rope_empty, (turn[0] & 1) ^ 1
+                c.rope_full.arrive(expect=1)
+                if self.cluster == 1 or turn[0] & 1 == c.rank:
+                    self.copies += [(cta, "rope", 0, (piece, j), 1) for cta in self.ctas]
+                turn[0] += 1
+
+        yield from self.each(c, 1, body)
+
+    def scores(self, c: Cta) -> Role:
+        at, count = [0], [0]
+
+        def store(tile: int) -> Machine.Role:
+            yield c.p_empty[tile & 1], (tile >> 1 & 1) ^ 1
+            c.p[tile & 1] = tile
+            c.p_full[tile & 1].arrive(4)
+
+        def gates(tile: int) -> None:
+            c.go[tile & 1].arrive(4)
+            c.go[2 + (tile & 1)].arrive(4)
+
+        def body(piece: int, tiles: int) -> Machine.Role:
+            for e in range(Q_ELEMENTS):
+                slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
+                yield c.full[slot], phase
+                assert c.ring[slot] == ("q", piece, e)
+                self.release("empty", slot)
+                at[0] += 1
+            yield c.q_full, piece & 1
+            for j in range(tiles):
+                tile = count[0]
+                for e in (0, 1, 2, -1, 3):
+                    if e < 0:
+                        yield c.rope_full, tile & 1
+                        assert c.rope == (piece, j)
+                        continue
+                    slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
+                    yield c.full[slot], phase
+                    assert c.ring[slot] == (piece, j, e)
+                    at[0] += 1
+                    if e == 1 and j > 0:
+                        yield from store(tile - 1)
+                if j > 0:
+                    gates(tile - 1)
+                self.release("rope_empty")
+                count[0] += 1
+            c.q_empty.arrive(4)
+            if tiles:
+                yield from store(count[0] - 1)
+                gates(count[0] - 1)
+            yield c.sum_empty, (piece & 1) ^ 1
+            c.sum_full.arrive(4)
+
+        yield from self.each(c, 4, body)
+
+    def values(self, c: Cta, half: int) -> Role:
+        slot, tile = [2 * half], [0]
+
+        def body(piece: int, tiles: int) -> Machine.Role:
+            slot[0] += Q_ELEMENTS
+            for j in range(tiles):
+                if slot[0] >= SLOTS:
+                    slot[0] -= SLOTS
+                slot1 = slot[0] + 1 if slot[0] + 1 < SLOTS else 0
+                buf, phase = tile[0] & 1, tile[0] >> 1 & 1
+                yield c.p_full[buf], phase
+                yield c.go[half * 2 + buf], phase
+                assert c.p[buf] == tile[0]
+                assert c.ring[slot[0]] == (piece, j, 2 * half)
+                assert c.ring[slot1] == (piece, j, 2 * half + 1)
+                self.release("empty", slot[0])
+                c.p_empty[buf].arrive(4)
+                self.release("empty", slot1)
+                slot[0] += 4
+                tile[0] += 1
+            if slot[0] >= SLOTS:
+                slot[0] -= SLOTS
+            yield c.sum_full, piece & 1
+            c.sum_empty.arrive(4)
+            c.out.append((str(half), piece))
+
+        yield from self.each(c, 4, body)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("seed", range(25))
+def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: int) -> None:
+    dice = random.Random(seed)
+    pieces = [dice.choice([0, 1, 2, 3, 5, 9]) for _ in range(dice.randrange(0, 9))]
+    machine = Machine(pieces, cluster, seed)
+    machine.run()
+    for cta in machine.ctas:
+        assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))

@@ -1,0 +1,476 @@
+"""decode_dense on a GPU: correctness first, each variant in its own process, then timing beside the peer.
+
+    python tests/gpu/decode_dense.py check LIBRARY FUNCTION [CASE ...]
+    python tests/gpu/decode_dense.py gate LIBRARY [FUNCTION ...]     every function in a subprocess; prints who passed
+    python tests/gpu/decode_dense.py time LIBRARY ROWS.jsonl FUNCTION ...
+
+Needs torch, apache-tvm-ffi, openmla on the path; `time` also sgl-flash-mla. A hang is a killed subprocess.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+
+from openmla.backends.base import DecodeOperands
+from openmla.backends.cute.decode_dense.launch import launch
+from openmla.split.schedule import plan_decode
+
+SECONDS = 60
+CUDA = "cuda"
+
+
+def case(
+    name, lengths, *, s_q=1, heads=128, h_kv=1, parts=None, causal=False, data="randn", policy="balanced", varlen=None,
+    hostile=True, dtype=torch.bfloat16, seed=0, chunk_tokens=256, page_size=64, cluster=2,
+):  # fmt: skip
+    """Inputs, plan and poisoned outputs of one problem."""
+    g = torch.Generator(CUDA).manual_seed(seed)
+    batch = len(lengths)
+    h_q = heads * h_kv
+    scale = 576**-0.5
+    pages_each = [max(-(-max(length, 0) // page_size), 0) for length in lengths]
+    max_pages = max(max(pages_each), 1) + (3 if hostile else 0)
+    num_pages = sum(pages_each) + (5 if hostile else 1)
+    kv = torch.empty(num_pages, page_size, h_kv, 576, dtype=dtype, device=CUDA)
+    kv.normal_(generator=g)
+    q_tokens = [s_q] * batch if varlen is None else varlen
+    q = torch.empty(sum(q_tokens), h_q, 576, dtype=dtype, device=CUDA).normal_(generator=g)
+    if data == "small":
+        kv *= 0.1
+        q *= 0.1
+    order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
+    table = torch.randint(-(2**31), 2**31 - 1, (batch, max_pages), dtype=torch.int64).int()
+    if not hostile:
+        table.zero_()
+    used, at = set(), 0
+    for b, count in enumerate(pages_each):
+        for i in range(count):
+            table[b, i] = order[at]
+            used.add(order[at])
+            at += 1
+    table = table.to(CUDA)
+    if data == "ramp":  # the maximum moves often
+        for b, count in enumerate(pages_each):
+            for i in range(count):
+                kv[table[b, i].item()] *= 0.2 + 5.8 * i / max(count - 1, 1)
+    if data == "huge":  # logits of 1e12 and more
+        q *= 2.0 ** (20 if dtype == torch.bfloat16 else 8)
+        kv *= 2.0 ** (20 if dtype == torch.bfloat16 else 8)
+    if hostile:
+        for page in set(range(num_pages)) - used:
+            kv[page] = float("nan")
+        for b, length in enumerate(lengths):
+            if length % page_size:
+                kv[table[b, length // page_size].item(), length % page_size :] = float("nan")
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
+    m_blocks = -(-s_q * heads // 64)
+    m_blocks += m_blocks % cluster
+    parts = parts or max(torch.cuda.get_device_properties(0).multi_processor_count // (m_blocks * h_kv), 1)
+    plan = plan_decode(lengths, parts, policy=policy, chunk_tokens=chunk_tokens)
+    cu = None
+    shape, lse_shape = (batch, s_q, h_q), (batch, h_q, s_q)
+    if varlen is not None:
+        cu = torch.tensor([0, *torch.tensor(varlen).cumsum(0).tolist()], dtype=torch.int32, device=CUDA)
+        shape, lse_shape = (sum(varlen), h_q), (h_q, sum(varlen))
+    nan = float("nan")
+    operands = DecodeOperands(
+        q=q.view(*shape, 576), kv_cache=kv, block_table=table, cache_seqlens=seqlens, softmax_scale=scale,
+        out=torch.full((*shape, 512), nan, dtype=dtype, device=CUDA), lse=torch.full(lse_shape, nan, device=CUDA),
+        fault_word=torch.zeros(1, dtype=torch.int32, device=CUDA), cu_seqlens_q=cu,
+    )  # fmt: skip
+    rows = h_kv * s_q * heads
+    return SimpleNamespace(
+        name=name, operands=operands, plan=plan, metadata=plan.tile_scheduler_metadata(CUDA),
+        num_splits=plan.num_splits_tensor(CUDA), s_q=s_q, heads=heads, h_kv=h_kv, causal=causal, lengths=lengths,
+        q_tokens=q_tokens, page_size=page_size, num_pages=num_pages,
+        out_accum=torch.full((plan.num_pieces, rows, 512), nan, device=CUDA),
+        lse2_accum=torch.full((plan.num_pieces, rows), nan, device=CUDA),
+    )  # fmt: skip
+
+
+def run(function, c):
+    """The decode kernel alone."""
+    launch(
+        function, c.operands, c.metadata, c.num_splits, c.out_accum, c.lse2_accum, s_q=c.s_q,
+        chunk_blocks=c.plan.chunk_blocks, is_causal=c.causal,
+    )  # fmt: skip
+
+
+def merged(c):
+    """Per request: (out [tokens, h_q, 512] fp32, lse [tokens, h_q])."""
+    result, start = [], 0
+    for b, tokens in enumerate(c.q_tokens):
+        first, last = c.plan.num_splits[b], c.plan.num_splits[b + 1]
+        if last - first > 1:
+            lse2 = c.lse2_accum[first:last].view(-1, c.h_kv, c.s_q, c.heads)[:, :, :tokens]
+            acc = c.out_accum[first:last].view(-1, c.h_kv, c.s_q, c.heads, 512)[:, :, :tokens]
+            total = torch.logsumexp(lse2 * math.log(2), dim=0)
+            weight = torch.where(torch.isinf(total), 0.0, torch.exp(lse2 * math.log(2) - total))
+            out = (weight.unsqueeze(-1) * acc).sum(0)
+            result.append((out.transpose(0, 1).flatten(1, 2), total.transpose(0, 1).flatten(1, 2)))
+        elif c.operands.cu_seqlens_q is not None:
+            result.append((c.operands.out[start : start + tokens].float(), c.operands.lse[:, start : start + tokens].T))
+        else:
+            result.append((c.operands.out[b].float(), c.operands.lse[b].T))
+        start += tokens
+    return result
+
+
+def expected(c, b, start):
+    """One request in fp64: (out, lse, sum p |v|, bound of a logit's error). Masked keys are selected away."""
+    tokens, length = c.q_tokens[b], c.lengths[b]
+    o = c.operands
+    q = o.q.reshape(-1, c.h_kv * c.heads, 576)[start : start + tokens].double()
+    if length <= 0 or tokens == 0:
+        zero = torch.zeros(tokens, c.h_kv * c.heads, 512, device=CUDA)
+        return zero, torch.full((tokens, c.h_kv * c.heads), -math.inf, device=CUDA), zero, 0.0
+    ids = o.block_table[b, : -(-length // c.page_size)].long()
+    good = (ids >= 0) & (ids < c.num_pages)
+    keys = o.kv_cache[torch.where(good, ids, 0)].flatten(0, 1)[:length].double()  # [length, h_kv, 576]
+    seen = good.repeat_interleave(c.page_size)[:length]
+    keys = torch.where(seen[:, None, None], keys, 0.0)
+    q = q.view(tokens, c.h_kv, c.heads, 576)
+    scores = torch.einsum("tkhd,nkd->tkhn", q, keys) * o.softmax_scale
+    mask = seen.view(1, 1, 1, -1).expand(tokens, 1, 1, -1)
+    if c.causal:
+        limit = length - tokens + 1 + torch.arange(tokens, device=CUDA)
+        mask = mask & (torch.arange(length, device=CUDA) < limit[:, None]).view(tokens, 1, 1, -1)
+    scores = scores.masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.where(torch.isinf(lse).unsqueeze(-1), 0.0, torch.exp(scores - lse.unsqueeze(-1)))
+    values = keys[..., :512]
+    out, absolute = (torch.einsum("tkhn,nkd->tkhd", p, v).flatten(1, 2).float() for v in (values, values.abs()))
+    # fp32 dot product of 576 terms, and the exponential's approximation
+    largest = (torch.einsum("tkhd,nkd->tkhn", q.abs(), keys.abs()).max() * o.softmax_scale).item()
+    return out, lse.flatten(1, 2).float(), absolute, 24 * 2.0**-24 * largest + 2.0**-20
+
+
+def compare(c, sample=None):
+    """Worst error over its derived bound for out and lse, and 1 - cosine; raises on NaN or a wrong empty row.
+
+    out: rounding of out and P, each U relative, on |o| and on A = sum p |v|. lse never sees P: fp32 accuracy.
+    """
+    unit = 2.0**-8 if c.operands.out.dtype == torch.bfloat16 else 2.0**-11
+    worst, cosine, lse_error, start = 0.0, 0.0, 0.0, 0
+    wanted = set(sample) if sample is not None else set(range(len(c.lengths)))
+    for b, (out, lse) in enumerate(merged(c)):
+        if b in wanted and c.q_tokens[b]:
+            ref, ref_lse, absolute, delta = expected(c, b, start)
+            empty = torch.isinf(ref_lse)
+            assert not torch.isnan(lse).any(), f"request {b}: NaN in lse"
+            assert torch.equal(torch.isinf(lse) & (lse < 0), empty), f"request {b}: empty rows differ"
+            assert not out[empty].any() and not torch.isnan(out).any(), f"request {b}: NaN or a non-zero empty row"
+            bound = 1.01 * unit * ref.abs() + (1.02 * unit + 2 * delta) * absolute + 1e-30
+            worst = max(worst, ((out - ref).abs() / bound).max().item())
+            x, y = out.double(), ref.double()
+            norm = (x * x + y * y).sum().item()
+            cosine = max(cosine, 1 - 2 * (x * y).sum().item() / norm if norm else 0.0)
+            if not empty.all():
+                error = (lse - ref_lse).abs() / (delta + 2.0**-22 * ref_lse.abs() + 2.0**-20)
+                lse_error = max(lse_error, error[~empty].max().item())
+        start += c.q_tokens[b]
+    return worst, cosine, lse_error
+
+
+def cases(heads, cluster, dtype):
+    """name -> builder; small ones first, so that a broken kernel is known early."""
+    torch.manual_seed(1)
+    long = [int(x) for x in torch.randint(1, 3000, (40,))]
+    make = lambda name, lengths, **kw: lambda: case(name, lengths, heads=heads, cluster=cluster, dtype=dtype, **kw)  # noqa: E731
+    listed = [
+        make("one token", [1]),
+        make("one tile", [64]),
+        make("ragged", [63, 65, 1, 128, 200]),
+        make("one part, many pieces", [63, 0, 65, 1, 640, 0, 77], parts=1),
+        make("splits", [1000, 64, 1, 0, 2049], parts=16),
+        make("s_q 2 causal", [5, 64, 65, 66, 129, 1000], s_q=2, causal=True),
+        make("s_q 4 causal, fewer keys than queries", [0, 1, 3, 4, 64, 67, 68, 513], s_q=4, causal=True, parts=5),
+        make("s_q 3 not causal", [100, 300], s_q=3),
+        make("fixed chunks", [1000, 64, 1, 0, 2049, 256, 257], parts=7, policy="batch_invariant"),
+        make("ramp", [2048, 1999], data="ramp", parts=3),
+        make("huge logits", [130, 700], data="huge"),
+        make("varlen queries", [10, 700, 64, 65], varlen=[1, 3, 0, 2], s_q=3, causal=True, parts=6),
+        make("two KV heads", [300, 64, 129], h_kv=2, s_q=2, causal=True, parts=4),
+        make("many requests", long, s_q=2, causal=True),
+    ]
+    return listed
+
+
+def check(library, name, only=()):
+    import tvm_ffi
+
+    function = tvm_ffi.load_module(library)[name]
+    heads = int(name.split("_h")[1].split("_")[0]) if "_h" in name else 128
+    cluster = 1 if "_c1" in name else 2
+    dtype = torch.float16 if "fp16" in name else torch.bfloat16
+    passed = True
+    for build in cases(heads, cluster, dtype):
+        c = build()
+        if only and c.name not in only:
+            continue
+        run(function, c)
+        torch.cuda.synchronize()
+        try:
+            worst, cosine, lse = compare(c)
+            fine = worst <= 1.0 and cosine <= 1e-5 and lse <= 1.0
+            text = f"out {worst:.3f} cos {cosine:.1e} lse {lse:.3f}"
+        except AssertionError as error:
+            fine, text = False, str(error)
+        first = [t.clone() for t in (c.operands.out, c.operands.lse, c.out_accum, c.lse2_accum)]
+        for _ in range(3):
+            run(function, c)
+        torch.cuda.synchronize()
+        again = (c.operands.out, c.operands.lse, c.out_accum, c.lse2_accum)
+        same = all(torch.equal(x.view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in zip(first, again))
+        fine &= same and c.operands.fault_word.item() == 0
+        passed &= fine
+        print(f"  {'ok  ' if fine else 'FAIL'} {c.name}: {text} repeat {'same' if same else 'DIFFERS'}", flush=True)
+    # a bad page id masks its page and leaves the other requests alone
+    c = case("bad page", [200, 300, 129], heads=heads, cluster=cluster, dtype=dtype)
+    run(function, c)
+    torch.cuda.synchronize()
+    before = c.operands.out.clone()
+    for bad in (-5, 2**30):
+        c.operands.block_table[1, 2] = bad
+        c.operands.fault_word.zero_()
+        run(function, c)
+        torch.cuda.synchronize()
+        worst, cosine, lse = compare(c)
+        split = c.plan.num_splits[-1] != 3
+        fine = worst <= 1.0 and c.operands.fault_word.item() == 1
+        if not split:
+            fine &= torch.equal(before[0], c.operands.out[0]) and torch.equal(before[2], c.operands.out[2])
+        passed &= fine
+        print(f"  {'ok  ' if fine else 'FAIL'} page {bad}: out {worst:.3f} word {c.operands.fault_word.item()}", flush=True)
+    return passed
+
+
+def probe(library, name):
+    """Where a wrong result is wrong: rows and size of the lse error per request, over repeated launches."""
+    import tvm_ffi
+
+    function = tvm_ffi.load_module(library)[name]
+    for zero_q in (False, True):
+        for lengths, kw in (([63, 0, 65, 1, 640, 0, 77], {"parts": 1}), ([65, 128, 640, 64, 77, 200], {"parts": 1}), ([640] * 4, {"parts": 1, "hostile": False})):
+            c = case("probe", lengths, cluster=1 if "_c1" in name else 2, **kw)
+            if zero_q:
+                c.operands.q.zero_()
+            refs, start = [], 0
+            for b in range(len(lengths)):
+                refs.append(expected(c, b, start))
+                start += 1
+            for trial in range(12):
+                c.operands.out.fill_(float("nan"))
+                c.operands.lse.fill_(float("nan"))
+                run(function, c)
+                torch.cuda.synchronize()
+                line = []
+                for b, (out, lse) in enumerate(merged(c)):
+                    d = torch.nan_to_num(lse - refs[b][1], nan=0.0)[0]
+                    bad = (d.abs() > 1e-3).nonzero().flatten().tolist()
+                    do = (out - refs[b][0]).abs()[0]
+                    badcols = (do.amax(0) > 0.03).nonzero().flatten()
+                    if bad or badcols.numel():
+                        line.append(f"req {b}: rows {len(bad)} {bad[:3]}..{bad[-1:]} d [{d.min():.3f} {d.max():.3f}] cols {badcols.numel()} {badcols[:1].tolist()}..{badcols[-1:].tolist()}")
+                if line:
+                    print(f"zero_q {zero_q} lengths {lengths} trial {trial}:", "; ".join(line), flush=True)
+
+
+def gate(library, names):
+    """Which functions pass; each in its own process with a limit, all at once."""
+    start = time.time()
+    procs = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "check", library, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for name in names
+    }
+    good = []
+    for name, proc in procs.items():
+        try:
+            text, _ = proc.communicate(timeout=max(SECONDS - (time.time() - start), 1))
+            verdict = "PASS" if proc.returncode == 0 else "FAIL"
+        except subprocess.TimeoutExpired:
+            proc.kill()
+            text, _ = proc.communicate()
+            verdict = "HANG"
+        print(f"{name}: {verdict} after {time.time() - start:.0f} s", flush=True)
+        if verdict != "PASS" or name == names[0]:
+            print(text[-3500:], flush=True)
+        if verdict == "PASS":
+            good.append(name)
+    return good
+
+
+def timing_case(batch, s_k, s_q, heads, cluster, varlen_lengths=False):
+    lengths = [s_k] * batch
+    if varlen_lengths:
+        g = torch.Generator().manual_seed(0)
+        lengths = [max(int(torch.normal(s_k, s_k / 2, (1,), generator=g)), s_q) for _ in range(batch)]
+    return case(
+        f"b{batch}{'v' if varlen_lengths else ''} s_q{s_q} h{heads} s_k{s_k}", lengths, s_q=s_q, heads=heads,
+        data="small", hostile=False, cluster=cluster, causal=s_q > 1,
+    )  # fmt: skip
+
+
+def peer_call(c):
+    import flash_mla
+
+    meta, _ = flash_mla.get_mla_metadata()
+    o = c.operands
+    return lambda: flash_mla.flash_mla_with_kvcache(
+        o.q, o.kv_cache, o.block_table, o.cache_seqlens, 512, meta, softmax_scale=o.softmax_scale, causal=c.causal,
+        use_legacy=True,
+    )  # fmt: skip
+
+
+def interleaved(calls, rounds, flush):
+    """Median and spread of each call in us, one after another per round, cold L2."""
+    times = {name: [] for name in calls}
+    for _ in range(3):
+        for call in calls.values():
+            call()
+    for _ in range(rounds):
+        events = []
+        for name, call in calls.items():
+            flush.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            events.append((name, begin, end))
+        torch.cuda.synchronize()
+        for name, begin, end in events:
+            times[name].append(begin.elapsed_time(end) * 1e3)
+    return {name: (statistics.median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def sustained(calls, rounds=5, seconds=0.12):
+    """us per call, back to back in turn: what power allows. Median of the rounds."""
+    result = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, count = time.time(), 0
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            call()
+            begin.record()
+            while time.time() - start < seconds:
+                for _ in range(10):
+                    call()
+                count += 10
+                torch.cuda.synchronize()
+            end.record()
+            torch.cuda.synchronize()
+            result[name].append(begin.elapsed_time(end) * 1e3 / count)
+    return {name: statistics.median(times) for name, times in result.items()}
+
+
+def kernel_times(call, count=5):
+    """Kernel name -> mean us, from the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+    return {e.key[:40]: e.device_time_total / count for e in prof.key_averages() if e.device_time_total}
+
+
+def operator(module, name, c):
+    """The whole operator: the decode kernel and, where the plan splits a request, the merge."""
+    f, o = module[name], c.operands
+    combine = module["combine_fp16" if "fp16" in name else "combine_bf16"]
+    sink = torch.zeros(o.q.shape[2], device=CUDA)
+
+    def call():
+        run(f, c)
+        if c.plan.num_pieces > len(c.lengths):
+            combine(c.out_accum, c.lse2_accum, c.num_splits, o.out, o.lse, sink, c.h_kv, 0)
+
+    return call
+
+
+def time_all(library, rows_path, names):
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(library)
+    flush = torch.empty(64 * 2**20, dtype=torch.int32, device=CUDA)
+    rows = open(rows_path, "a")  # noqa: SIM115
+    a = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
+    common = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "date": time.strftime("%Y-%m-%d"), "peer": "sgl-flash-mla 1.0.0, dense decode, legacy path",
+    }  # fmt: skip
+    shapes = [(128, 16384, 2, 128, False), (128, 32768, 1, 128, False), (128, 4096, 1, 128, False), (128, 4096, 2, 128, False)]
+    if "--more" in sys.argv:
+        shapes += [(128, 16384, 1, 128, False), (128, 32768, 2, 128, False), (128, 8192, 2, 128, True), (64, 4096, 1, 128, False), (16, 32768, 1, 128, False)]
+    for batch, s_k, s_q, heads, ragged in shapes:
+        c2, c1 = timing_case(batch, s_k, s_q, heads, 2, ragged), None
+        calls = {"peer": peer_call(c2)}
+        for name in names:
+            calls[name] = operator(module, name, c2)
+        if s_q == 2 and s_k == 16384:
+            calls["cublas 8192^3"] = lambda: a @ b
+        flops = 2 * batch * s_q * heads * 1088 * (sum(c2.lengths) / batch)
+        result = interleaved(calls, 12, flush)
+        print(f"== {c2.name}", flush=True)
+        parts = kernel_times(calls["peer"])
+        print("   peer kernels:", {k: round(v, 1) for k, v in parts.items()}, flush=True)
+        peer_main = max(parts.values()) if parts else 0.0
+        warm = sustained(calls) if s_k >= 16384 else {}
+        for name, (median, low, high) in result.items():
+            work = 2 * 8192**3 if name.startswith("cublas") else flops
+            row = {
+                **common, "case": c2.name, "kernel": name, "median_us": round(median, 2), "min_us": round(low, 2),
+                "max_us": round(high, 2), "tflops": round(work / median / 1e6, 1),
+                "ratio_to_peer_main_kernel": round(peer_main / median, 4), "peer_us": round(result["peer"][0], 2),
+                "sustained_us": round(warm.get(name, 0.0), 2),
+            }  # fmt: skip
+            rows.write(json.dumps(row) + "\n")
+            print(
+                f"   {name:44s} {median:8.1f} us [{low:.1f} {high:.1f}] {row['tflops']:6.1f} TFLOPS  x peer {result['peer'][0] / median:.3f}"
+                f"  x its main kernel {peer_main / median:.3f}"
+                + (f"  sustained {warm[name]:.1f} us {work / warm[name] / 1e6:.1f} TFLOPS" if warm else ""),
+                flush=True,
+            )
+        rows.flush()
+        del c2, c1, calls
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    verb, library, *rest = sys.argv[1:]
+    rest = [x for x in rest if not x.startswith("--")]
+    if verb == "check":
+        sys.exit(0 if check(library, rest[0], rest[1:]) else 1)
+    if verb == "probe":
+        probe(library, rest[0])
+    if verb == "gate":
+        print("passed:", " ".join(gate(library, rest)))
+    if verb == "both":
+        good = gate(library, rest[1:])
+        if good:
+            time_all(library, rest[0], good)
+    if verb == "time":
+        time_all(library, rest[0], rest[1:])
+    if verb == "once":  # one launch of each for a profiler
+        import tvm_ffi
+
+        module = tvm_ffi.load_module(library)
+        c = timing_case(132, 16384 if "--short" not in sys.argv else 4096, 1 if "--one" in sys.argv else 2, 128, 2)
+        peer = peer_call(c)
+        peer()
+        for name in rest:
+            run(module[name], c)
+        torch.cuda.synchronize()
