@@ -190,7 +190,7 @@ def _add_demo(verbs: Any) -> None:
     parser = _verb(verbs, "demo", _demo, "a real MLA model through the paged latent cache, checked and measured")
     parser.add_argument("--out", type=Path, default=Path("openmla-report.html"), help="the HTML report")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="a smaller run of some seconds")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from openmla.cli import main
 from openmla.lab import store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,10 +99,30 @@ def test_wrong_usage_is_2(arguments):
         (("verify", "--op", "nosuch"), {}, "unknown operation 'nosuch'"),
     ],
 )
-def test_wrong_value_is_2_with_one_message(arguments, environment, message):
-    done = openmla(*arguments, **environment)
+def test_wrong_value_is_2_with_one_message(arguments, environment, message, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor", "--wrong"),
+        ("explain", "nosuch"),
+        ("bench", "--suite", "nosuch"),
+        ("verify", "--op", "nosuch"),
+        ("demo", "--device", "tpu"),
+    ],
+)
+def test_wrong_value_as_a_process(arguments):
+    done = openmla(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
+    assert "openmla" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 

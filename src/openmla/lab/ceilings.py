@@ -32,35 +32,38 @@ class Ceilings:
         return {**rates, "gemm_size": float(self.gemm_size), "read_gbps": self.read_gbps, "copy_gbps": self.copy_gbps}
 
 
-def measure(target: Target, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> Ceilings:
-    """The ceilings of the device behind `target`; about five seconds, free the second time."""
-    return _measure(target, tuple(sorted(set(dtypes))), torch.get_num_threads())
+def measure(target: Target, dtypes: tuple[str, ...] = ("bf16", "fp32"), seconds: float = 1.0) -> Ceilings:
+    """The ceilings of the device behind `target`: about `seconds` for each rate, free the second time."""
+    return _measure(target, tuple(sorted(set(dtypes))), torch.get_num_threads(), min(seconds, 1.0))
 
 
 @cache
-def _measure(target: Target, dtypes: tuple[str, ...], num_threads: int) -> Ceilings:
+def _measure(target: Target, dtypes: tuple[str, ...], num_threads: int, seconds: float) -> Ceilings:
     device = torch.device("cuda" if target.is_cuda else "cpu")
     # 8192^3 fills an H100 for 1.5 ms; 2048^3 is 17 GFLOP, 0.1 s on two CPU cores.
     size = 8192 if target.is_cuda else 2048
-    gemm = {name: gemm_tflops(device, dtype, size) for dtype, name in _SHORT.items() if name in dtypes}
-    read, copy = _bandwidths(device)
+    gemm = {name: gemm_tflops(device, dtype, size, seconds) for dtype, name in _SHORT.items() if name in dtypes}
+    read, copy = _bandwidths(device, seconds)
     return Ceilings(gemm, size, read, copy)
 
 
-def gemm_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def gemm_tflops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0) -> float:
     """10^12 FLOP/s of a size^3 product."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / best_seconds(lambda: torch.mm(a, b, out=out), device) / 1e12
+    return 2 * size**3 / best_seconds(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
 
 
-def _bandwidths(device: torch.device) -> tuple[float, float]:
+def _bandwidths(device: torch.device, seconds: float) -> tuple[float, float]:
     """(read, copy) in 10^9 byte/s over 4 GiB on a GPU and 512 MiB on a CPU: beyond any cache of today."""
     count = (1 << 30) if device.type == "cuda" else (1 << 27)
     source = torch.ones(count, dtype=torch.float32, device=device)
     sink = torch.empty_like(source)
     # A sum and a dot product take different code paths; the faster one is nearer to what the memory can do.
-    read = min(best_seconds(lambda: source.sum(), device), best_seconds(lambda: torch.dot(source, source), device))
-    copy = best_seconds(lambda: sink.copy_(source), device)
+    read = min(
+        best_seconds(lambda: source.sum(), device, seconds),
+        best_seconds(lambda: torch.dot(source, source), device, seconds),
+    )
+    copy = best_seconds(lambda: sink.copy_(source), device, seconds)
     return 4 * count / read / 1e9, 8 * count / copy / 1e9

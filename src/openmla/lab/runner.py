@@ -72,7 +72,7 @@ def run(
     """Measure cases one after another. Yields each result as soon as it stands."""
     say = progress or (lambda text: None)
     say(f"ceilings of {target.name} ...")
-    roof = ceilings.measure(target, tuple(case.dtype for case in cases))
+    roof = ceilings.measure(target, tuple(case.dtype for case in cases), options.seconds)
     facts = store.environment(target)
     begin = time.monotonic()
     for number, case in enumerate(cases, 1):
