@@ -94,6 +94,23 @@ def test_cache_folder_that_cannot_be_written_is_a_note(tmp_path, monkeypatch):
     assert "OPENMLA_CACHE_DIR" in line.fix
 
 
+@pytest.mark.parametrize(
+    ("manifest", "state", "words"),
+    [
+        (None, "problem", "no readable manifest.json"),
+        ("[]", "problem", "no readable manifest.json"),
+        ('{"format": 99, "families": {}}', "problem", "format 99"),
+        ('{"format": 1, "families": {"d": {"arch": "sm_90a", "functions": {"f": {}}}}}', "ok", "1 of d for sm_90a"),
+    ],
+)
+def test_bundle_is_read_and_judged(tmp_path, manifest, state, words):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    line = doctor._bundle(tmp_path)
+    assert line.state == state
+    assert words in line.found
+
+
 def test_text_fits_100_columns_and_json_is_versioned():
     found = doctor.examine()
     assert max(map(len, str(found).splitlines())) <= 100

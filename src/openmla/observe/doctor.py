@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ import torch
 
 import openmla
 from openmla import backends
+from openmla.backends.cute.toolchain import MANIFEST, MANIFEST_FORMAT
 from openmla.core import env
 from openmla.core.errors import ConfigError
 from openmla.core.target import Target
@@ -242,6 +244,8 @@ def _settings() -> Iterable[Check]:
         legal = f"; legal: {', '.join(variable.choices)}" if variable.choices else ""
         yield Check("settings", variable.name, "ok", f"{value or 'empty'} ({origin}){legal}")
     yield _cache_folder(env.cache_dir())
+    if env.AOT_DIR.read():
+        yield _bundle(Path(env.AOT_DIR.read()))
 
 
 def _cache_folder(folder: Path) -> Check:
@@ -262,6 +266,25 @@ def _cache_folder(folder: Path) -> Check:
         "settings", name, "note", f"{folder} cannot be written; compiled kernels live as long as their process",
         "set OPENMLA_CACHE_DIR to a folder of your own",
     )  # fmt: skip
+
+
+def _bundle(folder: Path) -> Check:
+    """The ahead-of-time kernels that OPENMLA_AOT_DIR names."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        form = manifest["format"]
+        families = {
+            f"{len(each['functions'])} of {name} for {each['arch']}" for name, each in manifest["families"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = f"write one with `openmla compile --out {folder}`, or unset OPENMLA_AOT_DIR"
+        return Check("settings", "kernel bundle", "problem", f"{folder} has no readable {MANIFEST}: {error}", fix)
+    if form != MANIFEST_FORMAT:
+        fix = "write it anew with `openmla compile`"
+        return Check(
+            "settings", "kernel bundle", "problem", f"format {form}, this version reads {MANIFEST_FORMAT}", fix
+        )
+    return Check("settings", "kernel bundle", "ok", f"{', '.join(sorted(families)) or 'empty'}; in {folder}")
 
 
 def _backends() -> Iterable[Check]:
