@@ -164,6 +164,12 @@ def _query(
     return (q.shape[0], int(max_seqlen_q or 0), q.shape[1], q.shape[2])
 
 
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Every row begins at a multiple of 16 bytes."""
+    steps = [step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    return tensor.data_ptr() % 16 == 0 and all(step * tensor.element_size() % 16 == 0 for step in steps)
+
+
 def _sink(bad: _Violations, attn_sink: object, h_q: int, device: torch.device) -> None:
     if attn_sink is not None and bad.tensor("attn_sink", attn_sink, 1, (torch.float32,), device, "[h_q]"):
         assert isinstance(attn_sink, torch.Tensor)
@@ -198,6 +204,7 @@ class DecodeProblem:
     is_varlen: bool = False
     window: int = 0  # a query sees the last `window` keys up to its own position; 0 means all
     has_sink: bool = False
+    is_aligned: bool = True  # q and kv_cache start at, and step by, multiples of 16 bytes: what bulk copies need
 
     @classmethod
     def from_tensors(
@@ -249,7 +256,7 @@ class DecodeProblem:
             batch=batch, s_q=s_q, total_q=leading * s_q if cu_seqlens_q is None else leading, h_q=h_q, h_kv=h_kv,
             d_qk=d_qk, d_v=d_v, dtype=q.dtype, layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0],
             max_pages=block_table.shape[1], is_causal=is_causal, is_varlen=cu_seqlens_q is not None,
-            window=window or 0, has_sink=attn_sink is not None,
+            window=window or 0, has_sink=attn_sink is not None, is_aligned=_is_aligned(q) and _is_aligned(kv_cache),
         )  # fmt: skip
 
     def __str__(self) -> str:
