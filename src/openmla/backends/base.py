@@ -39,6 +39,7 @@ class DecodePlan(NamedTuple):
     tile_scheduler_metadata: torch.Tensor  # [num_parts, 8] int32
     num_splits: torch.Tensor  # [batch + 1] int32
     chunk_blocks: int  # 0: pieces end only where parts end
+    counters: torch.Tensor | None = None  # int32, zero between launches; a plan serves one stream at a time
 
 
 class DecodeOperands(NamedTuple):
@@ -149,8 +150,8 @@ class DecodeKernel(Kernel, Protocol):
         """Cut the batch; on a GPU with a kernel that reads the lengths there, without waiting for the device."""
         ...
 
-    def workspace_bytes(self, compiled: Any, problem: Any) -> int:
-        """Bytes of `DecodeOperands.workspace`; depends on the problem alone, never on lengths. 0: none."""
+    def workspace_bytes(self, compiled: Any, problem: Any, policy: str) -> int:
+        """Bytes of `DecodeOperands.workspace`; depends on the problem and policy, never on lengths. 0: none."""
         ...
 
 

@@ -228,7 +228,7 @@ def decode(
     result, lse = _outputs("decode", q, problem.d_v, out, (q, kv_cache, block_table, cache_seqlens, attn_sink))
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, _scale(softmax_scale, problem.d_qk), result, lse,
-        faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device),
+        faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device, plan.policy if plan else policy),
     )  # fmt: skip
     dispatch.launch(prepared, operands, _pieces(plan, prepared, cache_seqlens, policy))
     return result, _finish_lse(lse, return_lse, lse_base)
@@ -245,9 +245,11 @@ def _pieces(given: Plan | None, prepared: dispatch.Prepared, cache_seqlens: torc
     return cast(DecodeKernel, prepared.kernel).plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
 
 
-def _workspace(prepared: dispatch.Prepared, given: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+def _workspace(
+    prepared: dispatch.Prepared, given: torch.Tensor | None, device: torch.device, policy: str
+) -> torch.Tensor | None:
     """The caller's scratch, checked, or one from PyTorch's allocator; None where the kernel needs none."""
-    needed = cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem)
+    needed = cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
     if given is None:
         return torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
     wrong = []
@@ -270,6 +272,7 @@ def workspace_bytes(
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     *,
+    policy: Policy = "balanced",
     d_v: int = 512,
     is_causal: bool = False,
     window: int | None = None,
@@ -288,7 +291,7 @@ def workspace_bytes(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
         kv_layout, backend,
     )  # fmt: skip
-    return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem)
+    return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
 
 
 def _device(q: Any) -> torch.device:

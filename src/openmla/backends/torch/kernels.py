@@ -66,7 +66,7 @@ class _DecodeKernel(_TorchKernel):
         splits = torch.arange(problem.batch + 1, dtype=torch.int32, device=cache_seqlens.device)
         return DecodePlan(part, splits, 0)
 
-    def workspace_bytes(self, compiled: TorchConfig, problem: DecodeProblem) -> int:
+    def workspace_bytes(self, compiled: TorchConfig, problem: DecodeProblem, policy: str) -> int:
         """None: scratch belongs to the worker threads and outlives the call."""
         return 0
 
