@@ -177,6 +177,18 @@ def test_fp8_cache_serves_the_model_in_bf16(plan) -> None:
     assert [len(log.tokens) for log in logs] == [6, 9]
 
 
+def test_the_batch_in_bf16_stays_within_the_tolerance_of_bf16(plan) -> None:
+    """The extra pass of a GPU run, here on the CPU."""
+    model = demo_model.build(3, demo_model.text(plan.text_length), 512)
+    paged = attach(model, plan)
+    served = serve(paged, plan.requests)
+    found = demo._narrow(model, paged, plan, torch.device("cpu"), None, served, lambda share: None)
+    assert found["failures"] == []
+    assert found["outputs"] > 50
+    assert 0 < found["same_tokens"] <= found["tokens"] == 27
+    assert model.dtype == torch.float32
+
+
 def test_attached_model_refuses_what_it_cannot_do(model, plan) -> None:
     paged = attach(model, plan)
     try:
@@ -197,6 +209,11 @@ def test_missing_packages_are_named_with_the_command(monkeypatch, tmp_path) -> N
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(ConfigError, match=r"needs jinja2; run: pip install \"openmla\[demo\]\""):
         demo.run_demo(out=tmp_path / "r.html")
+
+
+def test_device_that_is_not_there_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"device must be cpu.* on this machine, got 'tpu:0'"):
+        demo.run_demo(out=tmp_path / "r.html", device="tpu:0")
 
 
 def test_request_that_can_never_fit_is_named(model, plan) -> None:

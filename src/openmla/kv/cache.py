@@ -56,10 +56,8 @@ class PagedKVCache:
             raise ProblemError("PagedKVCache", [f"num_layers must be at least 1, got {num_layers}"])
         self.layout = kv_layout(layout)
         self.allocator = PageAllocator(num_pages, page_size, reserved=reserved)
-        self.device = torch.device(device)
-        self._pools = tuple(
-            self.layout.empty_cache(num_pages, page_size, device=self.device) for _ in range(num_layers)
-        )
+        self._pools = tuple(self.layout.empty_cache(num_pages, page_size, device=device) for _ in range(num_layers))
+        self.device = self._pools[0].device  # with its index: "cuda" and "cuda:0" compare unequal
         self._written: dict[Hashable, list[int]] = {}  # per request and layer: tokens that `append` or `write` covered
 
     @property

@@ -22,6 +22,7 @@ import torch
 
 import openmla
 from openmla.backends import Explanation, explain
+from openmla.core.errors import ConfigError
 from openmla.core.problem import PrefillProblem
 from openmla.core.target import Target
 from openmla.integrations.transformers import AttentionCall, PagedModel
@@ -65,12 +66,12 @@ def scenario(quick: bool) -> Scenario:
         return Scenario(requests, 1024, 16, 26, (64, 256), 64, 0.05)
     requests = (
         Request("a", take(0, 300), 24, 0),
-        Request("b", take(400, 1100), 36, 0),
-        Request("c", take(1200, 1720), 32, 2),
-        Request("d", take(1200, 1650) + take(2000, 2060), 28, 6, forks="c"),
+        Request("b", take(400, 1100), 32, 0),
+        Request("c", take(1200, 1720), 28, 2),
+        Request("d", take(1200, 1650) + take(2000, 2060), 24, 6, forks="c"),
         Request("e", take(2100, 2250), 16, 10),
-        Request("f", take(2400, 3300), 14, 14),
-        Request("g", take(0, 290) + take(2300, 2350), 20, 25),
+        Request("f", take(2400, 3300), 12, 14),
+        Request("g", take(0, 290) + take(2300, 2350), 18, 22),
     )
     lengths = (256, 512, 1024, 2048, 4096, 8192, 16384)
     return Scenario(requests, 4096, 64, 43, lengths, 2048, 0.25)
@@ -194,13 +195,13 @@ def run_demo(
         backend: of every attention; default OPENMLA_BACKEND.
 
     Raises:
-        ConfigError: a package is missing, or the report cannot be written; the message says what to do.
+        ConfigError: a package is missing, the device is not there, or the report cannot be written; the message says what to do.
     """
     from openmla.lab import report
 
     report.check_installed()
-    target = Target.detect(device)
-    where = torch.device("cuda" if target.is_cuda else "cpu") if device is None else torch.device(device)
+    where = _device(device)
+    target = Target.detect(where)
     plan, stages = scenario(quick), Stages(8 if not target.is_cuda else 9, progress)
     with stages.stage("build the model and fit its readout to the text"):
         model = _build(seed, plan, where)
@@ -241,6 +242,16 @@ def run_demo(
     with stages.stage("write the report"):
         report.render_demo_report(result, Path(out))
     return result
+
+
+def _device(asked: torch.device | str | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if asked is None:
+        return torch.device("cuda" if has_gpu else "cpu")
+    legal = ("cpu", "cuda") if has_gpu else ("cpu",)
+    if str(asked).partition(":")[0] not in legal:
+        raise ConfigError(f"device must be {' or '.join(legal)} on this machine, got {str(asked)!r}")
+    return torch.device(asked)
 
 
 def _build(seed: int, plan: Scenario, device: torch.device) -> Any:

@@ -60,6 +60,7 @@ class LiveDisplay:
             BarColumn(bar_width=28),
             TimeElapsedColumn(),
             console=Console(stderr=True),
+            refresh_per_second=2,  # drawing shares the processor with what is being timed
         )
         self._task: Any = None
 
