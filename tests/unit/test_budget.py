@@ -13,7 +13,7 @@ from openmla.core.errors import ProblemError
 from openmla.reference import attention
 from openmla.testing import budget
 from openmla.testing.cases import OPS, draw
-from openmla.testing.families import FAMILIES
+from openmla.testing.families import FAMILIES, draw_keys, draw_queries, draw_values
 from openmla.testing.mutants import GATE_FAMILIES, MUTANTS, calibrate, draw_input, golden, kernel
 
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -115,6 +115,43 @@ def test_each_rule_sees_its_own_defect(rule, spoil):
     assert rule in report.broken and not report.passed
     with pytest.raises(AssertionError, match=rule):
         report.require("context")
+
+
+def test_a_row_that_should_be_nan_but_is_not():
+    x = draw_input("unit", 100, seed=0)
+    out, lse = kernel(x)
+    x.keys[50] = torch.nan
+    report = budget.check(out[None], lse[:, None], golden(x), dtype=torch.bfloat16)
+    assert report.broken == ("NONFINITE",)
+
+
+def test_families_are_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    keys = draw_keys("unit", (40, 1, 72), 64, generator)
+    scale = 72**-0.5
+
+    def q(family):
+        return draw_queries(family, 10, 4, keys, 64, scale, generator)
+
+    assert not q("zero_q").any() and not q("onehot_v").any()
+    assert not q("sweep_rope")[..., :64].any() and q("sweep_rope")[..., 64:].all()
+    for family in ("sweep", "sweep_rope"):
+        logits = scale * q(family).reshape(40, 72) @ keys[:, 0].T
+        if family == "sweep":
+            assert sorted(logits.argmax(-1).tolist()) == list(range(40))  # every key is a needle once
+        assert (logits.amax(-1) > 15).all()
+    assert 3 < q("peaky").std() < 5 and q("small").std() < 0.2
+    outlier = draw_keys("outlier", (40, 1, 72), 64, generator)
+    assert (outlier.abs().mean((0, 1)) > 20).sum() == 1 and outlier[..., :64].abs().max() > 20
+    onehot = draw_keys("onehot_v", (130, 2, 72), 64, generator)[..., :64]
+    assert torch.equal(onehot[:, 1].argmax(-1), torch.arange(130) % 64) and (onehot.sum(-1) == 1).all()
+    assert draw_values("onehot_v", (5, 1, 4), generator, torch.tensor([3, 3, 0, 9, 4]))[:, 0].argmax(-1).tolist() == [
+        3,
+        3,
+        0,
+        1,
+        0,
+    ]
 
 
 def test_max_logits_are_judged():

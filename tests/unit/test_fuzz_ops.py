@@ -76,6 +76,53 @@ def test_prefill_cases(chunk, seeds_of):
         judge(draw(seed, "prefill"))
 
 
+# Rows of several tiles, and two threads that share them.
+LARGE_PER_OP = 40
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_large_decode_cases(seeds_of, two_threads):
+    for seed in seeds_of(0, LARGE_PER_OP):
+        judge(draw(seed, "decode", is_large=True))
+
+
+def test_large_sparse_decode_cases(seeds_of, two_threads):
+    for seed in seeds_of(0, LARGE_PER_OP):
+        judge(draw(seed, "sparse_decode", is_large=True))
+
+
+def test_large_sparse_prefill_cases(seeds_of, two_threads):
+    for seed in seeds_of(0, LARGE_PER_OP):
+        judge(draw(seed, "sparse_prefill", is_large=True))
+
+
+def test_large_prefill_cases(seeds_of, two_threads):
+    for seed in seeds_of(0, LARGE_PER_OP):
+        judge(draw(seed, "prefill", is_large=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_threads_do_not_change_a_bit(op, seeds_of):
+    for seed in seeds_of(0, 12):
+        case = draw(seed, op, is_large=True)
+        operands = case.tensors()
+        results = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(case.run(operands=operands))
+        finally:
+            torch.set_num_threads(1)
+        for other in results[1:]:
+            assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True)), case.repro
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_draw_reaches_every_corner(op):
     """A fuzz that draws only easy cases would pass whatever the operation does."""

@@ -365,6 +365,39 @@ def test_result_dtypes(precision, dtype):
         assert got.out.dtype == dtype and got.lse.dtype == (torch.float64 if precision == "fp64" else torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_emulation_rounds_weights_and_output_and_nothing_else(dtype):
+    # Logits 0 and ln(1/3): the weight 1/3 is not representable, the sum 4/3 keeps the unrounded one.
+    q, keys = torch.zeros(1, 1, 2), torch.zeros(2, 1, 2)
+    q[..., 0] = 1.0
+    keys[1, 0, 0] = -1.0
+    keys[0, 0, 1], keys[1, 0, 1] = 0.0, 1.0
+    offsets = torch.tensor([0, 1]), torch.tensor([0, 2])
+    got = attention.prefill(q, keys, keys, *offsets, softmax_scale=math.log(3), precision={torch.bfloat16: "bf16"}.get(dtype, "fp16"))  # fmt: skip
+    weight = torch.exp(torch.tensor(-math.log(3)))
+    want = weight.to(dtype).float() / (1 + weight)
+    assert weight.to(dtype).float() != weight
+    assert got.out[0, 0, 1] == want.to(dtype)
+    _, lse, _ = attention.online_softmax(
+        q.transpose(0, 1),
+        keys.transpose(0, 1),
+        keys.transpose(0, 1),
+        torch.ones(1, 1, 2, dtype=torch.bool),
+        math.log(3),
+        dtype,
+    )
+    assert abs(float(lse) - math.log(4 / 3)) <= 2.0**-22
+    wide, _, _ = attention.online_softmax(
+        q.transpose(0, 1),
+        keys.transpose(0, 1),
+        keys.transpose(0, 1),
+        torch.ones(1, 1, 2, dtype=torch.bool),
+        math.log(3),
+        dtype,
+    )
+    assert wide[0, 0, 1] == want  # fp32 until the very end
+
+
 def test_more_splits_than_blocks_and_the_same_bits_each_time():
     case = next(case for case in (draw(seed, "decode") for seed in range(99)) if max(case.seqlens_k, default=0) > 64)
     operands = case.tensors()

@@ -227,6 +227,7 @@ def _attend(
     q = q.reshape(rows, h_kv, group, q.shape[-1]).transpose(0, 1).reshape(h_kv, rows * group, q.shape[-1])
     k, v = k.transpose(0, 1), v.transpose(0, 1)
     seen = (seen if seen.dim() == 3 else seen[None]).expand(h_kv, rows, k.shape[1])
+    # What nobody sees is masked anyway; zeros keep poisoned caches on the short path of _weighted_sum.
     used = seen.any(1)[..., None]
     k, v = k.masked_fill(~used, 0), v.masked_fill(~used, 0)
     seen = seen.repeat_interleave(group, 1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,8 @@ OPS = ("decode", "sparse_decode", "sparse_prefill", "prefill")
 INVALID_SLOTS = (-1, -(2**31), 114514, 2**31 - 1)  # and num_slots, which depends on the cache
 PAGE_SIZES = (1, 2, 16, 53, 61, 64, 69, 128)
 _LENGTHS = (0, 1, 1, 2, 5, 17, 63, 64, 65, 100, 127, 129)
+# Around the ends of tiles of 64 to 512 keys, and several tiles long.
+_LARGE_LENGTHS = (511, 512, 513, 577, 1000, 1024, 1025, 2049)
 _SMALL_DIMS = ((16, 8), (24, 16), (40, 32), (64, 64), (72, 64), (7, 5))
 
 T = TypeVar("T")
@@ -63,12 +65,13 @@ class Case:
     has_sink: bool = False
     invalid_share: float = 0.0  # of indices, or of pages in use
     nan_tokens: bool = False  # some attended keys hold NaN
+    is_large: bool = False  # several tiles of keys per row
     poison: int = 0xFF  # what every KV byte holds that no row reaches; 0xFF is NaN in each format
 
     @property
     def repro(self) -> str:
         """The command that runs this case alone."""
-        where = f"tests/unit/test_fuzz_ops.py::test_{self.op}_cases"
+        where = f"tests/unit/test_fuzz_ops.py::test_{'large_' if self.is_large else ''}{self.op}_cases"
         return f"REPRO: python -m pytest {where} --case-seed={self.seed}\n  {self}"
 
     def tensors(self) -> dict[str, Any]:
@@ -118,8 +121,8 @@ def native_arguments(op: str, operands: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def draw(seed: int, op: str) -> Case:
-    """The case of that seed. Raises ProblemError for an unknown operation."""
+def draw(seed: int, op: str, *, is_large: bool = False) -> Case:
+    """The case of that seed; a large one has rows of 511 keys and more. Raises ProblemError for an unknown operation."""
     if op not in OPS:
         raise ProblemError("draw", [f"op must be one of {', '.join(OPS)}, got {op!r}"])
     pick = random.Random(f"{op} {seed}")
@@ -129,7 +132,22 @@ def draw(seed: int, op: str) -> Case:
     chosen = fields_of_op(pick, op)
     chosen["softmax_scale"] = chosen["d_qk"] ** -0.5 * pick.choice((1.0, 1.0, 1.73))
     chosen["nan_tokens"] = pick.random() < 0.05
-    return Case(op=op, seed=seed, family=family, dtype=dtype, **chosen)
+    case = Case(op=op, seed=seed, family=family, dtype=dtype, **chosen)
+    return _enlarge(case, pick) if is_large else case
+
+
+def _enlarge(case: Case, pick: random.Random) -> Case:
+    """The same case with one or two requests of long rows and few heads."""
+    h_q = case.h_q if case.h_q <= 16 else 16
+    h_kv = case.h_kv if h_q % case.h_kv == 0 else 1
+    batch = pick.choice((1, 2))
+    s_q = pick.choice((1, 2, 5) if case.op != "prefill" else (1, 65, 300))
+    sizes: dict[str, Any] = {"seqlens_q": (s_q,) * batch, "seqlens_k": pick.choices(_LARGE_LENGTHS, k=batch)}
+    if case.op.startswith("sparse"):
+        sizes = {"seqlens_q": (s_q,), "seqlens_k": (1500,), "topk": pick.choice((512, 513, 1000, 2048))}
+        sizes["extra_topk"] = pick.choice((64, 513)) if case.extra_topk else 0
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    return replace(case, h_q=h_q, h_kv=h_kv, is_large=True, **sizes)
 
 
 def _draw_heads(pick: random.Random, may_group: bool) -> tuple[int, int]:
@@ -318,8 +336,9 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
     num_pages = max(sum(used) + pick.choice((0, 1, 4)), 1)
     cache = _poisoned_cache(case, pick, layout, num_pages, size, case.h_kv)
     is_written = torch.zeros(num_pages * size, dtype=torch.bool)
-    free = list(range(num_pages))
-    pick.shuffle(free)
+    free = list(reversed(range(num_pages)))
+    if pick.random() < 0.7:  # else pages lie in order, which kernels may read as one stretch
+        pick.shuffle(free)
     garbage = (-1, -(2**31), 2_147_480_000, 2**31 - 1, num_pages)
     table = torch.tensor([[pick.choice(garbage) for _ in range(columns)] for _ in range(batch)], dtype=torch.int32)
     table = table.reshape(batch, columns)
