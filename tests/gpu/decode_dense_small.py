@@ -152,26 +152,29 @@ class Operator:
         self.case, self.x = case, x
         self.decode, self.merge, self.planner = fns[kernel], fns[combine], fns["decode_plan"]
         self.fused = not kernel.endswith("_part")
+        self.keys = 32 if "_k32" in kernel else 64
+        padded = int(kernel.split("_")[2]) * case.h_kv  # query rows as the kernel counts them
         self.counters = torch.zeros((2, len(case.lengths) * case.h_kv, 1), dtype=torch.int32, device="cuda")
         batch, rows = len(case.lengths), case.s_q * case.h_q
         chunks = sum(max(-(-length // case.chunk), 1) for length in case.lengths)
         slots = chunks if case.policy == "batch_invariant" else batch + case.parts
+        width, stats = (padded * 512, padded * 2) if self.fused else (rows * 512, rows)
         dev = {"device": "cuda"}
         nan = float("nan")
         self.metadata = torch.full((case.parts, 8), -7, dtype=torch.int32, **dev)
         self.num_splits = torch.full((batch + 1,), -7, dtype=torch.int32, **dev)
         self.out = torch.full((batch, case.s_q, case.h_q, 512), nan, dtype=case.dtype, **dev)
         self.lse = torch.full((batch, case.h_q, case.s_q), nan, **dev)
-        self.out_accum = torch.full((slots, rows, 512), nan, **dev)
-        self.lse_accum = torch.full((slots, rows), nan, **dev)
+        self.out_accum = torch.full((slots, width), nan, **dev)
+        self.lse_accum = torch.full((slots, stats), nan, **dev)
         self.faults = torch.zeros(1, dtype=torch.int32, **dev)
-        self.chunk_blocks = case.chunk // 64 if case.policy == "batch_invariant" else 0
+        self.chunk_blocks = case.chunk // self.keys if case.policy == "batch_invariant" else 0
         self.scale_log2 = x.softmax_scale * LOG2_E
 
     def plan(self) -> None:
         case = self.case
         capacity = self.x.max_pages * case.page
-        self.planner(self.x.lengths, self.metadata, self.num_splits, self.faults, capacity, 64, case.overhead, 1,
+        self.planner(self.x.lengths, self.metadata, self.num_splits, self.faults, capacity, self.keys, case.overhead, 1,
                      self.chunk_blocks)  # fmt: skip
 
     def run(self) -> None:
@@ -180,7 +183,8 @@ class Operator:
                     self.lse_accum, x.sink, self.counters, self.faults, self.scale_log2, int(case.causal), self.chunk_blocks,
                     int(case.sink))  # fmt: skip
         if not self.fused:
-            self.merge(self.out_accum, self.lse_accum, self.num_splits, self.out, self.lse, x.sink, case.h_kv,
+            partials = self.out_accum.view(self.out_accum.shape[0], -1, 512)
+            self.merge(partials, self.lse_accum, self.num_splits, self.out, self.lse, x.sink, case.h_kv,
                        int(case.sink))  # fmt: skip
 
 
@@ -236,14 +240,14 @@ def check(fns: Functions, case: Case, suffix: str = "") -> str:
     worst = worst_lse = 0.0
     bits: list[torch.Tensor] = []
     fused_bits: list[torch.Tensor] = []
-    for way in ("_part", "", "", "_part") if f"{kernel_name(case)}_part" in PARTIAL else ("", "", ""):
+    for way in ("_part", "", "", "_part") if f"{kernel_name(case)}{suffix}_part" in PARTIAL else ("", "", ""):
         op = Operator(fns, x, kernel_name(case) + suffix + way, combine_name(case, 512 if bits else 128))
         op.plan()
         op.run()
         torch.cuda.synchronize()
         assert not op.counters.any(), "counters: not back at zero"
         plan = plan_decode(case.lengths, case.parts, policy=case.policy, overhead_blocks=case.overhead,
-                           chunk_tokens=case.chunk)  # fmt: skip
+                           block_tokens=op.keys, chunk_tokens=case.chunk)  # fmt: skip
         assert torch.equal(op.metadata.cpu(), plan.tile_scheduler_metadata()), "plan: metadata differs"
         assert torch.equal(op.num_splits.cpu(), plan.num_splits_tensor()), "plan: num_splits differs"
         assert torch.isfinite(op.out).all(), f"out: {(~torch.isfinite(op.out)).sum().item()} elements not finite"
@@ -291,7 +295,8 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
 
 def run_checks(library: str, names: list[str], limit: float = 25.0) -> int:
     """Each case in its own process: a hang or a dead context costs one line. Stops when nothing works."""
-    names = names or ["plans", *(case.name for case in CHECKS)]
+    narrow = ("one_key", "split_partial", "batch", "batch_few_parts", "invariant", "heads8_s2_causal_sink", "bad_page")
+    names = names or ["plans", *(case.name for case in CHECKS), *(f"{name}+k32" for name in narrow)]
     verdicts: list[str] = []
     running: list[tuple[str, subprocess.Popen[str], float]] = []
     waiting = list(names)
@@ -359,15 +364,24 @@ def graph_of(call) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Median and spread (us) of each, in turn, L2 flushed before every replay."""
+def time_graphs(
+    graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, repeats: int, *, is_clean: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Median and spread (us) of each, in turn, L2 flushed before every replay.
+
+    Flushing by writing (the usual way) leaves 50 MB of L2 to be written back during the measurement, which costs
+    everybody up to 16 us; `is_clean` reads another buffer afterwards, so that L2 is cold and has nothing to write.
+    """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    clean = torch.ones(64 << 20, dtype=torch.int32, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             events = []
             for _ in range(repeats):
                 flush.zero_()
+                if is_clean:
+                    clean.max()
                 a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 a.record()
                 graph.replay()
@@ -436,19 +450,21 @@ def run_times(library: str, only: list[str]) -> None:
                 bad = (op.out.double() - ref.double()).abs().max() / ref.double().abs().max()
                 assert bad < 1e-2, f"{tag}: differs from the peer by {bad:.1e}"
         big = batch * s_k > 1 << 20
-        result = time_graphs(graphs, rounds=3 if big else 5, repeats=5 if big else 20)
         moved = batch * s_k * 1152 + 2 * batch * h_q * 1088
-        line = f"{tag:18}"
-        for who, (median, spread) in result.items():
-            rate = moved / median / 1e3
-            ratio = result["flash_mla"][0] / median if "flash_mla" in result else float("nan")
-            line += f" | {who} {median:.1f}us {rate:.0f}GB/s x{ratio:.2f}"
-            row = {"suite": "decode_dense_small", "case": tag, "who": who, "us": round(median, 2), "spread_us": round(spread, 2),
-                   "gbps": round(rate, 1), "ratio_to_flash_mla": round(ratio, 3), "read_gbps": round(read, 1), "gpu": name,
-                   "torch": torch.__version__, "method": "cuda graph replay, L2 flushed, in turn"}  # fmt: skip
-            with (out_dir / "decode_dense_small.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        print(line, flush=True)
+        for is_clean in (False, True):
+            result = time_graphs(graphs, rounds=3 if big else 5, repeats=5 if big else 15, is_clean=is_clean)
+            line = f"{tag:16}{'clean' if is_clean else 'dirty'}"
+            for who, (median, spread) in result.items():
+                rate = moved / median / 1e3
+                ratio = result["flash_mla"][0] / median if "flash_mla" in result else float("nan")
+                line += f" | {who} {median:.1f}us {rate:.0f}GB/s x{ratio:.2f}"
+                row = {"suite": "decode_dense_small", "case": tag, "who": who, "us": round(median, 2),
+                       "spread_us": round(spread, 2), "gbps": round(rate, 1), "ratio_to_flash_mla": round(ratio, 3),
+                       "read_gbps": round(read, 1), "gpu": name, "torch": torch.__version__,
+                       "method": f"cuda graph replay, L2 {'cold and clean' if is_clean else 'flushed by writing'}, in turn"}  # fmt: skip
+                with (out_dir / "decode_dense_small.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            print(line, flush=True)
         del graphs, ops, x, call
         torch.cuda.empty_cache()
 

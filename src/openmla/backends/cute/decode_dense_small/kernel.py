@@ -27,13 +27,10 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-KEYS = 64  # per tile
+M = 64  # of one wgmma: keys of a score, columns of a value
 BOX = 8  # rows of one bulk load; a page holds a multiple of it
-BOXES = KEYS // BOX
 SLICE = 64  # columns of one swizzled line
-STAGES = 2  # tiles in flight
 D_V = 512
-COLUMNS = 128  # of one unit of the merge
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 EVICT_FIRST = 0x12F0000000000000
@@ -52,13 +49,17 @@ class DecodeDenseSmall:
         dtype: cutlass.BFloat16 or cutlass.Float16.
         rows: N, 16, 32 or 64; query rows per KV head, padded.
         d_qk: 576 or 512.
+        keys: per tile and per block of the plan. 64, or 32: half of each score wgmma is then wasted, but a part can be
+            smaller and more of the ring is in flight.
+        stages: tiles in the ring.
         fused: merge split requests in this kernel; else leave partials to `openmla.backends.cute.combine`.
     """
 
-    def __init__(self, dtype, rows, d_qk=576, fused=True):
-        self.dtype, self.n, self.d_qk, self.fused = dtype, rows, d_qk, fused
+    def __init__(self, dtype, rows, d_qk=576, keys=64, stages=2, fused=True):
+        self.dtype, self.n, self.d_qk, self.keys, self.stages, self.fused = dtype, rows, d_qk, keys, stages, fused
+        self.boxes = keys // BOX
         self.slices = d_qk // SLICE
-        self.tile_bytes = KEYS * d_qk * 2
+        self.tile_bytes = keys * d_qk * 2
         self.by_columns = rows <= 32
         # k-steps of 16 columns that each warpgroup sums
         steps = d_qk // 16
@@ -78,8 +79,8 @@ class DecodeDenseSmall:
         num_splits: cute.Tensor,  # int32 [batch + 1]
         out: cute.Tensor,  # [batch, s_q, h_q, 512]
         lse: cute.Tensor,  # fp32 [batch, h_q, s_q]
-        out_accum: cute.Tensor,  # fp32 [slots, h_kv * rows, 512]
-        lse_accum: cute.Tensor,  # fp32 [slots, h_kv * rows], base 2
+        out_accum: cute.Tensor,  # fp32 [slots, h_kv * N * 512], or [slots, h_kv * rows * 512] when not fused
+        lse_accum: cute.Tensor,  # fp32 [slots, h_kv * N * 2]: maximum and sum; [slots, h_kv * rows]: base-2 lse
         sink: cute.Tensor,  # fp32 [h_q]
         counters: cute.Tensor,  # int32 [2, batch * h_kv, 1], zero before the first launch, zero again after each
         faults: cute.Tensor,  # int32 [1]
@@ -95,8 +96,13 @@ class DecodeDenseSmall:
             return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
         # eight rows of all columns lie together, so that a bulk load reads contiguous memory
-        ring_layout = cute.tile_to_shape(atom, (KEYS, self.d_qk, STAGES), order=(1, 0, 2))
-        q_layout, p_layout = tile(self.n, self.d_qk), tile(self.n, KEYS)
+        ring_layout = cute.tile_to_shape(atom, (M, self.d_qk), order=(1, 0))
+        q_layout, p_layout = tile(self.n, self.d_qk), tile(self.n, M)
+        ring_size = self.stages * self.keys * self.d_qk
+        x_size = M * self.n if self.by_columns else 4
+        # scores of the last stage's absent rows are read from what follows the ring: it must be long enough
+        behind = self.n * (self.d_qk + M) * 2 + x_size * 4
+        pad_size = max((M - self.keys) * self.d_qk * 2 - behind, 0) + 16
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
         width = self.n if self.by_columns else self.n // 2
         qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, width))
@@ -114,16 +120,17 @@ class DecodeDenseSmall:
 
         @cute.struct
         class Storage:
-            full: cute.struct.MemRange[Int64, STAGES]
-            empty: cute.struct.MemRange[Int64, STAGES]
-            info: cute.struct.MemRange[Int32, STAGES]
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
+            info: cute.struct.MemRange[Int32, self.stages]
             top: cute.struct.Align[cute.struct.MemRange[Float32, self.n * 4], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
             last: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
-            ring: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(ring_layout)], 1024]
+            ring: cute.struct.Align[cute.struct.MemRange[self.dtype, ring_size], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
-            x: cute.struct.Align[cute.struct.MemRange[Float32, 64 * self.n if self.by_columns else 4], 16]
+            x: cute.struct.Align[cute.struct.MemRange[Float32, x_size], 16]
+            pad: cute.struct.MemRange[cutlass.Int8, pad_size]
 
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
@@ -171,12 +178,14 @@ class DecodeDenseSmall:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         st = cutlass.memory.SmemAllocator().allocate(self.Storage)
         full, empty = st.full.data_ptr(), st.empty.data_ptr()
-        sm_info = st.info.get_tensor(cute.make_layout(STAGES))
-        sm_ring = st.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner)
+        sm_info = st.info.get_tensor(cute.make_layout(self.stages))
+        stage_step = cute.make_layout(self.stages, stride=self.keys * self.d_qk)
+        # [64 keys, column, stage]; with 32 keys per tile the other 32 rows of a stage are the next stage's
+        sm_ring = st.ring.get_tensor(cute.append(ring_layout.outer, stage_step), swizzle=ring_layout.inner)
 
         if warp == 0:
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(STAGES):
+                for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + i, 1)
                     cute.arch.mbarrier_init(empty + i, 8)
             cpasync.prefetch_descriptor(tma)
@@ -232,7 +241,7 @@ class DecodeDenseSmall:
         description tells the consumers which pages to mask.
         """
         lane = cute.arch.lane_idx()
-        group = 32 // BOXES  # tiles whose page ids one load of the warp brings
+        group = 32 // self.boxes  # tiles whose page ids one load of the warp brings
         source = cute.local_tile(tma_kv, (BOX, SLICE, self.slices), (None, 0, 0, head_kv, None))
         target = cute.flat_divide(sm_ring, (BOX, self.d_qk))  # [row, column, box, 1, stage]
         t_ring, t_kv = cpasync.tma_partition(
@@ -247,7 +256,7 @@ class DecodeDenseSmall:
         bad = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
             raw = lengths[request]
-            entry = self.page_of(table, request, begin_block * BOXES + lane, boxes_per_page)
+            entry = self.page_of(table, request, begin_block * self.boxes + lane, boxes_per_page)
             length = self.clamped(raw, table, kv)
             if raw < 0:
                 bad = bad | LENGTH_NEGATIVE
@@ -255,11 +264,11 @@ class DecodeDenseSmall:
                 bad = bad | LENGTH_OVER_CAPACITY
             end_block = last_end
             if request != end_request:
-                end_block = (length + KEYS - 1) // KEYS
+                end_block = (length + self.keys - 1) // self.keys
             pages = entry
             for block in cutlass.range(begin_block, end_block, unroll=1):
                 place = (block - begin_block) % group
-                box = (block - place) * BOXES + lane
+                box = (block - place) * self.boxes + lane
                 if place == 0:
                     pages = entry
                     entry = self.page_of(table, request, box + 32, boxes_per_page)
@@ -268,14 +277,14 @@ class DecodeDenseSmall:
                     elif (pages < 0) | (pages >= kv.shape[0]):
                         pages = Int32(-1)
                         bad = bad | PAGE_OUT_OF_RANGE
-                seen = cute.arch.vote_ballot_sync(pages >= 0) >> (place * BOXES)
-                row = block * BOXES % boxes_per_page
+                seen = cute.arch.vote_ballot_sync(pages >= 0) >> (place * self.boxes)
+                row = block * self.boxes % boxes_per_page
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 with cute.arch.elect_one():
-                    sm_info[stage] = Int32(seen) & (1 << BOXES) - 1
+                    sm_info[stage] = Int32(seen) & (1 << self.boxes) - 1
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.tile_bytes)
-                for i in cutlass.range_constexpr(BOXES):
-                    page = cute.arch.shuffle_sync(pages, place * BOXES + i)
+                for i in cutlass.range_constexpr(self.boxes):
+                    page = cute.arch.shuffle_sync(pages, place * self.boxes + i)
                     cute.copy(
                         tma,
                         t_kv[None, row, page],
@@ -285,8 +294,10 @@ class DecodeDenseSmall:
                     )
                     row += 1
                     row = row if row < boxes_per_page else Int32(0)
-                stage = stage ^ 1
-                phase = phase ^ (1 if stage == 0 else 0)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
             begin_block = Int32(0)
         if bad != 0:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
@@ -377,7 +388,7 @@ class DecodeDenseSmall:
         sm_x = st.x.get_tensor(cute.make_layout((2, per // 4, 128, 4), stride=(per * 128, 512, 4, 1)))
         # the merge comes after the last tile, when Q's place is free
         sm_sums = cute.make_tensor(
-            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((8, COLUMNS), stride=(COLUMNS, 1))
+            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((8, 128), stride=(128, 1))
         )
         q_base = st.q.data_ptr().toint().to(Int32)
         p_base = st.p.data_ptr().toint().to(Int32)
@@ -388,7 +399,7 @@ class DecodeDenseSmall:
         width = n if self.by_columns else n // 2
         b_q = qk.make_fragment_B(thr_qk.partition_B(cute.flat_divide(sm_q, (width, self.d_qk))))
         sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
-        a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (64, KEYS))))
+        a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (M, M))))
         b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
         s = qk.make_fragment_C(qk.partition_shape_C((64, width)))
         o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(4)]
@@ -402,19 +413,23 @@ class DecodeDenseSmall:
         rows = s_q * group
         begin_request, end_request = metadata[part, 0], metadata[part, 1]
         begin_block, last_end, split = metadata[part, 2], metadata[part, 3], metadata[part, 4]
-        my_split = split
+        begin_at, begin_split = begin_block, split
+        # of the first and the last request: what the merge needs, without another look into memory
+        first_of_begin, pieces_of_begin, stop_of_begin = Int32(0), Int32(0), Int32(0)
+        first_slot, pieces, end_block = Int32(0), Int32(0), Int32(0)
         stage = Int32(0)
         phase = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
             # every load before the first use of one: each may come from memory
             # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
             self.load_q(q, request, head_kv, group, rows, q_base, tid)
-            raw, first_slot, next_slot = lengths[request], num_splits[request], num_splits[request + 1]
+            raw = lengths[request]
+            first_slot = num_splits[request]
+            pieces = num_splits[request + 1] - first_slot
             length = self.clamped(raw, table, kv)
-            pieces = next_slot - first_slot
             end_block = last_end
             if request != end_request:
-                end_block = (length + KEYS - 1) // KEYS
+                end_block = (length + self.keys - 1) // self.keys
             shortest = length
             if is_causal != 0:
                 shortest = length - s_q + 1
@@ -425,6 +440,8 @@ class DecodeDenseSmall:
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
 
+            if request == begin_request:
+                first_of_begin, pieces_of_begin, stop_of_begin = first_slot, pieces, end_block
             step, count = self.cutting(begin_block, end_block, chunk_blocks)
             for piece in cutlass.range(count, unroll=1):
                 start = begin_block + piece * step
@@ -448,7 +465,7 @@ class DecodeDenseSmall:
                                 cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at, rows_at, 0], s)
                     warpgroup.commit_group()
                     info = sm_info[stage]
-                    token = block * KEYS
+                    token = block * self.keys
                     warpgroup.wait_group(0)
 
                     # ---- X: give the other warpgroup its rows, add what it gives
@@ -466,11 +483,15 @@ class DecodeDenseSmall:
                                 mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
                             else:
                                 mine[j * 4 + i] = s[j * 4 + i] * scale_log2
-                    if token + KEYS > length:
+                    if token + self.keys > length:
                         # keys beyond the length may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
                         # behind X, because every warp must be done with these rows as keys
                         self.clear_tail(ring_base + stage * self.tile_bytes, half, wtid, length - token)
-                    if (token + KEYS > shortest) | (info != (1 << BOXES) - 1):
+                    if const_expr(self.keys < M):
+                        if wwarp * 16 >= self.keys:  # rows of a score that are not keys of this tile
+                            for i in cutlass.range_constexpr(per):
+                                mine[i] = -Float32.inf
+                    if (token + self.keys > shortest) | (info != (1 << self.boxes) - 1):
                         for i in cutlass.range_constexpr(per):
                             key = key0 + 8 * ((i % 4) // 2)
                             seen = (info >> (key // BOX)) & 1
@@ -523,15 +544,17 @@ class DecodeDenseSmall:
                             o[m][g * 4 + 3] = o[m][g * 4 + 3] * f1
                     warpgroup.fence()
                     pv.set(warpgroup.Field.ACCUMULATE, True)
-                    for k in cutlass.range_constexpr(4):
+                    for k in cutlass.range_constexpr(self.keys // 16):
                         for m in cutlass.range_constexpr(4):
                             cute.gemm(pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m])
                     warpgroup.commit_group()
                     warpgroup.wait_group(0)
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(empty + stage)
-                    stage = stage ^ 1
-                    phase = phase ^ (1 if stage == 0 else 0)
+                    stage += 1
+                    if stage == self.stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
 
                 self.finish(
                     o, top, total, sm_top, sm_factor, sm_last, out, lse, out_accum, lse_accum, sink, has_sink, request, head_kv,
@@ -539,32 +562,38 @@ class DecodeDenseSmall:
                 )  # fmt: skip
                 if const_expr(self.fused):
                     if pieces > 1:
-                        cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
-                        if tid == 0:  # the barrier and this release make all threads' stores visible
+                        if tid == 0:  # the barrier at the end of `finish` and this release make all stores visible
                             counter = counters[0, request * kv.shape[2] + head_kv, None].iterator
                             cute.arch.atomic_add(counter, Int32(1), sem="release", scope="gpu")
             begin_block = Int32(0)
             split = Int32(0)
 
         if const_expr(self.fused):
-            begin_block = metadata[part, 2]
             for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-                first_slot = num_splits[request]
-                pieces = num_splits[request + 1] - first_slot
-                if pieces > 1:
-                    end_block = last_end
-                    if request != end_request:
-                        end_block = (self.clamped(lengths[request], table, kv) + KEYS - 1) // KEYS
-                    _, count = self.cutting(begin_block, end_block, chunk_blocks)
+                begin_block, split = Int32(0), Int32(0)
+                slot_, pieces_, stop_ = first_slot, pieces, end_block
+                if request == begin_request:
+                    begin_block, split = begin_at, begin_split
+                    slot_, pieces_, stop_ = first_of_begin, pieces_of_begin, stop_of_begin
+                elif request != end_request:
+                    slot_ = num_splits[request]
+                    pieces_ = num_splits[request + 1] - slot_
+                    if pieces_ > 1:
+                        stop_ = (self.clamped(lengths[request], table, kv) + self.keys - 1) // self.keys
+                if pieces_ > 1:
+                    _, count = self.cutting(begin_block, stop_, chunk_blocks)
+                    which = request * kv.shape[2] + head_kv
+                    left = Int32(0)
                     if tid == 0:
-                        self.await_pieces(counters, request * kv.shape[2] + head_kv, pieces, count)
+                        left = self.await_pieces(counters, which, pieces_, count)
                     cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
                     self.merge(
-                        out, lse, out_accum, lse_accum, sink, has_sink, sm_sums, request, head_kv, first_slot, pieces,
-                        my_split, count, rows, group, tid,
+                        out, lse, out_accum, lse_accum, sink, has_sink, sm_sums, request, head_kv, kv.shape[2], slot_,
+                        pieces_, split, count, rows, group, tid,
                     )  # fmt: skip
-                begin_block = Int32(0)
-                my_split = Int32(0)
+                    if (tid == 0) & (left + count == pieces_):  # the last to leave: ready for the next launch
+                        counters[0, which, 0] = Int32(0)
+                        counters[1, which, 0] = Int32(0)
 
     @cute.jit
     def cutting(self, begin_block: Int32, end_block: Int32, chunk_blocks: Int32):
@@ -576,17 +605,13 @@ class DecodeDenseSmall:
         return step, count if count > 0 else Int32(1)
 
     @cute.jit
-    def await_pieces(self, counters: cute.Tensor, which: Int32, pieces: Int32, mine: Int32):
-        """Wait until all pieces of a request are stored. The last CTA to leave sets both counters back to zero."""
+    def await_pieces(self, counters: cute.Tensor, which: Int32, pieces: Int32, mine: Int32) -> Int32:
+        """Wait until all pieces of a request are stored. Returns how many pieces' holders have left before."""
         arrived = counters[0, which, None].iterator
-        left = counters[1, which, None].iterator
         seen = cute.arch.load(arrived, Int32, sem="acquire", scope="gpu")
         while seen < pieces:
             seen = cute.arch.load(arrived, Int32, sem="acquire", scope="gpu")
-        before = cute.arch.atomic_add(left, mine, sem="relaxed", scope="gpu")
-        if before + mine == pieces:
-            counters[0, which, 0] = Int32(0)
-            counters[1, which, 0] = Int32(0)
+        return cute.arch.atomic_add(counters[1, which, None].iterator, mine, sem="relaxed", scope="gpu")
 
     @cute.jit
     def merge(
@@ -600,6 +625,7 @@ class DecodeDenseSmall:
         sm_sums: cute.Tensor,
         request: Int32,
         head_kv: Int32,
+        h_kv: Int32,
         first_slot: Int32,
         pieces: Int32,
         my_split: Int32,
@@ -608,94 +634,126 @@ class DecodeDenseSmall:
         group: Int32,
         tid: Int32,
     ):
-        """This CTA's share of one request: unit u (128 columns of a row) belongs to the holder of piece u mod pieces.
+        """This CTA's share of one request.
 
-        With many pieces all eight warps add up one unit, each every eighth piece; with few, each warp takes its own.
+        A unit is what one warp stored with one instruction of `store_partial`: 512 bytes, 16 columns of 8 rows. Unit u
+        belongs to the holder of piece u mod pieces. A team of 8, 4, 2 or 1 warps adds up a unit, so many that all of
+        the CTA's units are done at once if they can be; each member takes every `team`-th piece.
         """
         warp, lane = tid // 32, tid % 32
-        per_row = D_V // COLUMNS
-        units = rows * per_row
-        together = pieces >= 16
-        # index i of this CTA's units -> u; a CTA that holds `count` pieces has `count` residues
-        index = Int32(0) if together else warp
-        step = Int32(1) if together else Int32(8)
-        sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        units = 32 * ((rows + 7) // 8)
+        each = (units + pieces - 1) // pieces  # units per piece held
+        team = Int32(8) if each == 1 else Int32(4) if each == 2 else Int32(2) if each <= 4 else Int32(1)
+        teams = 8 // team
+        member = warp % team
         loads = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
-        scales = cute.make_rmem_tensor(cute.make_layout(8), Float32)
-        unit = my_split + index % count + (index // count) * pieces
-        while unit < units:
-            row, chunk = unit // per_row, unit % per_row
-            line = head_kv * rows + row
-            first = warp if together else Int32(0)
-            stride = Int32(8) if together else Int32(1)
-            data = cute.local_tile(out_accum, (1, 1, 4), (None, line, chunk * 32 + lane))
+        mine = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
+        all_ = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
+        sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        for turn in cutlass.range((each * count + teams - 1) // teams, unroll=1):
+            index = turn * teams + warp // team
+            unit = my_split + index % count + (index // count) * pieces
+            is_real = unit < units
+            unit = unit if is_real else Int32(0)
+            stop = pieces if is_real else Int32(0)
+            block, eighth = unit // 32, unit % 32  # eight rows; 16 columns of 512
+            row = block * 8 + (lane % 4) * 2
+            place = (eighth // 4 * (self.n // 8) + block) * 4 + eighth % 4  # in units of 512 bytes, see store_partial
+            data = cute.local_tile(out_accum, (1, 4), (None, (head_kv * self.n * 4 + place) * 32 + lane))
+            stats = cute.local_tile(lse_accum, (1, 4), (None, (head_kv * self.n + row) // 2))
             sums.fill(0.0)
-            # the first eight partials of this warp are on their way before the weights are known
-            for u in cutlass.range_constexpr(8):
-                piece = first + u * stride
-                scales[u] = -Float32.inf
-                if piece < pieces:
-                    cute.autovec_copy(data[0, 0, None, first_slot + piece], loads[None, u])
-                    scales[u] = lse_accum[first_slot + piece, line]
-            peak = -Float32.inf
-            for piece in cutlass.range(lane, pieces, 32, unroll=1):
-                peak = cute.arch.fmax(peak, lse_accum[first_slot + piece, line])
-            for d in (1, 2, 4, 8, 16):
-                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, d))
-            shift = peak if peak > -Float32.inf else Float32(0.0)
-            total = Float32(0.0)
-            for piece in cutlass.range(lane, pieces, 32, unroll=1):
-                total += cute.math.exp2(lse_accum[first_slot + piece, line] - shift, fastmath=True)
-            for d in (1, 2, 4, 8, 16):
-                total += cute.arch.shuffle_sync_bfly(total, d)
-            for base in cutlass.range(0, pieces, 8 * stride, unroll=1):
-                if base > 0:
-                    for u in cutlass.range_constexpr(8):
-                        piece = base + first + u * stride
-                        scales[u] = -Float32.inf
-                        if piece < pieces:
-                            cute.autovec_copy(data[0, 0, None, first_slot + piece], loads[None, u])
-                            scales[u] = lse_accum[first_slot + piece, line]
+            top0, top1 = -Float32.inf, -Float32.inf
+            total0, total1 = Float32(0.0), Float32(0.0)
+            # every load of the first round before the first use of one: the round trip to L2 is most of the time
+            self.fetch(loads, data, first_slot, member, team, stop)
+            self.fetch(mine, stats, first_slot, member, team, stop)
+            # maxima and sums of two rows over all pieces: eight lanes share the work
+            for base in cutlass.range(0, stop, 64, unroll=1):
+                self.fetch(all_, stats, first_slot, base + lane // 4, Int32(8), stop)
                 for u in cutlass.range_constexpr(8):
-                    if base + first + u * stride < pieces:
-                        weight = cute.math.exp2(scales[u] - shift, fastmath=True)
-                        for i in cutlass.range_constexpr(4):
-                            sums[i] = sums[i] + loads[i, u] * weight
-            if together:
+                    if base + lane // 4 + u * 8 < stop:
+                        top0, total0 = self.join(top0, total0, all_[0, u], all_[1, u])
+                        top1, total1 = self.join(top1, total1, all_[2, u], all_[3, u])
+            for d in (4, 8, 16):
+                other, other_total = cute.arch.shuffle_sync_bfly(top0, d), cute.arch.shuffle_sync_bfly(total0, d)
+                top0, total0 = self.join(top0, total0, other, other_total)
+                other, other_total = cute.arch.shuffle_sync_bfly(top1, d), cute.arch.shuffle_sync_bfly(total1, d)
+                top1, total1 = self.join(top1, total1, other, other_total)
+            shift0 = top0 if top0 > -Float32.inf else Float32(0.0)
+            shift1 = top1 if top1 > -Float32.inf else Float32(0.0)
+            for base in cutlass.range(0, stop, 8 * team, unroll=1):
+                if base > 0:
+                    self.fetch(loads, data, first_slot, base + member, team, stop)
+                    self.fetch(mine, stats, first_slot, base + member, team, stop)
+                for u in cutlass.range_constexpr(8):
+                    if base + member + u * team < stop:
+                        weight0 = cute.math.exp2(mine[0, u] - shift0, fastmath=True)
+                        weight1 = cute.math.exp2(mine[2, u] - shift1, fastmath=True)
+                        sums[0] = sums[0] + loads[0, u] * weight0
+                        sums[1] = sums[1] + loads[1, u] * weight1
+                        sums[2] = sums[2] + loads[2, u] * weight0
+                        sums[3] = sums[3] + loads[3, u] * weight1
+            if team > 1:
                 for i in cutlass.range_constexpr(4):
                     sm_sums[warp, lane * 4 + i] = sums[i]
                 cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
-                if warp == 0:
+                if member == 0:
                     for w in cutlass.range_constexpr(1, 8):
-                        for i in cutlass.range_constexpr(4):
-                            sums[i] = sums[i] + sm_sums[w, lane * 4 + i]
+                        if w < team:
+                            for i in cutlass.range_constexpr(4):
+                                sums[i] = sums[i] + sm_sums[warp + w, lane * 4 + i]
                 cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-            if (not together) | (warp == 0):
-                token, head = row // group, head_kv * group + row % group
-                scale = Float32(0.0)
-                lse2 = -Float32.inf
-                if total > 0.0:
-                    scale = Float32(1.0) / total
-                    lse2 = peak + cute.math.log2(total, fastmath=True)
-                    if has_sink != 0:
-                        scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
-                rounded = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
-                for i in cutlass.range_constexpr(4):
-                    sums[i] = sums[i] * scale
-                rounded.store(sums.load().to(self.dtype))
-                target = cute.local_tile(out[request, token, head, None], (4,), (chunk * 32 + lane,))
-                cute.autovec_copy(rounded, target)
-                if (chunk == 0) & (lane == 0):
-                    lse[request, head, token] = lse2 * LN_2
-            index += step
-            unit = my_split + index % count + (index // count) * pieces
+            if is_real & (member == 0):
+                column = eighth * 16 + lane // 4
+                for b in cutlass.range_constexpr(2):
+                    top, total = (top0, total0) if b == 0 else (top1, total1)
+                    if row + b < rows:
+                        token, head = (row + b) // group, head_kv * group + (row + b) % group
+                        scale, lse2 = self.closing(top, total, sink, head, has_sink)
+                        line = out[request, token, head, None]
+                        line[column] = (sums[b] * scale).to(self.dtype)
+                        line[column + 8] = (sums[2 + b] * scale).to(self.dtype)
+                        if (eighth == 0) & (lane < 4):
+                            lse[request, head, token] = lse2 * LN_2
+
+    @cute.jit
+    def fetch(
+        self, into: cute.Tensor, source: cute.Tensor, first_slot: Int32, begin: Int32, step: Int32, pieces: Int32
+    ):
+        """Four floats of up to eight pieces."""
+        for u in cutlass.range_constexpr(8):
+            piece = begin + u * step
+            if piece < pieces:
+                cute.autovec_copy(source[0, None, first_slot + piece], into[None, u])
+
+    @cute.jit
+    def join(self, top: Float32, total: Float32, other: Float32, other_total: Float32):
+        """Two (maximum, sum of 2^(score - maximum)) pairs into one."""
+        peak = cute.arch.fmax(top, other)
+        shift = peak if peak > -Float32.inf else Float32(0.0)
+        total = total * cute.math.exp2(top - shift, fastmath=True) + other_total * cute.math.exp2(
+            other - shift, fastmath=True
+        )
+        return peak, total
+
+    @cute.jit
+    def closing(self, top: Float32, total: Float32, sink: cute.Tensor, head: Int32, has_sink: Int32):
+        """Factor of a row's sums, and its base-2 lse."""
+        scale = Float32(0.0)
+        lse2 = -Float32.inf
+        if total > 0.0:
+            scale = Float32(1.0) / total
+            lse2 = top + cute.math.log2(total, fastmath=True)
+            if has_sink != 0:
+                scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
+        return scale, lse2
 
     @cute.jit
     def clear_tail(self, base: Int32, half: Int32, wtid: Int32, valid: Int32):
         """Zero the rows behind the last key in this warpgroup's four latent slices; whole lines, so swizzle is moot."""
         keep = valid if valid > 0 else Int32(0)
         zero = Int32(0)
-        for item in cutlass.range(keep * 32 + wtid, KEYS * 32, 128, unroll=1):
+        for item in cutlass.range(keep * 32 + wtid, self.keys * 32, 128, unroll=1):
             row, slice_, chunk = item // 32, half * 4 + (item // 8) % 4, item % 8
             place = base + (row // 8) * (self.d_qk * 16) + slice_ * 1024 + (row % 8) * 128 + chunk * 16
             cute.arch.inline_ptx(
@@ -742,9 +800,12 @@ class DecodeDenseSmall:
         lane: Int32,
         tid: Int32,
     ):
-        """Normalise one piece and store it: final rows where the request has one piece, else a partial in fp32."""
+        """Store one piece: final rows where the request has one piece, else a partial in fp32."""
         n, own = self.n, self.n // 8
         pair = (lane % 4) * 2
+        if const_expr(self.fused):
+            if pieces > 1:
+                self.store_partial(o, out_accum, slot, head_kv, half, tid)
         for i in cutlass.range_constexpr(own):
             x = total[i]
             for d in (4, 8, 16):
@@ -757,19 +818,18 @@ class DecodeDenseSmall:
         cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
         if tid < n:
             x = (sm_top[tid, 0] + sm_top[tid, 1]) + (sm_top[tid, 2] + sm_top[tid, 3])
-            lse2 = -Float32.inf
-            scale = Float32(0.0)
             token, head = tid // group, head_kv * group + tid % group
-            if x > 0.0:
-                lse2 = sm_last[tid] + cute.math.log2(x, fastmath=True)
-                scale = Float32(1.0) / x
-            if tid < rows:
-                if pieces == 1:
-                    if (has_sink != 0) & (x > 0.0):
-                        scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
-                    lse[request, head, token] = lse2 * LN_2
-                else:
+            scale = Float32(0.0)
+            if pieces > 1:
+                if const_expr(self.fused):
+                    lse_accum[slot, (head_kv * n + tid) * 2] = sm_last[tid]
+                    lse_accum[slot, (head_kv * n + tid) * 2 + 1] = x
+                elif tid < rows:
+                    scale, lse2 = self.closing(sm_last[tid], x, sink, Int32(0), Int32(0))
                     lse_accum[slot, head_kv * rows + tid] = lse2
+            elif tid < rows:
+                scale, lse2 = self.closing(sm_last[tid], x, sink, head, has_sink)
+                lse[request, head, token] = lse2 * LN_2
             sm_factor[tid] = scale
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
         column = half * 256 + wwarp * 16 + lane // 4
@@ -783,20 +843,44 @@ class DecodeDenseSmall:
                         for m in cutlass.range_constexpr(4):
                             line[column + m * 64] = (o[m][g * 4 + b] * scale).to(self.dtype)
                             line[column + m * 64 + 8] = (o[m][g * 4 + 2 + b] * scale).to(self.dtype)
-                    else:
-                        part = out_accum[slot, head_kv * rows + row, None]
+                    elif const_expr(not self.fused):
+                        part = cute.local_tile(out_accum, (1, D_V), (slot, head_kv * rows + row))
                         for m in cutlass.range_constexpr(4):
-                            part[column + m * 64] = o[m][g * 4 + b] * scale
-                            part[column + m * 64 + 8] = o[m][g * 4 + 2 + b] * scale
+                            part[0, column + m * 64] = o[m][g * 4 + b] * scale
+                            part[0, column + m * 64 + 8] = o[m][g * 4 + 2 + b] * scale
+
+    @cute.jit
+    def store_partial(
+        self,
+        o: cutlass.Constexpr,
+        out_accum: cute.Tensor,
+        slot: Int32,
+        head_kv: Int32,
+        half: Int32,
+        tid: Int32,
+    ):
+        """The accumulators as they lie, before division: 16 bytes per thread, 512 in a row per warp.
+
+        Rows of 512 columns would scatter each store of a warp over four rows; that took four times the store cycles.
+        """
+        for m in cutlass.range_constexpr(4):
+            for g in cutlass.range_constexpr(self.n // 8):
+                place = ((half * 4 + m) * (self.n // 8) + g) * 128 + tid % 128
+                four = cute.local_tile(out_accum, (1, 4), (slot, head_kv * self.n * 128 + place))
+                values = cute.make_rmem_tensor(cute.make_layout((1, 4)), Float32)
+                for i in cutlass.range_constexpr(4):
+                    values[i] = o[m][g * 4 + i]
+                cute.autovec_copy(values, four)
 
 
-def fake_arguments(dtype, d_qk=576):
+def fake_arguments(dtype, d_qk=576, fused=True):
     """Arguments for `toolchain.compile_kernel(DecodeDenseSmall(...), ...)`: every extent and stride left open."""
     from cutlass.cute.runtime import make_fake_tensor
 
     from openmla.backends.cute.toolchain import fake_stream, fake_tensor
 
     sym, div = cute.sym_int, [cute.sym_int64(divisibility=8) for _ in range(6)]  # rows start at 16-byte multiples
+    accum_step = [cute.sym_int64(divisibility=4), cute.sym_int64(divisibility=4 if fused else 1)]
     out_step = [cute.sym_int64(divisibility=4) for _ in range(3)]
     q = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[:3], 1), assumed_align=16)
     kv = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[3:], 1), assumed_align=16)
@@ -809,8 +893,8 @@ def fake_arguments(dtype, d_qk=576):
         fake_tensor(Int32, (None,), align=4),
         make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=8),
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),
-        fake_tensor(Float32, (None, None, D_V), align=16),
-        fake_tensor(Float32, (None, None), align=4),
+        make_fake_tensor(Float32, (sym(), sym()), stride=(accum_step[0], 1), assumed_align=16),
+        make_fake_tensor(Float32, (sym(), sym()), stride=(accum_step[1], 1), assumed_align=16),
         fake_tensor(Float32, (None,), align=4),
         make_fake_tensor(Int32, (2, sym(), 1), stride=(cute.sym_int64(), 1, 1), assumed_align=4),
         fake_tensor(Int32, (1,), align=4),
