@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from openmla.backends.triton.decode import CU_SEQLENS_NOT_MONOTONE, query_span
+from openmla.backends.triton.rows import wanted_columns
 from openmla.backends.triton.softmax import LN_2, sink_share
 
 
@@ -105,7 +106,7 @@ def combine_kernel(
         head = row // (GROUP * s_q) * GROUP + row % GROUP
         valid = (row < rows) & (token < count)
         column = tl.arange(0, DIMS[2])
-        wanted = valid[:, None] & (column < DIMS[1])[None, :]
+        wanted = wanted_columns(valid, DIMS[1], DIMS[2])
         place = tl.cast(slot, tl.int64) * rows + row
         peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
         for split in range(0, splits):

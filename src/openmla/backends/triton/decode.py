@@ -23,7 +23,7 @@ Deep dive: docs/kernels/triton.md
 import triton
 import triton.language as tl
 
-from openmla.backends.triton.rows import load_latent, load_rope
+from openmla.backends.triton.rows import load_latent, load_rope, wanted_columns
 from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, sink_share
 
 # Bits of openmla.core.faults.Fault.
@@ -121,7 +121,7 @@ def load_page(table, start, length, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N:
 @triton.jit
 def attend_range(
     q_latent, q_rope, kv_ptr, table, low, high, turn, step, begin, end, hull_begin, hull_end, num_pages, kv_page_stride,
-    kv_row_stride, sign, scale2, peak, mass, acc, strays, MIXED: tl.constexpr, LAYOUT: tl.constexpr,
+    sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, MIXED: tl.constexpr, LAYOUT: tl.constexpr,
     DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """KV tiles low to high - 1, of which those from `turn` on stand `step` tiles further; returns state and strays.
@@ -135,10 +135,14 @@ def attend_range(
         strays |= tl.where(place >= hull_begin, stray, 0)
         present = present & (place >= hull_begin)
         pages = kv_ptr + page * kv_page_stride
-        latent = load_latent(pages, offset, kv_row_stride, present, q_latent.dtype, LAYOUT, DIMS)
+        if PAGE_SIZE % BLOCK_N == 0 and LAYOUT[0] == "plain":
+            # Rows at constant distances from one address: see row_pointers.
+            pages += (start % PAGE_SIZE).to(tl.int64) * KV_ROW_STRIDE
+            offset = tl.arange(0, BLOCK_N)
+        latent = load_latent(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
         rope = latent
         if DIMS[3] > 0:
-            rope = load_rope(pages, offset, kv_row_stride, present, q_latent.dtype, LAYOUT, DIMS)
+            rope = load_rope(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
         seen = present[None, :]
         if MIXED:
             seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
@@ -151,7 +155,7 @@ def attend_range(
 @triton.jit
 def attend_piece(
     q_latent, q_rope, kv_ptr, table, first_block, end_block, token, token_low, token_high, count, length, num_pages,
-    kv_page_stride, kv_row_stride, sign, scale2, strays, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    kv_page_stride, sign, scale2, strays, KV_ROW_STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     IS_MIXED: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -175,18 +179,35 @@ def attend_piece(
         inner_high = tl.maximum(tl.minimum(low_end // BLOCK_N, high), inner_low)
     peak, mass, acc, strays = attend_range(
         q_latent, q_rope, kv_ptr, table, inner_low, inner_high, inner_high, 0, begin, end, hull_begin, hull_end,
-        num_pages, kv_page_stride, kv_row_stride, sign, scale2, peak, mass, acc, strays, False, LAYOUT, DIMS,
+        num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, False, LAYOUT, DIMS,
         PAGE_SIZE, BLOCK_N,
     )  # fmt: skip
     if IS_MIXED:
         inner = inner_high - inner_low
         peak, mass, acc, strays = attend_range(
             q_latent, q_rope, kv_ptr, table, low, high - inner, inner_low, inner, begin, end, hull_begin, hull_end,
-            num_pages, kv_page_stride, kv_row_stride, sign, scale2, peak, mass, acc, strays, True, LAYOUT, DIMS,
+            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, True, LAYOUT, DIMS,
             PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
     out, lse2 = finish(peak, mass, acc, scale2)
     return out, lse2, strays
+
+
+@triton.jit
+def row_pointers(
+    base, first, tile, place, head, token_stride, HEAD_STRIDE: tl.constexpr, IS_FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Pointers to (token `place`, `head`) of each row; where queries lie without gaps, rows are HEAD_STRIDE apart.
+
+    A constant distance lets the compiler keep one address per thread, and the rest as offsets in the instructions.
+    """
+    if IS_FLAT:
+        base += tl.cast(first, tl.int64) * token_stride + tl.cast(tile, tl.int64) * (BLOCK_M * HEAD_STRIDE)
+        pointers = base + tl.arange(0, BLOCK_M) * HEAD_STRIDE
+    else:
+        pointers = base + place * token_stride + head.to(tl.int64) * HEAD_STRIDE
+    return pointers
 
 
 @triton.jit
@@ -205,8 +226,9 @@ def decode_kernel(
     lse_accum_ptr,  # [slots, h_q * s_q] fp32, base 2
     fault_ptr,  # [1] int32
     sign, scale2, total_q, s_q, capacity, num_pages, chunk_blocks, tiles,
-    q_batch_stride, q_token_stride, q_head_stride, kv_page_stride, kv_row_stride, kv_head_stride, table_stride,
-    out_batch_stride, out_token_stride, out_head_stride, lse_batch_stride, lse_token_stride, lse_head_stride,
+    q_batch_stride, q_token_stride, kv_page_stride, kv_head_stride, table_stride, out_batch_stride, out_token_stride,
+    lse_batch_stride, lse_token_stride, lse_head_stride,
+    Q_HEAD_STRIDE: tl.constexpr, KV_ROW_STRIDE: tl.constexpr, OUT_HEAD_STRIDE: tl.constexpr, IS_FLAT: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr, IS_MIXED: tl.constexpr,
     IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -228,11 +250,14 @@ def decode_kernel(
         token_low = tile * BLOCK_M // GROUP
         token_high = tl.where(tile * BLOCK_M < rows, (tl.minimum(tile * BLOCK_M + BLOCK_M, rows) - 1) // GROUP, -1)
         lead = tl.cast(request, tl.int64)
-        place = token.to(tl.int64)
         if IS_VARLEN:
             lead = lead * 0
-            place += first
-        query = q_ptr + lead * q_batch_stride + place * q_token_stride + head.to(tl.int64) * q_head_stride
+        else:
+            first = 0
+        place = first + token.to(tl.int64)
+        query = row_pointers(
+            q_ptr + lead * q_batch_stride, first, tile, place, head, q_token_stride, Q_HEAD_STRIDE, IS_FLAT, BLOCK_M
+        )  # fmt: skip
         q_latent, q_rope = load_queries(query, valid, DIMS)
         splits = tl.load(num_splits_ptr + request + 1) - tl.load(num_splits_ptr + request)
         here = pieces_here(metadata, request, splits, chunk_blocks)
@@ -243,26 +268,27 @@ def decode_kernel(
             out, lse2, strays = attend_piece(
                 q_latent.to(COMPUTE), q_rope.to(COMPUTE), kv_ptr + tl.cast(kv_head, tl.int64) * kv_head_stride,
                 table_ptr + tl.cast(request, tl.int64) * table_stride, first_block, end_block, token, token_low,
-                token_high, count, length, num_pages, kv_page_stride, kv_row_stride, sign, scale2, strays, IS_CAUSAL,
+                token_high, count, length, num_pages, kv_page_stride, sign, scale2, strays, KV_ROW_STRIDE, IS_CAUSAL,
                 WINDOW, IS_MIXED, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if splits == 1:
                 if HAS_SINK:
                     out *= sink_share(lse2, tl.load(sink_ptr + head))[:, None]
-                target = lead * out_batch_stride + place * out_token_stride + head.to(tl.int64) * out_head_stride
-                tl.store(
-                    out_ptr + target[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty),
-                    mask=valid[:, None] & (column < DIMS[1])[None, :],
+                target = row_pointers(
+                    out_ptr + lead * out_batch_stride, first, tile, place, head, out_token_stride, OUT_HEAD_STRIDE,
+                    IS_FLAT, BLOCK_M,
                 )  # fmt: skip
-                target = lead * lse_batch_stride + place * lse_token_stride + head.to(tl.int64) * lse_head_stride
-                tl.store(lse_ptr + target, lse2 * LN_2, mask=valid)
+                tl.store(
+                    target[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty),
+                    mask=wanted_columns(valid, DIMS[1], DIMS[2]),
+                )  # fmt: skip
+                lse_target = lead * lse_batch_stride + place * lse_token_stride + head.to(tl.int64) * lse_head_stride
+                tl.store(lse_ptr + lse_target, lse2 * LN_2, mask=valid)
             else:
                 slot = (tl.load(num_splits_ptr + request) + split).to(tl.int64) * (H_KV * GROUP * s_q)
-                target = slot + kv_head * GROUP * s_q + row
-                tl.store(
-                    out_accum_ptr + target[:, None] * DIMS[1] + column[None, :], out,
-                    mask=valid[:, None] & (column < DIMS[1])[None, :],
-                )  # fmt: skip
-                tl.store(lse_accum_ptr + target, lse2, mask=valid)
+                slot += kv_head * GROUP * s_q + tile * BLOCK_M
+                partial = out_accum_ptr + slot * DIMS[1] + tl.arange(0, BLOCK_M) * DIMS[1]
+                tl.store(partial[:, None] + column[None, :], out, mask=wanted_columns(valid, DIMS[1], DIMS[2]))
+                tl.store(lse_accum_ptr + slot + tl.arange(0, BLOCK_M), lse2, mask=valid)
     stray = tl.max(strays, 0)
     tl.atomic_or(fault_ptr, stray * PAGE_OUT_OF_RANGE, mask=stray != 0, sem="relaxed")

@@ -54,11 +54,12 @@ class _DecodeKernel(_TritonKernel):
 
         return launch.plan(problem, compiled, cache_seqlens, policy)
 
-    def workspace_bytes(self, compiled: Any, problem: DecodeProblem) -> int:
-        """Partials of a balanced plan. A batch_invariant plan with more pieces takes its own from PyTorch."""
+    def workspace_bytes(self, compiled: Any, problem: DecodeProblem, policy: str) -> int:
+        """fp32 partials of every piece that a plan of that policy may have."""
         from openmla.backends.triton import launch
 
-        return launch.partial_bytes(launch.slots(problem, compiled, 0), problem.s_q * problem.h_q, problem.d_v)
+        num_slots = launch.slots(problem, compiled, launch.chunk_blocks(compiled, policy))
+        return launch.partial_bytes(num_slots, problem.s_q * problem.h_q, problem.d_v)
 
 
 DECODE = _DecodeKernel("decode", "decode_split")

@@ -127,11 +127,16 @@ def _elements(cache: torch.Tensor, layout: KVLayout) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- dense decode
 
 
-def slots(problem: DecodeProblem, ready: Ready, chunk_blocks: int) -> int:
+def chunk_blocks(ready: Ready, policy: str) -> int:
+    """KV tiles per piece of batch_invariant; 0 for balanced."""
+    return CHUNK_TOKENS // ready.config.block_n if policy == "batch_invariant" else 0
+
+
+def slots(problem: DecodeProblem, ready: Ready, chunk: int) -> int:
     """Partial results that a plan may have: each part adds at most one cut; chunks are counted at full length."""
-    if chunk_blocks == 0:
+    if chunk == 0:
         return problem.batch + ready.parts
-    return problem.batch * max(-(-_capacity(problem) // (chunk_blocks * ready.config.block_n)), 1)
+    return problem.batch * max(-(-_capacity(problem) // (chunk * ready.config.block_n)), 1)
 
 
 def partial_bytes(num_slots: int, num_rows: int, d_v: int) -> int:
@@ -157,15 +162,15 @@ def _partials(scratch: torch.Tensor, num_slots: int, num_rows: int, d_v: int) ->
 def plan(problem: DecodeProblem, ready: Ready, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
     """Cut the batch on its device, without waiting for it."""
     device, block = cache_seqlens.device, ready.config.block_n
-    chunk_blocks = CHUNK_TOKENS // block if policy == "batch_invariant" else 0
+    chunk = chunk_blocks(ready, policy)
     metadata = torch.empty((ready.parts, 8), dtype=torch.int32, device=device)
     num_splits = torch.empty(problem.batch + 1, dtype=torch.int32, device=device)
     with _on(device):
         plan_kernel[(ready.parts + 1,)](
-            cache_seqlens, metadata, num_splits, problem.batch, ready.parts, _capacity(problem), chunk_blocks,
+            cache_seqlens, metadata, num_splits, problem.batch, ready.parts, _capacity(problem), chunk,
             OVERHEAD_TOKENS // block, 1, BLOCK_TOKENS=block, num_warps=4,
         )  # fmt: skip
-    return DecodePlan(metadata, num_splits, chunk_blocks)
+    return DecodePlan(metadata, num_splits, chunk)
 
 
 def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, pieces: DecodePlan) -> None:
@@ -175,7 +180,7 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
     num_slots = slots(problem, ready, pieces.chunk_blocks)
     needed = partial_bytes(num_slots, num_rows, problem.d_v)
     scratch = o.workspace
-    if scratch is None or scratch.numel() < needed:  # a batch_invariant plan may have more pieces than a balanced one
+    if scratch is None or scratch.numel() < needed:  # without one, or with a plan of another policy than it was for
         scratch = torch.empty(needed, dtype=torch.uint8, device=device)
     out_accum, lse_accum = _partials(scratch, num_slots, num_rows, problem.d_v)
     q_strides, out_strides = o.q.stride()[:-1], o.out.stride()[:-1]
@@ -192,11 +197,19 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
             decode_kernel[(num_tiles * problem.h_kv, pieces.tile_scheduler_metadata.shape[0])](
                 o.q, kv, o.block_table, o.cache_seqlens, cu, sink, pieces.tile_scheduler_metadata, pieces.num_splits,
                 o.out, o.lse, out_accum, lse_accum, o.fault_word, *_scale(o.softmax_scale), problem.total_q,
-                problem.s_q, _capacity(problem), problem.num_pages, pieces.chunk_blocks, num_tiles, *q_strides,
-                kv.stride(0), kv.stride(1), kv.stride(2), o.block_table.stride(0), *out_strides, *lse_strides,
+                problem.s_q, _capacity(problem), problem.num_pages, pieces.chunk_blocks, num_tiles, *q_strides[:2],
+                kv.stride(0), kv.stride(2), o.block_table.stride(0), *out_strides[:2], *lse_strides,
+                Q_HEAD_STRIDE=q_strides[2], KV_ROW_STRIDE=kv.stride(1), OUT_HEAD_STRIDE=out_strides[2],
+                IS_FLAT=problem.h_kv == 1 and _is_flat(problem, q_strides) and _is_flat(problem, out_strides),
                 **ready.constants, **ready.options,
             )  # fmt: skip
         _merge(problem, ready, o, (out_accum, lse_accum), pieces.num_splits, out_strides, lse_strides)
+
+
+def _is_flat(problem: DecodeProblem, strides: tuple[int, ...]) -> bool:
+    """Tokens follow one another like heads do, and a row's distance from its request's first fits 32 bits."""
+    _, token, head = strides
+    return token == problem.h_q * head and (problem.s_q + 1) * abs(token) <= MAX_INT32
 
 
 def _merge(
@@ -246,10 +259,10 @@ def sparse_decode(problem: SparseDecodeProblem, ready: Ready, operands: SparseDe
             _or(o.extra_topk_length, o.indices), _or(o.attn_sink, o.lse), o.out, o.lse, o.lse, *partials,
             o.fault_word, *_scale(o.softmax_scale), 0.0, problem.s_q, num_tiles, problem.topk,
             min(problem.num_pages * problem.page_size, MAX_INT32), extra_topk, min(extra_slots, MAX_INT32),
-            *spread(o.q.stride()[:-1]), kv.stride(0), kv.stride(1), 0, *spread(o.indices.stride()[:-1]), 0,
-            *_length_strides(o.topk_length), extra_kv.stride(0), extra_kv.stride(1),
+            *spread(o.q.stride()[:-1]), kv.stride(0), 0, *spread(o.indices.stride()[:-1]), 0,
+            *_length_strides(o.topk_length), extra_kv.stride(0),
             *spread(extra_indices.stride()[:-1]), *_length_strides(o.extra_topk_length), *out_strides, *lse_strides,
-            **ready.constants, **ready.options,
+            KV_ROW_STRIDE=kv.stride(1), EXTRA_ROW_STRIDE=extra_kv.stride(1), **ready.constants, **ready.options,
         )  # fmt: skip
         if ready.splits > 1:
             _merge(problem, ready, o, partials, o.indices, out_strides, lse_strides)
@@ -273,12 +286,12 @@ def sparse_prefill(problem: SparsePrefillProblem, ready: Ready, operands: Sparse
     if problem.s_q == 0:
         return
     num_tiles = tiles(problem, ready.config)
-    row = o.kv.stride(0)
     with _on(o.q.device):
         selected_kernel[(problem.s_q * problem.h_kv * num_tiles, 1)](
             o.q, o.kv, o.indices, _or(o.topk_length, o.indices), o.kv, o.indices, o.indices, _or(o.attn_sink, o.lse),
             o.out, o.lse, o.max_logits, o.lse, o.lse, o.fault_word, *_scale(o.softmax_scale), abs(o.softmax_scale),
             problem.s_q, num_tiles, problem.topk, min(problem.s_kv, MAX_INT32), 0, 0, 0, o.q.stride(0), o.q.stride(1),
-            row, 0, o.kv.stride(1), 0, o.indices.stride(0), o.indices.stride(1), 0, 1, 0, 0, 0, 0, 0, 0, 0,
-            o.out.stride(0), o.out.stride(1), 0, o.lse.stride(0), o.lse.stride(1), **ready.constants, **ready.options,
+            o.kv.stride(0), o.kv.stride(1), 0, o.indices.stride(0), o.indices.stride(1), 0, 1, 0, 0, 0, 0, 0, 0,
+            o.out.stride(0), o.out.stride(1), 0, o.lse.stride(0), o.lse.stride(1), KV_ROW_STRIDE=0, EXTRA_ROW_STRIDE=0,
+            **ready.constants, **ready.options,
         )  # fmt: skip

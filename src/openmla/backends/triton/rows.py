@@ -104,35 +104,43 @@ def load_stored(row, column, seen, wanted, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_plain(row, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr):
-    """[BLOCK_N, PADDED]: columns FIRST to FIRST + COUNT of plain rows, zeros behind them."""
-    column = tl.arange(0, PADDED)
-    if COUNT == PADDED:
-        wanted = seen[:, None]
-    else:
-        wanted = seen[:, None] & (column < COUNT)[None, :]
-    return tl.load(row[:, None] + (FIRST + column)[None, :], mask=wanted, other=0.0)
+def wanted_columns(rows, COUNT: tl.constexpr, PADDED: tl.constexpr):
+    """Mask of [rows, PADDED] elements: those rows, and of PADDED columns the first COUNT.
+
+    Where nothing is padded it has one column: a mask per element costs a register each, and would live as long.
+    """
+    mask = rows[:, None]
+    if COUNT < PADDED:
+        mask = mask & (tl.arange(0, PADDED) < COUNT)[None, :]
+    return mask
 
 
 @triton.jit
-def load_latent(page, offset, row_stride, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
+def load_plain(row, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr):
+    """[BLOCK_N, PADDED]: columns FIRST to FIRST + COUNT of plain rows, zeros behind them."""
+    column = FIRST + tl.arange(0, PADDED)
+    return tl.load(row[:, None] + column[None, :], mask=wanted_columns(seen, COUNT, PADDED), other=0.0)
+
+
+@triton.jit
+def load_latent(page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
     """[BLOCK_N, D_LATENT] in `dtype`: the columns of v, which are also the first columns of k.
 
     page: pointers to each row's page (elements, or bytes of a byte layout), [BLOCK_N]; offset: token within it;
-    row_stride: elements between tokens of a page, plain layouts only; DIMS: (d_qk, d_v, D_LATENT, D_ROPE).
+    ROW_STRIDE: elements between tokens of a page, plain layouts only; DIMS: (d_qk, d_v, D_LATENT, D_ROPE).
     """
     if LAYOUT[0] == "plain":
-        tile = load_plain(page + offset.to(tl.int64) * row_stride, seen, 0, DIMS[1], DIMS[2])
+        tile = load_plain(page + offset.to(tl.int64) * ROW_STRIDE, seen, 0, DIMS[1], DIMS[2])
     else:
         tile = load_quantised(page, offset, seen, LAYOUT, DIMS[2])
     return tile.to(dtype)
 
 
 @triton.jit
-def load_rope(page, offset, row_stride, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
+def load_rope(page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
     """[BLOCK_N, D_ROPE] in `dtype`: the columns of k behind those of v. Arguments as in `load_latent`."""
     if LAYOUT[0] == "plain":
-        tile = load_plain(page + offset.to(tl.int64) * row_stride, seen, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])
+        tile = load_plain(page + offset.to(tl.int64) * ROW_STRIDE, seen, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])
     else:
         column = tl.arange(0, DIMS[3])
         row = page + offset.to(tl.int64) * LAYOUT[4]

@@ -17,7 +17,7 @@ Deep dive: docs/kernels/triton.md
 import triton
 import triton.language as tl
 
-from openmla.backends.triton.rows import load_latent, load_rope
+from openmla.backends.triton.rows import load_latent, load_rope, wanted_columns
 from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, sink_share
 
 # Bits of openmla.core.faults.Fault.
@@ -39,8 +39,8 @@ def selection_length(length_ptr, topk, fault_ptr, is_reporter, HAS_LENGTH: tl.co
 
 @triton.jit
 def attend_selection(
-    q_latent, q_rope, kv_ptr, indices, topk, length, split, num_slots, kv_page_stride, kv_row_stride, sign, scale2,
-    peak, mass, acc, strays, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    q_latent, q_rope, kv_ptr, indices, topk, length, split, num_slots, kv_page_stride, sign, scale2,
+    peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """This split's stretch of one index list (pointer `indices`); returns state and strays."""
@@ -56,10 +56,10 @@ def attend_selection(
         slot = tl.where(present, slot, 0)
         pages = kv_ptr + (slot // PAGE_SIZE).to(tl.int64) * kv_page_stride
         offset = slot % PAGE_SIZE
-        latent = load_latent(pages, offset, kv_row_stride, present, q_latent.dtype, LAYOUT, DIMS)
+        latent = load_latent(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
         rope = latent
         if DIMS[3] > 0:
-            rope = load_rope(pages, offset, kv_row_stride, present, q_latent.dtype, LAYOUT, DIMS)
+            rope = load_rope(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
         peak, mass, acc = fold_tile(
             q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, False, DIMS
         )  # fmt: skip
@@ -77,7 +77,7 @@ def store_rows(
         out *= sink_share(lse2, tl.load(sink_ptr + row, mask=valid, other=0.0))[:, None]
     tl.store(
         out_ptr + row.to(tl.int64)[:, None] * out_head_stride + column[None, :], out.to(out_ptr.dtype.element_ty),
-        mask=valid[:, None] & (column < DIMS[1])[None, :],
+        mask=wanted_columns(valid, DIMS[1], DIMS[2]),
     )  # fmt: skip
     tl.store(lse_ptr + row.to(tl.int64) * lse_head_stride, lse2 * LN_2, mask=valid)
 
@@ -97,12 +97,12 @@ def selected_kernel(
     lse_accum_ptr,  # [batch * SPLITS, s_q * h_q] fp32, base 2
     fault_ptr,  # [1] int32
     sign, scale2, scale, s_q, tiles, topk, num_slots, extra_topk, extra_num_slots,
-    q_batch_stride, q_token_stride, q_head_stride, kv_page_stride, kv_row_stride, kv_head_stride, indices_batch_stride,
+    q_batch_stride, q_token_stride, q_head_stride, kv_page_stride, kv_head_stride, indices_batch_stride,
     indices_token_stride, indices_head_stride, length_batch_stride, length_token_stride, extra_page_stride,
-    extra_row_stride, extra_indices_batch_stride, extra_indices_token_stride, extra_length_batch_stride,
+    extra_indices_batch_stride, extra_indices_token_stride, extra_length_batch_stride,
     extra_length_token_stride, out_batch_stride, out_token_stride, out_head_stride, lse_batch_stride, lse_token_stride,
     lse_head_stride,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr,
+    KV_ROW_STRIDE: tl.constexpr, EXTRA_ROW_STRIDE: tl.constexpr, H_KV: tl.constexpr, GROUP: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr,
     COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     EXTRA_LAYOUT: tl.constexpr, EXTRA_PAGE_SIZE: tl.constexpr, EXTRA_HAS_LENGTH: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -134,7 +134,7 @@ def selected_kernel(
     indices = indices_ptr + batch * indices_batch_stride + place * indices_token_stride + lead * indices_head_stride
     peak, mass, acc, strays = attend_selection(
         q_latent, q_rope, kv_ptr + lead * kv_head_stride, indices, topk, length, split, num_slots, kv_page_stride,
-        kv_row_stride, sign, scale2, peak, mass, acc, strays, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
+        sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
     )  # fmt: skip
     if EXTRA_LAYOUT is not None:
         length = selection_length(
@@ -144,7 +144,7 @@ def selected_kernel(
         indices = extra_indices_ptr + batch * extra_indices_batch_stride + place * extra_indices_token_stride
         peak, mass, acc, strays = attend_selection(
             q_latent, q_rope, extra_kv_ptr, indices, extra_topk, length, split, extra_num_slots, extra_page_stride,
-            extra_row_stride, sign, scale2, peak, mass, acc, strays, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
+            sign, scale2, peak, mass, acc, strays, EXTRA_ROW_STRIDE, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
             BLOCK_N,
         )  # fmt: skip
     stray = tl.max(strays, 0)
@@ -167,6 +167,6 @@ def selected_kernel(
         target = (batch * SPLITS + split) * s_q * (H_KV * GROUP) + place * (H_KV * GROUP) + head
         tl.store(
             out_accum_ptr + target[:, None] * DIMS[1] + column[None, :], out,
-            mask=valid[:, None] & (column < DIMS[1])[None, :],
+            mask=wanted_columns(valid, DIMS[1], DIMS[2]),
         )  # fmt: skip
         tl.store(lse_accum_ptr + target, lse2, mask=valid)

@@ -16,6 +16,8 @@ has the largest weight. The peak is subtracted before scaling: the largest weigh
 import triton
 import triton.language as tl
 
+from openmla.backends.triton.rows import load_plain
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -26,14 +28,10 @@ def load_queries(row, valid, DIMS: tl.constexpr):
 
     Without RoPE columns q_rope is q_latent, and never used.
     """
-    column = tl.arange(0, DIMS[2])
-    wanted = valid[:, None] & (column < DIMS[1])[None, :]
-    q_latent = tl.load(row[:, None] + column[None, :], mask=wanted, other=0.0)
+    q_latent = load_plain(row, valid, 0, DIMS[1], DIMS[2])
     q_rope = q_latent
     if DIMS[3] > 0:
-        column = tl.arange(0, DIMS[3])
-        wanted = valid[:, None] & (column < DIMS[0] - DIMS[1])[None, :]
-        q_rope = tl.load(row[:, None] + (DIMS[1] + column)[None, :], mask=wanted, other=0.0)
+        q_rope = load_plain(row, valid, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])
     return q_latent, q_rope
 
 
