@@ -35,12 +35,21 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
-def judge(case: Case) -> None:
+def run_on(threads: int, case: Case, operands: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
+    """The operation on that many threads; all else in this file runs on one."""
+    torch.set_num_threads(threads)
+    try:
+        return case.run(operands=operands)
+    finally:
+        torch.set_num_threads(1)
+
+
+def judge(case: Case, threads: int = 1) -> None:
     """Run one case; the operation first, so that it cannot profit from what the oracle touched."""
     operands = case.tensors()
     before = {name: value.clone() for name, value in operands.items() if isinstance(value, torch.Tensor)}
     try:
-        out, lse, max_logits = case.run(operands=operands)
+        out, lse, max_logits = run_on(threads, case, operands)
     except Exception as error:
         raise AssertionError(f"{case.repro}\nraised {type(error).__name__}: {error}") from error
     for name, value in before.items():
@@ -76,35 +85,28 @@ def test_prefill_cases(chunk, seeds_of):
         judge(draw(seed, "prefill"))
 
 
-# Rows of several tiles, and two threads that share them.
-LARGE_PER_OP = 40
+# Rows of several tiles, which two threads share.
+LARGE_PER_OP = 30
 
 
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-def test_large_decode_cases(seeds_of, two_threads):
+def test_large_decode_cases(seeds_of):
     for seed in seeds_of(0, LARGE_PER_OP):
-        judge(draw(seed, "decode", is_large=True))
+        judge(draw(seed, "decode", is_large=True), threads=2)
 
 
-def test_large_sparse_decode_cases(seeds_of, two_threads):
+def test_large_sparse_decode_cases(seeds_of):
     for seed in seeds_of(0, LARGE_PER_OP):
-        judge(draw(seed, "sparse_decode", is_large=True))
+        judge(draw(seed, "sparse_decode", is_large=True), threads=2)
 
 
-def test_large_sparse_prefill_cases(seeds_of, two_threads):
+def test_large_sparse_prefill_cases(seeds_of):
     for seed in seeds_of(0, LARGE_PER_OP):
-        judge(draw(seed, "sparse_prefill", is_large=True))
+        judge(draw(seed, "sparse_prefill", is_large=True), threads=2)
 
 
-def test_large_prefill_cases(seeds_of, two_threads):
+def test_large_prefill_cases(seeds_of):
     for seed in seeds_of(0, LARGE_PER_OP):
-        judge(draw(seed, "prefill", is_large=True))
+        judge(draw(seed, "prefill", is_large=True), threads=2)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -112,15 +114,9 @@ def test_threads_do_not_change_a_bit(op, seeds_of):
     for seed in seeds_of(0, 12):
         case = draw(seed, op, is_large=True)
         operands = case.tensors()
-        results = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                results.append(case.run(operands=operands))
-        finally:
-            torch.set_num_threads(1)
-        for other in results[1:]:
-            assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True)), case.repro
+        alone, *others = [run_on(threads, case, operands) for threads in (1, 2, 5)]
+        for other in others:
+            assert all(same_bits(a, b) for a, b in zip(alone, other, strict=True)), case.repro
 
 
 @pytest.mark.parametrize("op", OPS)
