@@ -439,3 +439,42 @@ def test_met_19_context_parallel(run, interleaved):
                 lses.append(lse.transpose(1, 2))
             out, lse = merge(torch.stack(outs), torch.stack(lses))
             budget.check(out, lse.transpose(1, 2), golden, dtype=torch.float32).require(f"ranks={ranks}")
+
+
+# Not relations but extremes, which every engine owes as well.
+
+
+@pytest.mark.parametrize("size", [2.0**10, 2.0**14], ids=["2^10", "2^14"])
+def test_large_logits_stay_within_the_rule(run, dtype, size):
+    for seed in SEEDS:
+        x = Setup(seed, dtype)
+        judged(run, "decode", x.decode(softmax_scale=size / x.d_qk))
+
+
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e12])
+def test_huge_logits_stay_finite_and_weights_sum_to_one(run, dtype, size):
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    for seed in SEEDS:
+        x = Setup(seed, dtype)
+        for keys in x.keys:
+            keys[..., 0] = 1.0
+        out, lse, _ = run("decode", x.decode(softmax_scale=size))
+        assert out.isfinite().all() and lse.isfinite().all()
+        # The mean of ones: weights and output are rounded once each.
+        assert ((out[..., 0].double() - 1).abs() <= 2.1 * unit).all()
+
+
+def test_nan_reaches_exactly_the_rows_that_attend_to_it(run, dtype):
+    for seed in SEEDS:
+        x = Setup(seed, dtype)
+        x.q = x.rand(len(x.keys), 5, x.h_q, x.d_qk)
+        clean = run("decode", x.decode(is_causal=True))
+        n = x.keys[0].shape[0]
+        bad = n - 1 - seed % 3
+        x.keys[0][bad] = math.nan
+        out, lse, _ = run("decode", x.decode(is_causal=True))
+        hit = torch.zeros(out.shape[:2], dtype=torch.bool)
+        hit[0] = n - 5 + torch.arange(5) >= bad
+        assert hit.any() and out[hit].isnan().all() and lse.transpose(1, 2)[hit].isnan().all()
+        assert torch.equal(out[~hit], clean[0][~hit])  # ==
+        assert torch.equal(lse.transpose(1, 2)[~hit], clean[1].transpose(1, 2)[~hit])
