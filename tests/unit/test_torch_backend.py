@@ -10,12 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openmla.backends.base import DecodeOperands, PrefillOperands
-from openmla.backends.torch import DECODE, KERNELS, PREFILL, anywhere, attend, products, reading, tiled, workers
+from openmla.backends.torch import (
+    DECODE,
+    KERNELS,
+    PREFILL,
+    anywhere,
+    attend,
+    kernels,
+    products,
+    reading,
+    tiled,
+    workers,
+)
 from openmla.core.faults import Fault
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
 from openmla.core.problem import DecodeProblem, PrefillProblem
 from openmla.core.target import Target
 from openmla.reference import attention, quant
+from openmla.testing import cases
 from openmla.testing.budget import check
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -331,10 +343,11 @@ def test_an_error_in_a_thread_reaches_the_caller_and_ends_the_others():
 
     spans = attend.tile_spans(0, 8192, 512)
     task = attend.Task(torch.zeros(16, 64), spans, fail, lambda *_: None)
+    pending = attend.Pending(len(spans), lambda: task)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     with pytest.raises(OSError, match="no such tile"):
-        attend.Attention(products.WideProducts, 64, 1.0).run([task])
+        attend.Attention(products.WideProducts, 64, 1.0).run([pending])
     torch.set_num_threads(before)
 
 
@@ -377,6 +390,15 @@ def test_devices_without_a_kernel_of_their_own_get_the_same_numbers():
     anywhere.decode(problem, operands)
     check(operands.out, operands.lse, oracle(problem, operands), dtype=problem.dtype).require("anywhere")
     assert int(operands.fault_word) == Fault.PAGE_OUT_OF_RANGE
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_hostile_cases_on_devices_without_a_kernel_of_their_own(op, monkeypatch):
+    monkeypatch.setattr(kernels, "tiled", anywhere)
+    for seed in range(5000, 5025):
+        case = cases.draw(seed, op)
+        out, lse, max_logits = case.run(backend="torch")
+        check(out, lse, case.golden(), dtype=case.dtype, max_logits=max_logits).require(case.repro)
 
 
 def make_prefill(seqlens_q, seqlens_k, *, h_q=4, h_kv=4, d_qk=192, d_v=128, dtype=torch.bfloat16, is_causal=True):

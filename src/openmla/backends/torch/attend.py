@@ -69,6 +69,13 @@ class Task:
     sight: Sight | None = None  # None: every row sees every key of every span
 
 
+class Pending(NamedTuple):
+    """A task to be: making it is work for the thread that runs it, and its parts live no longer than it runs."""
+
+    tiles: int  # about as many as the task will have
+    make: Callable[[], Task]
+
+
 def tile_spans(first: int, last: int, step: int) -> list[tuple[int, int]]:
     """[first, last) cut at multiples of `step`."""
     edges = [first, *range((first // step + 1) * step, last, step), last]
@@ -119,26 +126,28 @@ class Attention:
         self._factor = softmax_scale * _LOG2_E
         self._failed = False
 
-    def run(self, tasks: Sequence[Task]) -> None:
-        """Computes and writes every task; returns when all are done."""
+    def run(self, tasks: Sequence[Pending]) -> None:
+        """Makes, computes and writes every task; returns when all are done."""
         if not tasks:
             return
         width = torch.get_num_threads()
-        total = sum(len(task.spans) for task in tasks)
-        work: deque[Task | tuple[_Merging, int]] = deque()
+        total = sum(task.tiles for task in tasks)
+        work: deque[Pending | tuple[_Merging, int]] = deque()
         whole = []
-        for task in tasks:
+        for pending in tasks:
             # Tasks of more than a quarter of a thread's share are cut up, so that no thread ends much later.
-            if width > 1 and len(task.spans) > 1 and len(task.spans) * 4 * width > total:
-                merging = _Merging(task, self._d_v)
-                work.extend((merging, index) for index in range(len(task.spans)))
+            if width > 1 and pending.tiles > 1 and pending.tiles * 4 * width > total:
+                merging = _Merging(pending.make(), self._d_v)
+                work.extend((merging, index) for index in range(len(merging.task.spans)))
+                if not merging.task.spans:
+                    whole.append(pending)
             else:
-                whole.append(task)
-        whole.sort(key=lambda task: -len(task.spans))
+                whole.append(pending)
+        whole.sort(key=lambda pending: -pending.tiles)
         work.extend(whole)
         workers.run(lambda: self._serve(work), min(width, len(work)))
 
-    def _serve(self, work: deque[Task | tuple[_Merging, int]]) -> None:
+    def _serve(self, work: deque[Pending | tuple[_Merging, int]]) -> None:
         """One thread: takes work until nothing is left."""
         scratch = workers.scratch()
         current: Task | None = None
@@ -148,10 +157,10 @@ class Attention:
                     item = work.popleft()
                 except IndexError:
                     return
-                task = item if isinstance(item, Task) else item[0].task
+                task = item.make() if isinstance(item, Pending) else item[0].task
                 if task is not current:
                     current, products = task, self._products(task.q)
-                if isinstance(item, Task):
+                if isinstance(item, Pending):
                     rows = _Rows(products.rows, self._d_v)
                     for first, last in task.spans:
                         rows.merge(*self._tile(task, products, first, last, scratch))

@@ -17,10 +17,10 @@ import torch
 from openmla.backends.torch.workers import Scratch
 from openmla.core.layout import KVLayout
 
-_E4M3_BIAS, _E2M1_BIAS = 2.0**8, 2.0**14
+_E4M3_BIAS, E2M1_BIAS = 2.0**8, 2.0**14
 _HUGE = 2.0**100  # scales from here on could overflow when multiplied by a bias
 _ALL_BUT_BIT_14 = -0x4001
-_E2M1_BITS = -0x7200  # 0x8E00: sign, two exponent bits, one mantissa bit
+E2M1_BITS = -0x7200  # 0x8E00: sign, two exponent bits, one mantissa bit
 
 
 def split_pages(raw: torch.Tensor, layout: KVLayout, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def dequantise(
     factor, bias = _factors(scales, layout, scratch)
     if layout.data_format == "e2m1":
         half = _e2m1_as_half(codes, scratch)
-        bias *= _E2M1_BIAS
+        bias *= E2M1_BIAS
     else:
         half = _e4m3_as_half(codes, "codes", scratch)
         bias *= _E4M3_BIAS
@@ -102,6 +102,6 @@ def _e2m1_as_half(codes: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     # The nibble at the top of 16 bits, then three places down: the sign fills bits 15 to 12, all but 15 are cleared.
     for nibble, places in ((0, 12), (1, 8)):
         bits = scratch.take("nibbles", torch.int16, *codes.shape).copy_(codes)
-        bits.bitwise_left_shift_(places).bitwise_right_shift_(3).bitwise_and_(_E2M1_BITS)
+        bits.bitwise_left_shift_(places).bitwise_right_shift_(3).bitwise_and_(E2M1_BITS)
         pairs[..., nibble] = bits
     return pairs.view(torch.float16)

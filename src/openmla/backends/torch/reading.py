@@ -37,7 +37,6 @@ class CacheReader:
         self._cache, self._layout, self._head, self._d_v = cache, layout, head, d_v
         self._dtype, self._multiple = arithmetic.dtype, arithmetic.key_multiple
         self._page_size = cache.shape[1]
-        self._offsets = torch.arange(self._page_size, device="cpu")
         self._rows = None if layout.is_quantised else _flat_rows(cache, head)
         self._pages = None  # [num_pages, elements of a page]
         if layout.is_quantised:
@@ -75,15 +74,19 @@ class CacheReader:
                 # A run of pages in a row is one matrix; nothing is copied.
                 assert self._rows is not None
                 tile = self._rows[first * size + skip : first * size + skip + keys]
-                return Tile(tile, tile[:, : self._d_v], None), False
+                if self._lies_like_scratch(tile):
+                    return Tile(tile, tile[:, : self._d_v], None), False
             if self._pages is not None and len(listed) * size <= keys + 2 * _WASTED_KEYS:
                 return self._whole_pages(pages, skip, keys, scratch), False
-        wide = pages.long()[:, None]
-        slots = (wide * size + self._offsets).view(-1)[skip : skip + keys]
-        absent = None
-        if bad:
-            absent = ((wide < 0) | (wide >= num_pages)).expand(-1, size).reshape(-1)[skip : skip + keys]
-        return self.slots(slots, absent, scratch), bad
+        position = torch.arange(skip, skip + keys, device="cpu")
+        named = pages.long()[position // size]
+        absent = (named < 0) | (named >= num_pages) if bad else None
+        return self.slots(named * size + position % size, absent, scratch), bad
+
+    @staticmethod
+    def _lies_like_scratch(tile: torch.Tensor) -> bool:
+        """May products see it in place of a copy? fp32 products may add in another order where memory lies otherwise."""
+        return tile.dtype == torch.bfloat16 or (tile.is_contiguous() and tile.data_ptr() % 64 == 0)
 
     def _whole_pages(self, pages: torch.Tensor, skip: int, keys: int, scratch: Scratch) -> Tile:
         """`pages` for pages that exist, copied as wholes: one long copy each instead of one per row."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from openmla.backends.torch.dequant import E2M1_BIAS, E2M1_BITS
 from openmla.core.layout import KVLayout
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def read_slots(cache: torch.Tensor, layout: KVLayout, slots: torch.Tensor, head: int = 0) -> torch.Tensor:
@@ -56,10 +55,11 @@ def _dequantise(data: torch.Tensor, scales: torch.Tensor, layout: KVLayout) -> t
     """Bytes of n rows, as `_parts` cuts them, to bf16 [n, d_qk]."""
     n = data.shape[0]
     if layout.data_format == "e2m1":
-        # Two codes per byte, even column in the low nibble; bit 3 is the sign.
-        table = torch.tensor([*_E2M1, *(-x for x in _E2M1)], device=data.device)
-        codes = data[:, : layout.d_quant // 2].to(torch.int64)
-        values = table[torch.stack((codes & 15, codes >> 4), -1)]
+        # Two codes per byte, even column in the low nibble. The nibble's bits become those of an fp16 that is
+        # 2^14 times too small; see `dequant`.
+        codes = data[:, : layout.d_quant // 2].to(torch.int16)
+        bits = torch.stack((codes << 12, codes << 8), -1) >> 3 & E2M1_BITS
+        values = bits.view(torch.float16).to(torch.float32) * E2M1_BIAS
     else:
         values = data[:, : layout.d_quant].contiguous().view(torch.float8_e4m3fn).to(torch.float32)
     used = scales[:, : layout.scale_bytes - layout.scale_pad_bytes].contiguous()

@@ -7,12 +7,13 @@ slot make their tokens absent, and each kind is reported once per call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from openmla.backends.base import DecodeOperands, PrefillOperands, SparseDecodeOperands, SparsePrefillOperands
-from openmla.backends.torch.attend import TASK_ROWS, Attention, Sight, Task, Tile, tile_spans
+from openmla.backends.torch.attend import TASK_ROWS, Attention, Pending, Sight, Task, Tile, tile_spans
 from openmla.backends.torch.products import arithmetic_for
 from openmla.backends.torch.reading import CacheReader, read_span
 from openmla.backends.torch.workers import Scratch
@@ -126,24 +127,29 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
     readers = [
         CacheReader(operands.kv_cache, problem.layout, head, problem.d_v, arithmetic) for head in range(problem.h_kv)
     ]
+    causal, window = problem.is_causal, problem.window
+
+    def make(request: int, head: int, first: int, last: int, step: int) -> Task:
+        row, start, stop = spans[request]
+        s_k, tokens = lengths[request], slice(start + first, start + last)
+        heads = slice(head * group, (head + 1) * group)
+        sight = _sees(first, last, stop - start, s_k, causal, window, group)
+        sink = None if operands.attn_sink is None else operands.attn_sink[heads]
+        return Task(
+            q[row, tokens, heads].reshape(-1, problem.d_qk),
+            tile_spans(*_reach(sight, s_k), step),
+            _read_pages(operands.block_table[request], size, readers[head], found),
+            _writer(out[row, tokens, heads], lse[row, heads, tokens].t(), sink),
+            sight,
+        )
+
     tasks = []
-    for request, (s_k, (row, start, stop)) in enumerate(zip(lengths, spans, strict=True)):
+    for request, (s_k, (_, start, stop)) in enumerate(zip(lengths, spans, strict=True)):
+        seen = min(s_k, window + stop - start) if window else s_k
         for first, last in _blocks(stop - start, group):
-            sight = _sees(first, last, stop - start, s_k, problem.is_causal, problem.window, group)
-            keys = tile_spans(*_reach(sight, s_k), arithmetic.tile_keys((last - first) * group))
-            tokens = slice(start + first, start + last)
-            for head, reader in enumerate(readers):
-                heads = slice(head * group, (head + 1) * group)
-                sink = None if operands.attn_sink is None else operands.attn_sink[heads]
-                tasks.append(
-                    Task(
-                        q[row, tokens, heads].reshape(-1, problem.d_qk),
-                        keys,
-                        _read_pages(operands.block_table[request], size, reader, found),
-                        _writer(out[row, tokens, heads], lse[row, heads, tokens].t(), sink),
-                        sight,
-                    )
-                )
+            step = arithmetic.tile_keys((last - first) * group)
+            for head in range(problem.h_kv):
+                tasks.append(Pending(-(-seen // step), partial(make, request, head, first, last, step)))
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
 
@@ -191,13 +197,16 @@ def sparse_decode(problem: SparseDecodeProblem, operands: SparseDecodeOperands) 
     q = operands.q.reshape(-1, problem.h_q, problem.d_qk)
     s_q = rows[1] if len(rows) == 2 else 1
     step = arithmetic.tile_keys(problem.h_q)
-    tasks = []
-    for token in range(rows.numel()):
+
+    def make(token: int) -> Task:
         out = operands.out[token // s_q, token % s_q] if len(rows) == 2 else operands.out[token]
         lse = operands.lse[token // s_q, :, token % s_q] if len(rows) == 2 else operands.lse[:, token]
-        tasks.append(
-            Task(q[token], *_selected_keys(sources, token, step), _writer(out[None], lse[None], operands.attn_sink))
-        )  # fmt: skip
+        return Task(q[token], *_selected_keys(sources, token, step), _writer(out[None], lse[None], operands.attn_sink))
+
+    tasks = [
+        Pending(sum(-(-source.lengths[token] // step) for source in sources), partial(make, token))
+        for token in range(rows.numel())
+    ]
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
 
@@ -252,20 +261,25 @@ def sparse_prefill(problem: SparsePrefillProblem, operands: SparsePrefillOperand
     arithmetic = arithmetic_for(problem.dtype, problem.d_qk, problem.d_v)
     step = arithmetic.tile_keys(group)
     layout: KVLayout = plain_layout(problem.dtype, problem.d_qk, problem.d_v)
-    tasks = []
-    for head in range(problem.h_kv):
-        heads = slice(head * group, (head + 1) * group)
-        source = _Selected(
+    sources = [
+        _Selected(
             CacheReader(operands.kv[:, None], layout, head, problem.d_v, arithmetic),
             problem.s_kv, operands.indices[:, head], operands.topk_length, torch.Size((problem.s_q,)), found,
-        )  # fmt: skip
+        )
+        for head in range(problem.h_kv)
+    ]  # fmt: skip
+
+    def make(head: int, token: int) -> Task:
+        heads, row = slice(head * group, (head + 1) * group), slice(token, token + 1)
         sink = None if operands.attn_sink is None else operands.attn_sink[heads]
-        for token in range(problem.s_q):
-            row = slice(token, token + 1)
-            write = _writer(
-                operands.out[row, heads], operands.lse[row, heads], sink, operands.max_logits[row, heads]
-            )  # fmt: skip
-            tasks.append(Task(operands.q[token, heads], *_selected_keys((source,), token, step), write))
+        write = _writer(operands.out[row, heads], operands.lse[row, heads], sink, operands.max_logits[row, heads])
+        return Task(operands.q[token, heads], *_selected_keys((sources[head],), token, step), write)
+
+    tasks = [
+        Pending(-(-source.lengths[token] // step), partial(make, head, token))
+        for head, source in enumerate(sources)
+        for token in range(problem.s_q)
+    ]
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
 
@@ -277,25 +291,28 @@ def prefill(problem: PrefillProblem, operands: PrefillOperands) -> None:
     offsets_q = found.offsets(operands.cu_seqlens_q, problem.total_q)
     offsets_k = found.offsets(operands.cu_seqlens_k, problem.total_k)
     _clear(operands.out, operands.lse.t(), offsets_q)
+
+    def make(request: int, head: int, first: int, last: int, step: int) -> Task:
+        start, stop = offsets_q[request : request + 2]
+        keys, heads = slice(*offsets_k[request : request + 2]), slice(head * group, (head + 1) * group)
+        s_k, tokens = keys.stop - keys.start, slice(start + first, start + last)
+        sight = _sees(first, last, stop - start, s_k, problem.is_causal, 0, group)
+        return Task(
+            operands.q[tokens, heads].reshape(-1, problem.d_qk),
+            tile_spans(*_reach(sight, s_k), step),
+            read_span(operands.k[keys, head], operands.v[keys, head], arithmetic),
+            _writer(operands.out[tokens, heads], operands.lse[heads, tokens].t(), None),
+            sight,
+        )
+
     tasks = []
     for request in range(problem.batch):
-        start, stop = offsets_q[request : request + 2]
-        keys = slice(offsets_k[request], offsets_k[request + 1])
-        s_k = keys.stop - keys.start
+        s_q = offsets_q[request + 1] - offsets_q[request]
+        s_k = offsets_k[request + 1] - offsets_k[request]
         for head in range(problem.h_kv):
-            heads = slice(head * group, (head + 1) * group)
-            read = read_span(operands.k[keys, head], operands.v[keys, head], arithmetic)
-            for first, last in _blocks(stop - start, group):
-                sight = _sees(first, last, stop - start, s_k, problem.is_causal, 0, group)
-                tokens = slice(start + first, start + last)
-                tasks.append(
-                    Task(
-                        operands.q[tokens, heads].reshape(-1, problem.d_qk),
-                        tile_spans(*_reach(sight, s_k), arithmetic.tile_keys((last - first) * group)),
-                        read,
-                        _writer(operands.out[tokens, heads], operands.lse[heads, tokens].t(), None),
-                        sight,
-                    )
-                )
+            for first, last in _blocks(s_q, group):
+                step = arithmetic.tile_keys((last - first) * group)
+                seen = min(s_k, s_k - s_q + last) if problem.is_causal else s_k
+                tasks.append(Pending(max(-(-seen // step), 0), partial(make, request, head, first, last, step)))
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
