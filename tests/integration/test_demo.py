@@ -170,6 +170,23 @@ def test_chunked_prompt_equals_whole_prompt(model, plan) -> None:
     torch.testing.assert_close(whole, stock, rtol=0, atol=2e-3)
 
 
+def test_prompts_of_one_length_prefill_together(model, plan) -> None:
+    watch = Watch()
+    paged = attach(model, plan, observe=watch)
+    prompts = [list(demo_model.text(80)[i * 40 : i * 40 + 40]) for i in range(2)]
+    try:
+        for name in ("x", "y"):
+            paged.cache.alloc(name)
+        both = paged.forward(["x", "y"], prompts)
+        paged.cache.alloc("alone")
+        alone = paged.forward(["alone"], [prompts[1]])
+    finally:
+        paged.detach()
+    assert watch.failures == []
+    assert watch.outputs == 3 * demo_model.LAYERS
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=2e-3)
+
+
 def test_fp8_cache_serves_the_model_in_bf16(plan) -> None:
     model = demo_model.build(3, demo_model.text(plan.text_length), 512).to(torch.bfloat16)
     cache = PagedKVCache("fp8_656", plan.num_pages, plan.page_size, demo_model.LAYERS)

@@ -118,7 +118,9 @@ class Watch:
         for i, name in enumerate(names):
             self._rows.setdefault((call.layer, name), []).append(call.new_rows[i].clone())
         if call.op == "prefill":
-            self._check_prefill(call, names[0])
+            each = call.q.shape[0] // len(names)
+            for i, name in enumerate(names):
+                self._check_prefill(call, name, slice(i * each, (i + 1) * each))
             return
         for i, name in enumerate(names):
             keys = self._keys(call.layer, name)
@@ -141,19 +143,22 @@ class Watch:
         self._rows[layer, name] = [joined]
         return joined
 
-    def _check_prefill(self, call: AttentionCall, name: str) -> None:
+    def _check_prefill(self, call: AttentionCall, name: str, part: slice) -> None:
         assert call.key is not None
         assert call.value is not None
-        for begin in range(0, call.q.shape[0], _QUERY_BLOCK):
-            end = min(begin + _QUERY_BLOCK, call.q.shape[0])
-            spans = [torch.tensor([0, n], dtype=torch.int32, device=call.q.device) for n in (end - begin, end)]
+        q, key, value, out = (x[part] for x in (call.q, call.key, call.value, call.out))
+        lse = call.lse[:, part]
+        for begin in range(0, q.shape[0], _QUERY_BLOCK):
+            end = min(begin + _QUERY_BLOCK, q.shape[0])
+            spans = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (end - begin, end)]
             golden = reference.prefill(
-                call.q[begin:end], call.key[:end], call.value[:end], *spans, softmax_scale=call.softmax_scale,
-                is_causal=True, with_bounds=True,
+                q[begin:end], key[:end], value[:end], *spans, softmax_scale=call.softmax_scale, is_causal=True,
+                with_bounds=True,
             )  # fmt: skip
-            out, lse = call.out[begin:end], call.lse[:, begin:end]
-            report = budget.check(out, lse, golden, dtype=call.q.dtype)
-            self._note(report, f"prefill, layer {call.layer}, request {name}, tokens {begin} to {end}", out.shape)
+            report = budget.check(out[begin:end], lse[:, begin:end], golden, dtype=q.dtype)
+            self._note(
+                report, f"prefill, layer {call.layer}, request {name}, tokens {begin} to {end}", out[begin:end].shape
+            )
 
     def _note(self, report: budget.Report, where: str, shape: torch.Size) -> None:
         self.outputs += 1
