@@ -65,3 +65,8 @@ def cache_dir() -> Path:
         return Path(explicit)
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "openmla"
+
+
+def any_is_set(*foreign: str) -> bool:
+    """True when one of another library's variables is set, whatever its value: something limits that library."""
+    return any(name in os.environ for name in foreign)
