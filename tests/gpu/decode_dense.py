@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -209,7 +210,7 @@ def check(library, name, only=()):
 
     function = tvm_ffi.load_module(library)[name]
     heads = int(name.split("_h")[1].split("_")[0]) if "_h" in name else 128
-    cluster = 1 if "_c1" in name else 2
+    cluster = int(name.split("_c")[1][0])
     dtype = torch.float16 if "fp16" in name else torch.bfloat16
     passed = True
     for build in cases(heads, cluster, dtype):
@@ -284,6 +285,28 @@ def probe(library, name):
                     print(f"zero_q {zero_q} lengths {lengths} trial {trial}:", "; ".join(line), flush=True)
 
 
+def trace(library, name):
+    """Clock stamps of one CTA over eight tiles, from a kernel built with stamps in lse2_accum (not a shipped variant)."""
+    import tvm_ffi
+
+    function = tvm_ffi.load_module(library)[name]
+    for s_q, batch in ((2, 132), (1, 66)):
+        c = timing_case(batch, 8192, s_q, 128, 2)
+        c.lse2_accum = torch.zeros(max(c.plan.num_pieces, 4), c.s_q * c.heads, device=CUDA)
+        for _ in range(3):
+            run(function, c)
+        torch.cuda.synchronize()
+        stamps = c.lse2_accum.view(-1).view(torch.int32)[:176].tolist()
+        score = sorted([stamps[t * 12 : t * 12 + 11] for t in range(8)], key=lambda r: r[0])
+        base = score[0][0]
+        print(f"{name} s_q {s_q}: scores [start q0 q1 q2 rope q3 issued complete max | p fenced published]")
+        for row in score:
+            print("   ", [x - base for x in row], "period", row[8] - row[0])
+        for half in (0, 1):
+            rows = sorted([stamps[96 + half * 40 + t * 5 : 96 + half * 40 + t * 5 + 5] for t in range(8)], key=lambda r: r[0])
+            print(f"  values {half} [top p go q0 q1]", *[[x - base for x in row] for row in rows], sep="\n    ", flush=True)
+
+
 def gate(library, names):
     """Which functions pass; each in its own process with a limit, all at once."""
     start = time.time()
@@ -332,10 +355,23 @@ def peer_call(c):
     )  # fmt: skip
 
 
+def graphed(call):
+    """The call as a CUDA graph: host time of nobody counts."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        keep = call()
+    return lambda: (graph.replay(), keep)[0]
+
+
 def interleaved(calls, rounds, flush):
     """Median and spread of each call in us, one after another per round, cold L2."""
     times = {name: [] for name in calls}
-    for _ in range(3):
+    for _ in range(2):
         for call in calls.values():
             call()
     for _ in range(rounds):
@@ -373,22 +409,23 @@ def sustained(calls, rounds=5, seconds=0.12):
     return {name: statistics.median(times) for name, times in result.items()}
 
 
-def kernel_times(call, count=5):
-    """Kernel name -> mean us, from the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        for _ in range(count):
-            call()
-        torch.cuda.synchronize()
-    return {e.key[:40]: e.device_time_total / count for e in prof.key_averages() if e.device_time_total}
+def replanned(c, parts):
+    """The same problem cut for another number of parts."""
+    plan = plan_decode(c.lengths, parts)
+    rows = c.h_kv * c.s_q * c.heads
+    new = {
+        "plan": plan, "metadata": plan.tile_scheduler_metadata(CUDA), "num_splits": plan.num_splits_tensor(CUDA),
+        "out_accum": torch.empty(plan.num_pieces, rows, 512, device=CUDA),
+        "lse2_accum": torch.empty(plan.num_pieces, rows, device=CUDA),
+    }  # fmt: skip
+    return SimpleNamespace(**{**vars(c), **new})
 
 
 def operator(module, name, c):
-    """The whole operator: the decode kernel and, where the plan splits a request, the merge."""
+    """The whole operator: the decode kernel and, where the plan splits a request, the merge. `_pN`: N parts."""
     f, o = module[name], c.operands
+    if re.search(r"_p(\d+)$", name):
+        c = replanned(c, int(re.search(r"_p(\d+)$", name).group(1)))
     combine = module["combine_fp16" if "fp16" in name else "combine_bf16"]
     sink = torch.zeros(o.q.shape[2], device=CUDA)
 
@@ -412,36 +449,41 @@ def time_all(library, rows_path, names):
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "date": time.strftime("%Y-%m-%d"), "peer": "sgl-flash-mla 1.0.0, dense decode, legacy path",
     }  # fmt: skip
-    shapes = [(128, 16384, 2, 128, False), (128, 32768, 1, 128, False), (128, 4096, 1, 128, False), (128, 4096, 2, 128, False)]
-    if "--more" in sys.argv:
-        shapes += [(128, 16384, 1, 128, False), (128, 32768, 2, 128, False), (128, 8192, 2, 128, True), (64, 4096, 1, 128, False), (16, 32768, 1, 128, False)]
+    suites = {
+        "bars": [(128, 16384, 2, 128, False), (128, 32768, 1, 128, False)],
+        "short": [(128, 4096, 1, 128, False), (128, 4096, 2, 128, False)],
+        "slope": [(66, 4096, 1, 128, False), (66, 8192, 1, 128, False), (132, 4096, 1, 128, False)],
+        "anchors": [(128, s_k, s_q, 128, True) for s_q in (1, 2) for s_k in (4096, 8192, 16384, 32768)],
+        "batches": [(b, s_k, 1, 128, False) for b in (4, 16, 64) for s_k in (1024, 4096, 32768)],
+        "h64": [(128, s_k, 1, 64, True) for s_k in (4096, 16384)],
+    }  # fmt: skip
+    wanted = [x[2:] for x in sys.argv if x.startswith("--")] or ["bars"]
+    shapes = [shape for name in wanted for shape in suites[name]]
     for batch, s_k, s_q, heads, ragged in shapes:
         c2, c1 = timing_case(batch, s_k, s_q, heads, 2, ragged), None
         calls = {"peer": peer_call(c2)}
         for name in names:
-            calls[name] = operator(module, name, c2)
+            if "_c4" not in name or s_q * heads > 128:
+                calls[name] = operator(module, name, c2)
         if s_q == 2 and s_k == 16384:
             calls["cublas 8192^3"] = lambda: a @ b
         flops = 2 * batch * s_q * heads * 1088 * (sum(c2.lengths) / batch)
+        calls = {name: call if name.startswith("cublas") else graphed(call) for name, call in calls.items()}
         result = interleaved(calls, 12, flush)
         print(f"== {c2.name}", flush=True)
-        parts = kernel_times(calls["peer"])
-        print("   peer kernels:", {k: round(v, 1) for k, v in parts.items()}, flush=True)
-        peer_main = max(parts.values()) if parts else 0.0
         warm = sustained(calls) if s_k >= 16384 else {}
         for name, (median, low, high) in result.items():
             work = 2 * 8192**3 if name.startswith("cublas") else flops
             row = {
                 **common, "case": c2.name, "kernel": name, "median_us": round(median, 2), "min_us": round(low, 2),
                 "max_us": round(high, 2), "tflops": round(work / median / 1e6, 1),
-                "ratio_to_peer_main_kernel": round(peer_main / median, 4), "peer_us": round(result["peer"][0], 2),
-                "sustained_us": round(warm.get(name, 0.0), 2),
+                "ratio": round(result["peer"][0] / median, 4), "sustained_us": round(warm.get(name, 0.0), 2),
+                "sustained_ratio": round(warm["peer"] / warm[name], 4) if warm else None,
             }  # fmt: skip
             rows.write(json.dumps(row) + "\n")
             print(
                 f"   {name:44s} {median:8.1f} us [{low:.1f} {high:.1f}] {row['tflops']:6.1f} TFLOPS  x peer {result['peer'][0] / median:.3f}"
-                f"  x its main kernel {peer_main / median:.3f}"
-                + (f"  sustained {warm[name]:.1f} us {work / warm[name] / 1e6:.1f} TFLOPS" if warm else ""),
+                + (f"  sustained {warm[name]:.1f} us {work / warm[name] / 1e6:.1f} TFLOPS x {warm['peer'] / warm[name]:.3f}" if warm else ""),
                 flush=True,
             )
         rows.flush()
@@ -454,6 +496,9 @@ if __name__ == "__main__":
     rest = [x for x in rest if not x.startswith("--")]
     if verb == "check":
         sys.exit(0 if check(library, rest[0], rest[1:]) else 1)
+    if verb == "trace":
+        for name in rest:
+            trace(library, name)
     if verb == "probe":
         probe(library, rest[0])
     if verb == "gate":
@@ -468,9 +513,8 @@ if __name__ == "__main__":
         import tvm_ffi
 
         module = tvm_ffi.load_module(library)
-        c = timing_case(132, 16384 if "--short" not in sys.argv else 4096, 1 if "--one" in sys.argv else 2, 128, 2)
-        peer = peer_call(c)
-        peer()
+        c = timing_case(132, 16384, 1 if "--one" in sys.argv else 2, 128, 2)
+        peer_call(c)()
         for name in rest:
-            run(module[name], c)
+            operator(module, name, c)()
         torch.cuda.synchronize()

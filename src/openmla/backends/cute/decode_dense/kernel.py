@@ -1,3 +1,49 @@
+"""Dense MLA decode for many query rows: bound by the tensor cores.
+
+Computes
+    For every query row r = (token, head) of a request and the keys j that it sees:
+    s_j = scale_log2 * <q_r, k_j>    p_j = 2^(s_j - m)    out_r = sum_j p_j k_j[:512] / sum_j p_j    lse = m + log2 sum_j p_j
+    with k the paged latent cache; the first 512 columns of a key are its value.
+
+Shapes
+    q [batch, s_q, h_q, d_qk], kv [num_pages, page_size, h_kv, d_qk], out [batch, s_q, h_q, 512]. The s_q * heads rows that
+    share a KV head are packed (token, head) and cut into blocks of 64. A CTA takes one block and one part of the plan: a
+    stretch of the line of 64-key tiles, in pieces of one request each.
+
+Schedule (512 threads; time runs down, one tile of 64 keys per step)
+    loads (4 warps)       scores (warpgroup 0)                    values left / right (warpgroups 1, 2)
+    ring: 16 KB slots     S(j) = Q K(j)^T, 36 wgmma               O += P(j-2) V(j-2), 256 columns each
+      of 64 keys x 128      between them: exponentials of            (until about the middle of S(j))
+      columns, any piece    S(j-1), P(j-1) to shared memory       wait: P(j-1), factors of O
+    RoPE slice            all issued -> gate left(j-1)            left starts on P(j-1) V(j-1)
+    Q of the next piece   all complete -> gate right(j-1)         right starts
+    piece descriptors     max, reference, S(j) - reference        each quarter read -> its slot is free
+    The gates keep the tensor cores busy with P V while the scores warpgroup looks for the maximum, and let S(j) run ahead
+    of it otherwise. The right half starts later so that slots come free in the order in which S(j+1) wants them.
+
+Budget (h_q 128; checked by tests/compile/budgets.toml)
+    shared memory 231,424 of 232,448 bytes; registers 168 scores, 160 values, 24 loads (x 128 = 65,536), no spills.
+
+Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_dense_protocol.py)
+    full[slot]      loads -> scores (and, through P, values)       1 arrival + 16,384 bytes
+    empty[slot]     values (Q elements: scores) -> loads           4 warps of every CTA of the cluster
+    rope_full/empty, q_full/empty                                  as above; q_empty 4 warps
+    p_full/empty[2] scores -> values / back                        4 warps / 8 warps
+    go[half, 2]     scores -> values: the gates                    4 warps
+    sum_full/empty  scores -> values: 1 / row sums                 4 / 8 warps
+    piece_full/empty[4]  planner -> everybody                      1 / 15 warps
+
+Cluster
+    The CTAs of 2 (or 4) row blocks read the same keys: each loads a share of every tile and multicasts it. A slot is
+    filled again only when all of them have left it, so they run in step.
+
+Sources
+    The gate, the split of O over two warpgroups and Q in registers were found by measuring prototypes of this project.
+    Lazy rescale: FlashAttention-4's conditional rescaling. The plan format and the row packing are FlashMLA's.
+
+Deep dive: docs/kernels/decode_dense.md
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -6,7 +52,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -256,12 +302,12 @@ class DecodeDense:
 
     @cute.jit
     def release(self, barrier: cutlass.Constexpr, rank: Int32):
-        """One arrival of this warp, in both CTAs of the pair: a slot is free when nobody in either reads it."""
+        """One arrival of this warp, in every CTA of the cluster: a slot is free when nobody in any of them reads it."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(barrier)
-            if const_expr(self.config.cluster > 1):
-                cute.arch.mbarrier_arrive(barrier, rank ^ 1)
+            for other in cutlass.range_constexpr(1, self.config.cluster):
+                cute.arch.mbarrier_arrive(barrier, rank ^ other)
 
     @cute.jit
     def arrive(self, barrier: cutlass.Constexpr):
@@ -302,7 +348,7 @@ class DecodeDense:
                 if c.lane == 0:
                     first_slot = c.num_splits[req]
                     is_split = c.num_splits[req + 1] - first_slot > 1
-                    fields[TILES, index] = cutlass.max(cutlass.min(end - block, step), 0)
+                    fields[TILES, index] = cutlass.max(cutlass.min(end - block, step), 1)  # an empty one is all masked
                     fields[REQUEST, index] = req
                     fields[FIRST_BLOCK, index] = block
                     fields[LENGTH, index] = length
@@ -338,12 +384,12 @@ class DecodeDense:
         s_kv, g_kv = cpasync.tma_partition(
             c.tma_kv, 0, cute.make_layout(1), boxes, cute.group_modes(g_kv, 0, 2)
         )
-        policy = Int64(EVICT_FIRST)
+        policy, everyone = Int64(EVICT_FIRST), cutlass.Int16((1 << cfg.cluster) - 1)
         valid = c.valid
         slot, phase, piece = Int32(0), Int32(1), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
-        while tiles >= 0:
+        while tiles > 0:
             index = piece % PIECES
             first = c.piece[FIRST_BLOCK, index]
             s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
@@ -364,19 +410,21 @@ class DecodeDense:
             for j in cutlass.range(tiles, unroll=1):
                 if j % 16 == 0:  # page ids of 32 tiles, one per lane, so that 16 tiles can be looked ahead
                     ahead = j + c.lane
-                    if ahead < tiles:
+                    # Beyond the tensor map the copy engine fills with zeros, and no token counts.
+                    page = c.num_pages
+                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[LENGTH, index]):
                         page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
                         if (page < 0) | (page >= c.num_pages):
-                            # Beyond the tensor map: the copy engine fills with zeros, and no token of it counts.
                             page = c.num_pages
                             cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_PAGE))
                 here = cute.arch.shuffle_sync(page, j % 16)
                 if const_expr(cfg.prefetch > 0):
-                    if j + cfg.prefetch < tiles:
+                    # Row blocks beyond the first cluster of a request find its lines in L2 anyway.
+                    if (j + cfg.prefetch < tiles) & (c.m_block < cfg.cluster):
                         later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
                         later_tile = (first + j + cfg.prefetch) % pages_tiles
                         for e in cutlass.range_constexpr(8 // cfg.cluster):
-                            column = cfg.cluster * e + c.rank if cfg.cluster > 1 else Int32(e)
+                            column = cfg.cluster * e + c.rank
                             cute.prefetch(c.tma_kv, g_kv[None, later_tile, column, later])
                 count = cutlass.min(c.piece[LENGTH, index] - (first + j) * 64, 64) if here < c.num_pages else Int32(0)
                 row_tile = (first + j) % pages_tiles
@@ -386,10 +434,12 @@ class DecodeDense:
                         valid[slot] = count
                         cute.arch.mbarrier_arrive_and_expect_tx(c.full + slot, SLOT_BYTES)
                     if const_expr(cfg.cluster > 1):
-                        cute.copy(
-                            c.tma_kv, g_kv[None, row_tile, 2 * e + c.rank, here], s_kv[None, c.rank, slot],
-                            tma_bar_ptr=c.full + slot, cache_policy=policy, mcast_mask=cutlass.Int16(3),
-                        )  # fmt: skip
+                        # Box b of a tile is loaded by CTA b % cluster for all of them.
+                        if const_expr(cfg.cluster == 2) or c.rank // 2 == e % 2:
+                            cute.copy(
+                                c.tma_kv, g_kv[None, row_tile, 2 * e + c.rank % 2, here], s_kv[None, c.rank % 2, slot],
+                                tma_bar_ptr=c.full + slot, cache_policy=policy, mcast_mask=everyone,
+                            )  # fmt: skip
                     else:
                         for s in cutlass.range_constexpr(2):
                             cute.copy(
@@ -407,31 +457,32 @@ class DecodeDense:
 
     @cute.jit
     def load_rope(self, c: cutlass.Constexpr):
-        """The ninth slice of every tile; with a cluster the two CTAs take turns and multicast."""
+        """The ninth slice of every tile; the CTAs of a cluster take turns and multicast."""
         cfg = self.config
         pages_tiles = cfg.page_size // 64
         g_kv = cute.local_tile(c.t_kv, (64, 64), (None, None, c.kv_head, None))
         s_kv, g_kv = cpasync.tma_partition(
             c.tma_kv, 0, cute.make_layout(1), cute.group_modes(c.s_rope, 0, 2), cute.group_modes(g_kv, 0, 2)
         )
-        policy = Int64(EVICT_FIRST)
+        policy, everyone = Int64(EVICT_FIRST), cutlass.Int16((1 << cfg.cluster) - 1)
         turn, piece = Int32(0), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
-        while tiles >= 0:
+        while tiles > 0:
             index = piece % PIECES
             first = c.piece[FIRST_BLOCK, index]
             page = Int32(0)
             for j in cutlass.range(tiles, unroll=1):
                 if j % 16 == 0:
                     ahead = j + c.lane
-                    if ahead < tiles:
+                    page = c.num_pages
+                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[LENGTH, index]):
                         page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
                         if (page < 0) | (page >= c.num_pages):
                             page = c.num_pages
                 here = cute.arch.shuffle_sync(page, j % 16)
                 if const_expr(cfg.prefetch > 0):
-                    if (j + cfg.prefetch < tiles) & ((cfg.cluster == 1) | (((turn + cfg.prefetch) & 1) == c.rank)):
+                    if (j + cfg.prefetch < tiles) & (c.m_block < cfg.cluster) & ((turn + cfg.prefetch) % cfg.cluster == c.rank):
                         later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
                         later_tile = (first + j + cfg.prefetch) % pages_tiles
                         cute.prefetch(c.tma_kv, g_kv[None, later_tile, 8, later])
@@ -440,10 +491,10 @@ class DecodeDense:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(c.rope_full, SLICE_BYTES)
                 if const_expr(cfg.cluster > 1):
-                    if (turn & 1) == c.rank:
+                    if turn % cfg.cluster == c.rank:
                         cute.copy(
                             c.tma_kv, g_kv[None, row_tile, 8, here], s_kv[None, 0],
-                            tma_bar_ptr=c.rope_full, cache_policy=policy, mcast_mask=cutlass.Int16(3),
+                            tma_bar_ptr=c.rope_full, cache_policy=policy, mcast_mask=everyone,
                         )  # fmt: skip
                 else:
                     cute.copy(
@@ -466,7 +517,7 @@ class DecodeDense:
         piece = Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
-        while tiles >= 0:
+        while tiles > 0:
             index = piece % PIECES
             s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
             if const_expr(cfg.prefetch > 0):
@@ -514,11 +565,16 @@ class DecodeDense:
         s.p_from, s.p_to = thr_p.retile(s.packed), thr_p.partition_D(c.s_p)
 
         t = s.t
+        # The probabilities of a tile are stored while the next one is multiplied, also across pieces. Before the first
+        # tile stands one of zeros, which the value warpgroups take and drop: no branch divides the wgmmas.
+        t.fill(-Float32.inf)
+        m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
+        f0, f1, need = Float32(1.0), Float32(1.0), Int32(0)
         # Every phase follows from a running count: ring slots filled, tiles, pieces.
         slot, phase, tile, piece = Int32(0), Int32(0), Int32(0), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
-        while tiles >= 0:
+        while tiles > 0:
             for e in cutlass.range_constexpr(cfg.q_regs // 2):
                 cute.arch.mbarrier_wait(c.full + slot, phase)
                 cute.copy(load_a, thr_a.partition_S(c.s_ring[None, None, slot]), thr_a.retile(s.a_regs[e]))
@@ -529,27 +585,23 @@ class DecodeDense:
                 if slot == cfg.slots:
                     slot = Int32(0)
                     phase ^= 1
-            cute.arch.mbarrier_wait(c.q_full, piece & 1)
-            m0, m1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM)
-            l0, l1 = Float32(0.0), Float32(0.0)
-            f0, f1, need = Float32(1.0), Float32(1.0), Int32(0)
-            t.fill(-Float32.inf)
             for j in cutlass.range(tiles, unroll=1):
                 first = slot
-                slot, phase, l0, l1 = self.issue(c, s, slot, phase, tile, j, f0, f1, need, l0, l1)
+                slot, phase, l0, l1 = self.issue(c, s, slot, phase, tile, piece, f0, f1, need, l0, l1)
                 if j == tiles - 1:
                     self.arrive(c.q_empty)
+                if j == 0:
+                    if tile > 0:
+                        self.sums(c, s, piece - 1, m0, m1, l0, l1)
+                    m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
                 m0, m1, l0, l1, f0, f1, need = self.maximum(c, s, piece, j, first, m0, m1, l0, l1, f0, f1)
                 tile += 1
-            if tiles > 0:
-                l0, l1 = self.finish(c, s, tile - 1, f0, f1, need, l0, l1)
-            else:
-                self.arrive(c.q_empty)
-            self.sums(c, s, piece, m0, m1, l0, l1)
-            self.arrive(c.piece_empty + piece % PIECES)
             piece += 1
             cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
             tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+        if tile > 0:
+            l0, l1 = self.finish(c, s, tile, f0, f1, need, l0, l1)
+            self.sums(c, s, piece - 1, m0, m1, l0, l1)
 
     @cute.jit
     def exponential(self, c: cutlass.Constexpr, s: cutlass.Constexpr, x: cutlass.Constexpr, l0: Float32, l1: Float32):
@@ -585,15 +637,16 @@ class DecodeDense:
 
     @cute.jit
     def issue(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, slot: Int32, phase: Int32, tile: Int32, j: Int32,
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, slot: Int32, phase: Int32, tile: Int32, piece: Int32,
         f0: Float32, f1: Float32, need: Int32, l0: Float32, l1: Float32,
     ):  # fmt: skip
-        """All wgmmas of one tile's scores; between them the probabilities of the tile before (`j` > 0)."""
+        """All wgmmas of one tile's scores; between them the probabilities of the tile before."""
         cfg = self.config
         steps = [0, 1, 2, -1, 3] if cfg.has_rope else [0, 1, 2, 3]
         count = 0
         done = 0
-        buf = (tile & 1) ^ 1  # of the tile before
+        buf = tile & 1  # of the tile before; the value warpgroups count from 1
+        cute.arch.mbarrier_wait(c.p_empty + buf, ((tile >> 1) & 1) ^ 1)
         warpgroup.fence()
         for step in cutlass.range_constexpr(len(steps)):
             e = steps[step]
@@ -601,6 +654,8 @@ class DecodeDense:
                 cute.arch.mbarrier_wait(c.rope_full, tile & 1)
             else:
                 cute.arch.mbarrier_wait(c.full + slot, phase)
+            if const_expr(e == cfg.q_regs // 2):  # the first step that reads Q from shared memory
+                cute.arch.mbarrier_wait(c.q_full, piece & 1)
             if const_expr(step == 0):
                 warpgroup.fence()
             for k in cutlass.range_constexpr(4 if e < 0 else 8):
@@ -613,25 +668,18 @@ class DecodeDense:
                 else:
                     b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, slot]
                     cute.gemm(c.qk_ss, s.acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, s.acc)
-                if const_expr(count == cfg.exp_start):
-                    if j > 0:
-                        cute.arch.mbarrier_wait(c.p_empty + buf, (((tile - 1) >> 1) & 1) ^ 1)
                 for _ in cutlass.range_constexpr(cfg.exp_each):
                     if const_expr(count >= cfg.exp_start and done < 32):
                         l0, l1 = self.exponential(c, s, done, l0, l1)
                         done += 1
                         if const_expr(done % 8 == 0):
-                            if j > 0:
-                                self.store_p(c, s, done // 8 - 1, buf)
+                            self.store_p(c, s, done // 8 - 1, buf)
                         if const_expr(done == 32):
-                            if j > 0:
-                                self.publish(c, s, buf, f0, f1, need)
+                            self.publish(c, s, buf, f0, f1, need)
                 if const_expr(count == cfg.gate_left):
-                    if j > 0:
-                        self.arrive(c.go + buf)
+                    self.arrive(c.go + buf)
                 if const_expr(count == cfg.gate_right):
-                    if j > 0:
-                        self.arrive(c.go + 2 + buf)
+                    self.arrive(c.go + 2 + buf)
                 count += 1
             if const_expr(e >= 0):
                 slot += 1
@@ -641,13 +689,11 @@ class DecodeDense:
         warpgroup.commit_group()
         for gate, barrier in ((cfg.gate_left, c.go + buf), (cfg.gate_right, c.go + 2 + buf)):
             if const_expr(gate == -1):
-                if j > 0:
-                    self.arrive(barrier)
+                self.arrive(barrier)
         warpgroup.wait_group(0)
         for gate, barrier in ((cfg.gate_left, c.go + buf), (cfg.gate_right, c.go + 2 + buf)):
             if const_expr(gate == -2):
-                if j > 0:
-                    self.arrive(barrier)
+                self.arrive(barrier)
         if const_expr(cfg.has_rope):
             self.release(c.rope_empty, c.rank)
         return slot, phase, l0, l1
@@ -700,7 +746,7 @@ class DecodeDense:
         self, c: cutlass.Constexpr, s: cutlass.Constexpr, tile: Int32, f0: Float32, f1: Float32, need: Int32,
         l0: Float32, l1: Float32,
     ):  # fmt: skip
-        """The last tile of a piece: nothing to overlap with, so both gates open at once."""
+        """The last tile of the CTA: nothing to overlap with, so both gates open at once."""
         buf = tile & 1
         cute.arch.mbarrier_wait(c.p_empty + buf, ((tile >> 1) & 1) ^ 1)
         for k in cutlass.range_constexpr(4):
@@ -742,6 +788,7 @@ class DecodeDense:
                     else:
                         lse[batch, c.kv_head * heads + row % heads, token0 + row // heads] = lse2 * Float32(LN2)
         self.arrive(c.sum_full)
+        self.arrive(c.piece_empty + index)
 
     # ------------------------------------------------------------------ O += P V
 
@@ -757,10 +804,13 @@ class DecodeDense:
         accs = [pv.make_fragment_C(pv.partition_shape_C((64, 128))) for _ in range(2)]
         row0 = c.warp * 16 + c.lane // 4
         pv.set(warpgroup.Field.ACCUMULATE, True)
-        slot, tile, piece = 2 * half, Int32(0), Int32(0)  # slot of this half's first quarter
+        slot, tile, piece = 2 * half, Int32(1), Int32(0)  # slot of this half's first quarter
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
-        while tiles >= 0:
+        if tiles > 0:
+            cute.arch.mbarrier_wait(c.go + half * 2, 0)  # the zeros before the first tile
+            self.arrive(c.p_empty)
+        while tiles > 0:
             for acc in accs:
                 acc.fill(0.0)
             slot += cfg.q_regs // 2
@@ -839,29 +889,54 @@ class DecodeDense:
     ):  # fmt: skip
         """O, divided by its sums: fp32 partials of a split request, else the output rows."""
         heads = self.config.heads
-        split_slot, s_q = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index]
+        split_slot, rows = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index] * heads
         token0, batch = c.piece[TOKEN0, index], c.piece[BATCH_COORD, index]
-        column = half * 256 + (c.lane % 4) * 2
         for side in cutlass.range_constexpr(2):
             row = c.m_block * 64 + row0 + 8 * side
-            if row < s_q * heads:
-                if split_slot >= 0:
-                    line = c.out_accum[split_slot, c.kv_head * c.s_q_max * heads + row, None]
-                    self.store_row(line, accs, column, side, Float32)
-                else:
-                    line = c.out[batch, token0 + row // heads, c.kv_head * heads + row % heads, None]
-                    self.store_row(line, accs, column, side, self.dtype)
+            # Lanes exchange values, so all take part; those of rows behind the end do not store.
+            if split_slot >= 0:
+                line = c.out_accum[split_slot, c.kv_head * c.s_q_max * heads + row, None]
+                self.store_row(line, accs, c, half, side, row < rows, Float32)
+            else:
+                line = c.out[batch, token0 + row // heads, c.kv_head * heads + row % heads, None]
+                self.store_row(line, accs, c, half, side, row < rows, self.dtype)
 
     @cute.jit
     def store_row(
-        self, line: cute.Tensor, accs: cutlass.Constexpr, column: Int32, side: cutlass.Constexpr,
-        dtype: cutlass.Constexpr,
+        self, line: cute.Tensor, accs: cutlass.Constexpr, c: cutlass.Constexpr, half: Int32,
+        side: cutlass.Constexpr, is_row: Boolean, dtype: cutlass.Constexpr,
     ):  # fmt: skip
-        """This thread's column pairs of one row."""
-        base = cute.make_ptr(dtype, (line.iterator + column).toint(), cute.AddressSpace.gmem, assumed_align=dtype.width // 4)
-        pair = cute.make_rmem_tensor(2, dtype)
+        """Half a row from the four lanes that share it, as 16-byte stores.
+
+        A lane holds column pairs 8 i + 2 lane; in groups of 16 bytes per pair count (4 for 16-bit elements, 2 for fp32)
+        the lanes transpose, so that each ends with adjacent columns. Pairs stored as they are cost four times (16-bit)
+        or twice (fp32) as many store instructions, 4,000 cycles of a piece's epilogue.
+        """
+        # Through a shuffle, which stays where it is written: addresses hoisted out of the piece loop would spill.
+        quad = cute.arch.shuffle_sync_bfly(c.lane, 0) % 4
+        groups = 4 if const_expr(dtype.width == 16) else 2
+        column = half * 256 + (quad * 8 if const_expr(groups == 4) else quad % 2 * 8 + quad // 2 * 4)
+        base = cute.make_ptr(dtype, (line.iterator + column).toint(), cute.AddressSpace.gmem, assumed_align=16)
+        pairs = cute.make_rmem_tensor(cute.make_layout((2, groups), stride=(1, 2)), dtype)
+        words = cute.recast_tensor(cute.make_tensor(pairs.iterator, cute.make_layout(2 * groups)), Int32)
+        per = 4 // groups  # 32-bit words of a pair
         for h in cutlass.range_constexpr(2):
-            for i in cutlass.range_constexpr(16):
-                pair[0] = accs[h][i * 4 + 2 * side].to(dtype)
-                pair[1] = accs[h][i * 4 + 2 * side + 1].to(dtype)
-                cute.autovec_copy(pair, cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(2)))
+            for i in cutlass.range_constexpr(0, 16, groups):
+                for g in cutlass.range_constexpr(groups):
+                    pairs[0, g] = accs[h][(i + g) * 4 + 2 * side].to(dtype)
+                    pairs[1, g] = accs[h][(i + g) * 4 + 2 * side + 1].to(dtype)
+                for step in (1, 2):
+                    if const_expr(step < groups):
+                        odd = (quad & step) != 0
+                        for g in cutlass.range_constexpr(groups):
+                            if const_expr(g & step == 0):
+                                for w in cutlass.range_constexpr(per):
+                                    low, high = words[g * per + w], words[(g + step) * per + w]
+                                    sent = cute.arch.shuffle_sync_bfly(low if odd else high, step)
+                                    words[g * per + w] = sent if odd else low
+                                    words[(g + step) * per + w] = high if odd else sent
+                if is_row:
+                    cute.autovec_copy(
+                        cute.make_tensor(pairs.iterator, cute.make_layout(2 * groups)),
+                        cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(2 * groups)),
+                    )
