@@ -3,30 +3,35 @@
     scores   S[r, j] = <q_r, k_j>             q [R, d_qk], k [n, d_qk]
     weigh    o[r]    = sum_j w_rj v_j         w [R, n],    v [n, d_v]
 
-`WideProducts` widens everything to fp32 and calls torch.mm. `NarrowProducts` keeps bf16: torch.mm would round its
-result to bf16, whose 8 bits are too few for a logit, so it calls the microkernel underneath (bf16 operands, fp32
-accumulation and result), which libtorch exports. On one Zen 5 core and 128 rows that is 500 against 106 GFLOP/s.
+`NarrowProducts` keeps bf16, for which torch.mm is of no use: it rounds its result to bf16, whose 8 bits are too few
+for a logit. It calls the microkernel underneath, which libtorch exports: bf16 operands, fp32 accumulation and result.
+`WideProducts` widens everything to fp32 and calls the microkernel's fp32 form. `PortableProducts` does the same with
+torch.mm, everywhere. On one Zen 5 core, GFLOP/s of scores with 16 and 128 rows:
+
+    NarrowProducts 420, 500      WideProducts 140, 160      PortableProducts 61, 106
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from openmla.backends.torch.workers import Scratch
+from openmla.core import env
 
 # at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add_C, const BFloat16* A, const BFloat16* B, float* C, is_vnni):
-# C [M, N] = A [M, K] @ B, where B holds pairs of consecutive k side by side: [K / 2, N, 2]. The mangled name spells
-# the argument types, so a changed signature is a missing symbol.
-_BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+# C [M, N] = A [M, K] @ B, where B of bf16 holds pairs of consecutive k side by side: [K / 2, N, 2]. The same with
+# float for BFloat16 and is_vnni false takes B [K, N] as it is. The mangled names spell the argument types, so a
+# changed signature is a missing symbol.
+_BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPK"
+_BF16, _FP32 = "N3c108BFloat16ES5_Pfb", "fS3_Pfb"
 # On a CPU it was not made for, the microkernel throws, which would end the process: only builds that were tried.
 _TRIED_TORCH = ("2.13.",)
 _ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -41,8 +46,8 @@ _SCORES = 65_536  # elements of a tile's scores that longer tiles may not exceed
 Microkernel = Callable[..., None]
 
 
-class WideProducts:
-    """Both products in fp32."""
+class PortableProducts:
+    """Both products in fp32, by torch.mm."""
 
     def __init__(self, q: torch.Tensor) -> None:
         self.q = q.float()
@@ -59,29 +64,52 @@ class WideProducts:
         return torch.mm(weights, v, out=out)
 
 
-class NarrowProducts:
-    """Both products with bf16 operands and fp32 results; weights are rounded to bf16."""
+class _MicrokernelProducts:
+    """What the two forms of the microkernel share: keys are the left operand, read where they lie."""
 
-    def __init__(self, q: torch.Tensor, brgemm: Microkernel) -> None:
-        real, d_qk = q.shape
+    def __init__(self, q: torch.Tensor, brgemm: Microkernel, pairs: int) -> None:
+        real, self.d_qk = q.shape
         self.brgemm = brgemm
         self.rows = -(-real // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        self.d_qk = d_qk
-        # [d_qk / 2, R, 2]: pairs of columns of q as one 32-bit element, transposed.
-        self.q_pairs = torch.zeros((d_qk // 2, self.rows), dtype=torch.int32, device="cpu")
-        self.q_pairs[:, :real] = q.contiguous().view(torch.int32).t()
+        self.is_paired = pairs == 2
+        # The small right operand is the one that is rearranged: [d_qk / pairs, R], 4 bytes each.
+        self.q_flipped = torch.zeros((self.d_qk // pairs, self.rows), dtype=torch.int32, device="cpu")
+        self.q_flipped[:, :real] = q.contiguous().view(torch.int32).t()
 
     def scores(self, k: torch.Tensor, factor: float, scratch: Scratch) -> torch.Tensor:
         """Factor * q @ k^T, fp32 [R, n], in scratch; R is padded. Rows beyond those of q are 0."""
         keys, rows = k.shape[0], self.rows
         flipped = scratch.take("flipped", torch.float32, keys, rows)
-        # Keys are the left operand, read where they lie; the small q is the one that was rearranged.
         self.brgemm(
             keys, rows, self.d_qk, k.stride(0), rows, rows, False,
-            k.data_ptr(), self.q_pairs.data_ptr(), flipped.data_ptr(), True,
+            k.data_ptr(), self.q_flipped.data_ptr(), flipped.data_ptr(), self.is_paired,
         )  # fmt: skip
         # Scaling before the transposition runs at memory speed; a transposing multiply is twice as slow.
         return scratch.take("scores", torch.float32, rows, keys).copy_(flipped.mul_(factor).t())
+
+
+class WideProducts(_MicrokernelProducts):
+    """Both products in fp32."""
+
+    def __init__(self, q: torch.Tensor, brgemm: Microkernel) -> None:
+        super().__init__(q.float(), brgemm, pairs=1)
+
+    def weigh(self, weights: torch.Tensor, v: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+        """Weights @ v, fp32 [R, d_v], in scratch."""
+        keys, d_v = v.shape
+        out = scratch.take("weighted", torch.float32, self.rows, d_v)
+        self.brgemm(
+            self.rows, d_v, keys, keys, v.stride(0), d_v, False,
+            weights.data_ptr(), v.data_ptr(), out.data_ptr(), False,
+        )  # fmt: skip
+        return out
+
+
+class NarrowProducts(_MicrokernelProducts):
+    """Both products with bf16 operands and fp32 results; weights are rounded to bf16."""
+
+    def __init__(self, q: torch.Tensor, brgemm: Microkernel) -> None:
+        super().__init__(q, brgemm, pairs=2)
 
     def weigh(self, weights: torch.Tensor, v: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """Weights @ v, fp32 [R, d_v], in scratch."""
@@ -101,7 +129,7 @@ class NarrowProducts:
         return out
 
 
-Products = WideProducts | NarrowProducts
+Products = PortableProducts | WideProducts | NarrowProducts
 
 
 class Arithmetic(NamedTuple):
@@ -124,41 +152,51 @@ class Arithmetic(NamedTuple):
 
 
 def arithmetic_for(dtype: torch.dtype, d_qk: int, d_v: int) -> Arithmetic:
-    """The arithmetic for queries of that dtype: bf16 products where this machine has them."""
-    brgemm = _microkernel() if dtype == torch.bfloat16 and d_qk % 2 == 0 and d_v % 16 == 0 else None
+    """The arithmetic for queries of that dtype: the microkernel where this machine has it."""
+    found = microkernels() if d_qk % 2 == 0 and d_v % 16 == 0 else None
     # Turning oneDNN off turns the microkernel off too, at any time.
-    if brgemm is None or not torch.backends.mkldnn.enabled:
-        return Arithmetic(WideProducts, torch.float32, 1, 1024)
-    return Arithmetic(partial(NarrowProducts, brgemm=brgemm), torch.bfloat16, _KEY_MULTIPLE, 2048)
+    if found is None or not torch.backends.mkldnn.enabled:
+        return Arithmetic(PortableProducts, torch.float32, 1, 1024)
+    if dtype == torch.bfloat16:
+        return Arithmetic(partial(NarrowProducts, brgemm=found[0]), torch.bfloat16, _KEY_MULTIPLE, 2048)
+    return Arithmetic(partial(WideProducts, brgemm=found[1]), torch.float32, _KEY_MULTIPLE, 1024)
 
 
 @cache
-def _microkernel() -> Microkernel | None:
-    """The bf16 microkernel of this process's libtorch, or None."""
+def microkernels() -> tuple[Microkernel, Microkernel] | None:
+    """The bf16 and the fp32 microkernel of this process's libtorch, or None."""
     supported = (
         sys.platform == "linux"
         and platform.machine() == "x86_64"
         and torch.__version__.startswith(_TRIED_TORCH)
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and torch.cpu._is_avx512_bf16_supported()
-        and not any(name in os.environ for name in _ISA_LIMITS)
+        and not env.any_is_set(*_ISA_LIMITS)
     )
     if not supported:
         return None
     try:
-        brgemm: Any = getattr(ctypes.CDLL(str(Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so")), _BRGEMM)
+        library = ctypes.CDLL(str(Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"))
+        bf16, fp32 = (getattr(library, _BRGEMM + types) for types in (_BF16, _FP32))
     except (OSError, AttributeError):
         return None
     size, flag, address = ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p
-    brgemm.argtypes = [size] * 6 + [flag] + [address] * 3 + [flag]
-    brgemm.restype = None
-    return brgemm if _is_right(brgemm) else None
+    for each in (bf16, fp32):
+        each.argtypes = [size] * 6 + [flag] + [address] * 3 + [flag]
+        each.restype = None
+    return (bf16, fp32) if _are_right(bf16, fp32) else None
 
 
-def _is_right(brgemm: Microkernel) -> bool:
-    """Does it multiply as described? One product of small integers, exact in bf16 and fp32."""
-    k = (torch.arange(64 * 32) % 7 - 3).view(64, 32).to(torch.bfloat16)
-    q = (torch.arange(16 * 32) % 5 - 2).view(16, 32).to(torch.bfloat16)
+def _are_right(bf16: Microkernel, fp32: Microkernel) -> bool:
+    """Do they multiply as described? Small integers, exact in bf16 and fp32."""
+    k = (torch.arange(64 * 32, device="cpu") % 7 - 3).view(64, 32).float()
+    q = (torch.arange(16 * 32, device="cpu") % 5 - 2).view(16, 32).float()
+    scratch = Scratch()
     with torch.no_grad():
-        found = NarrowProducts(q, brgemm).scores(k, 1.0, Scratch())
-    return torch.equal(found, q.float() @ k.float().t())
+        for products, like in ((NarrowProducts(q.bfloat16(), bf16), k.bfloat16()), (WideProducts(q, fp32), k)):
+            if not torch.equal(products.scores(like, 1.0, scratch), q @ k.t()):
+                return False
+            if not torch.equal(products.weigh(k.t()[:16].contiguous(), like, scratch), k.t()[:16] @ k):
+                return False
+    return True
