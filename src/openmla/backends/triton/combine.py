@@ -28,7 +28,8 @@ def write_empty(
 ):  # fmt: skip
     """Out 0 and lse -inf for tokens begin to end - 1."""
     column = tl.arange(0, DIMS[2])
-    zeros = tl.zeros((DIMS[2],), out_ptr.dtype.element_ty)
+    D_LATENT: tl.constexpr = DIMS[2]
+    zeros = tl.zeros((D_LATENT,), out_ptr.dtype.element_ty)
     for token in range(begin, end):
         place = tl.cast(token, tl.int64)
         for head in range(0, H_Q):
@@ -113,7 +114,8 @@ def combine_kernel(
             peak = tl.maximum(peak, tl.load(lse_accum_ptr + place + split * rows, mask=valid, other=float("-inf")))
         shift = tl.where(peak == float("-inf"), 0.0, peak)
         mass = tl.zeros((BLOCK_ROWS,), tl.float32)
-        acc = tl.zeros((BLOCK_ROWS, DIMS[2]), tl.float32)
+        D_LATENT: tl.constexpr = DIMS[2]
+        acc = tl.zeros((BLOCK_ROWS, D_LATENT), tl.float32)
         for split in range(0, splits):
             part = place + split * rows
             weight = tl.exp2(tl.load(lse_accum_ptr + part, mask=valid, other=float("-inf")) - shift)

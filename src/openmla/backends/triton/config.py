@@ -27,6 +27,9 @@ CHUNK_TOKENS = 4096  # piece length of the policy batch_invariant
 MIN_SPLIT_KEYS = 256  # a sparse split shorter than this costs more to merge than it saves
 
 
+_ANY = 1 << 31
+
+
 @dataclass(frozen=True)
 class Config:
     """How to run an attention kernel."""
@@ -38,24 +41,36 @@ class Config:
     ctas_per_sm: int = 1  # programs that are resident together
 
 
-# family -> (most rows per request and KV head, configs to try in order). The last row serves all larger counts.
-_TABLE: dict[str, tuple[tuple[int, tuple[Config, ...]], ...]] = {
-    "hopper": (
-        (16, (Config(16, 64, 4, 2), Config(16, 32, 4, 2))),
-        (32, (Config(32, 64, 8, 2), Config(32, 32, 4, 2))),
-        (1 << 31, (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 1))),
+# (family, kind of cache) -> (most rows per request and KV head, configs to try in order). The last row has no limit.
+_TABLE: dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]] = {
+    ("hopper", "plain"): (
+        (16, (Config(16, 32, 4, 3, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
+        (32, (Config(32, 64, 8, 3), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
+        (_ANY, (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
     ),
-    "ampere": (
-        (16, (Config(16, 32, 4, 3), Config(16, 32, 4, 2), Config(16, 16, 4, 1))),
-        (32, (Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 1))),
-        (1 << 31, (Config(64, 32, 8, 2), Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 1))),
+    ("hopper", "bytes"): (
+        (16, (Config(16, 32, 8, 1),)),
+        (_ANY, (Config(64, 32, 8, 1), Config(32, 16, 8, 1))),
     ),
-    "cdna3": (
+    ("ampere", "plain"): (
+        (16, (Config(16, 32, 4, 3), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
+        (32, (Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
+        (_ANY, (Config(64, 16, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
+    ),
+    ("ampere", "bytes"): (
+        (16, (Config(16, 32, 8, 1), Config(16, 16, 8, 1))),
+        (_ANY, (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1))),
+    ),
+    ("cdna3", "plain"): (
         (16, (Config(16, 32, 4, 1), Config(16, 16, 4, 1))),
-        (1 << 31, (Config(64, 32, 4, 1), Config(64, 16, 4, 1))),
+        (_ANY, (Config(64, 16, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1))),
     ),
-    "interpreter": ((1 << 31, (Config(16, 16, 1, 1),)),),
+    ("cdna3", "bytes"): (
+        (16, (Config(16, 16, 4, 1),)),
+        (_ANY, (Config(32, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
 }
+_INTERPRETED = (Config(16, 16, 1, 1),)
 # fp32 dot products run on the ordinary cores (exact, no tf32): small tiles, since neither operand nor sum is narrow.
 _WIDE = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
 
@@ -97,15 +112,22 @@ def dims(problem: AnyProblem) -> tuple[int, int, int, int]:
     return (problem.d_qk, problem.d_v, padded(problem.d_v), padded(problem.d_qk - problem.d_v))
 
 
+def layouts(problem: AnyProblem) -> tuple[KVLayout, ...]:
+    """The layouts of a problem's caches; none for rows that are a plain tensor."""
+    if isinstance(problem, SparsePrefillProblem):
+        return ()
+    extra = problem.extra if isinstance(problem, SparseDecodeProblem) else None
+    return (problem.layout, extra.layout) if extra else (problem.layout,)
+
+
+def has_bytes(problem: AnyProblem) -> bool:
+    """True when a cache has a byte layout, whose tiles pass through registers on their way to shared memory."""
+    return any(layout.is_quantised for layout in layouts(problem))
+
+
 def is_wide(problem: AnyProblem) -> bool:
     """Dots in fp32: fp32 operands, and byte layouts (whose values are bf16) with queries that are not bf16."""
-    if problem.dtype == torch.float32:
-        return True
-    layouts = [] if isinstance(problem, SparsePrefillProblem) else [problem.layout]
-    if isinstance(problem, SparseDecodeProblem) and problem.extra is not None:
-        layouts.append(problem.extra.layout)
-    # A cache of plain elements has the dtype of q.
-    return problem.dtype != torch.bfloat16 and any(layout.is_quantised for layout in layouts)
+    return problem.dtype == torch.float32 or (problem.dtype != torch.bfloat16 and has_bytes(problem))
 
 
 def stored_rows(layout: KVLayout, page_size: int) -> tuple[str, str, int, int, int, int, int, int]:
@@ -127,12 +149,22 @@ def rows(problem: AnyProblem) -> int:
     return group * problem.s_q if isinstance(problem, DecodeProblem) else group
 
 
-def shared_bytes(config: Config, problem: AnyProblem) -> int:
-    """Shared memory of a tile, from above: queries, num_stages KV tiles, weights, and 2 KB for reductions."""
+def shared_bytes(config: Config, problem: AnyProblem, target: Target) -> int:
+    """Shared memory of a tile, from above (tests/compile holds it against what the compiler says).
+
+    Queries, KV tiles and weights during the loop; queries and the turned-over result after it. A loop of s stages keeps
+    s tiles for wgmma, which reads them while the next ones arrive, else s - 1; a byte layout may keep a tile and its
+    transpose. gfx942 holds queries in registers and has 64 KB, so the result is turned over in the dtype of q.
+    """
     itemsize = 4 if is_wide(problem) else problem.dtype.itemsize
-    columns = sum(dims(problem)[2:])
-    kv = config.block_n * columns * max(config.num_stages, 1)
-    return itemsize * (config.block_m * columns + kv + config.block_m * config.block_n) + 2048
+    _, _, latent, rope = dims(problem)
+    q, tile = itemsize * config.block_m * (latent + rope), itemsize * config.block_n * (latent + rope)
+    weights = itemsize * config.block_m * config.block_n + 1024
+    if family(target) == "cdna3":
+        return max(tile * config.num_stages + weights, itemsize * config.block_m * latent)
+    has_wgmma = family(target) == "hopper" and config.block_m >= 64
+    buffers = 2 if has_bytes(problem) else max(config.num_stages - (not has_wgmma), 1)
+    return q + max(tile * buffers + weights, 4 * config.block_m * latent)
 
 
 def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:
@@ -140,11 +172,15 @@ def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:
     name = family(target)
     if name is None:
         return ()
-    if is_wide(problem) and name != "interpreter":
+    if name == "interpreter":
+        return _INTERPRETED
+    if is_wide(problem):
         listed = _WIDE
     else:
-        listed = next(configs for most, configs in _TABLE[name] if rows(problem) <= most)
-    return tuple(each for each in listed if not target.smem_bytes or shared_bytes(each, problem) <= target.smem_bytes)
+        table = _TABLE[name, "bytes" if has_bytes(problem) else "plain"]
+        listed = next(configs for most, configs in table if rows(problem) <= most)
+    fits = target.smem_bytes or 1 << 31
+    return tuple(each for each in listed if shared_bytes(each, problem, target) <= fits)
 
 
 def supports(problem: AnyProblem, target: Target) -> Verdict:

@@ -15,6 +15,9 @@ the problem; lengths are read on the device.
 Plans cannot be stale: the last piece of a request ends where the request ends now, other pieces shrink to what is
 there, so every key is read once by somebody, whatever lengths the plan was made for. It is only balanced for those.
 
+Loops keep what does not change inside them (disable_licm): hoisted, the addresses of queries in shared memory alone
+would take 72 registers beside the accumulator's 128, and go to the stack.
+
 Deep dive: docs/kernels/triton.md
 """
 
@@ -128,7 +131,7 @@ def attend_range(
 
     [begin, end) is what each row sees, [hull_begin, hull_end) what any of the rows sees.
     """
-    for index in range(low, high):
+    for index in tl.range(low, high, disable_licm=True):
         start = (index + tl.where(index < turn, 0, step)) * BLOCK_N
         place = start + tl.arange(0, BLOCK_N)
         page, offset, present, stray = load_page(table, start, hull_end, num_pages, PAGE_SIZE, BLOCK_N)
@@ -165,7 +168,8 @@ def attend_piece(
     """
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, DIMS[2]), tl.float32)
+    D_LATENT: tl.constexpr = DIMS[2]
+    acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)
     begin, end = visible(token, count, length, IS_CAUSAL, WINDOW)
     hull_begin, low_end = visible(token_low, count, length, IS_CAUSAL, WINDOW)
     high_begin, hull_end = visible(token_high, count, length, IS_CAUSAL, WINDOW)
@@ -241,7 +245,7 @@ def decode_kernel(
     head = kv_head * GROUP + row % GROUP
     column = tl.arange(0, DIMS[2])
     strays = tl.zeros((BLOCK_N,), tl.int32)
-    for request in range(tl.load(metadata), tl.load(metadata + 1) + 1):
+    for request in tl.range(tl.load(metadata), tl.load(metadata + 1) + 1, disable_licm=True):
         first, count = query_span(cu_ptr, request, total_q, s_q, IS_VARLEN)
         length = request_length(seqlens_ptr, request, capacity, fault_ptr, tl.program_id(0) == 0)
         rows = tl.minimum(count, s_q) * GROUP  # a longer request than was announced: `combine` writes the rest
@@ -261,7 +265,7 @@ def decode_kernel(
         q_latent, q_rope = load_queries(query, valid, DIMS)
         splits = tl.load(num_splits_ptr + request + 1) - tl.load(num_splits_ptr + request)
         here = pieces_here(metadata, request, splits, chunk_blocks)
-        for index in range(0, here):
+        for index in tl.range(0, here, disable_licm=True):
             split, first_block, end_block = piece_at(
                 metadata, request, splits, index, (length + BLOCK_N - 1) // BLOCK_N, chunk_blocks
             )  # fmt: skip

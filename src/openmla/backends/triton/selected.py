@@ -47,7 +47,7 @@ def attend_selection(
     blocks = (topk + BLOCK_N - 1) // BLOCK_N
     low = split * blocks // SPLITS
     high = tl.minimum((split + 1) * blocks // SPLITS, (length + BLOCK_N - 1) // BLOCK_N)
-    for block in range(low, high):
+    for block in tl.range(low, high, disable_licm=True):
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
         listed = place < length
         slot = tl.load(indices + place, mask=listed, other=-1)
@@ -126,7 +126,8 @@ def selected_kernel(
     q_latent, q_rope = q_latent.to(COMPUTE), q_rope.to(COMPUTE)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, DIMS[2]), tl.float32)
+    D_LATENT: tl.constexpr = DIMS[2]
+    acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)
     strays = tl.zeros((BLOCK_N,), tl.int32)
     length = selection_length(
         length_ptr + batch * length_batch_stride + place * length_token_stride, topk, fault_ptr, is_reporter, HAS_LENGTH
