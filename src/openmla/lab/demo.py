@@ -351,6 +351,8 @@ def _sweep(
 ) -> list[Rate]:  # fmt: skip
     """Batch 4, the model's head count, growing context: plain and FP8 cache, and the expanded form for comparison."""
     device = paged.cache.device
+    if target.is_cuda:
+        paged.model.to(torch.bfloat16)  # the expanded form in the number format of the series it is compared with
     attention, expand = paged.stock(0)
     narrow, wide = ("bf16_576", torch.bfloat16), ("fp32_576", torch.float32)
     series = [narrow, ("fp8_656", torch.bfloat16)] if target.is_cuda else [wide, narrow, ("fp8_656", torch.bfloat16)]
