@@ -46,7 +46,9 @@ class Case:
     policy: str = "balanced"
     chunk: int = 256
     parts: int = SMS
-    overhead: int = 1
+    unit: int = 16  # tokens per block of the plan
+    overhead: int = 4
+    share: int = 1
     scale: float = 1.0
     bad_page: bool = False
     strided: bool = False
@@ -68,8 +70,11 @@ CHECKS = (
     Case("heads8_s2_causal_sink", (500, 64, 1, 3000), h_q=8, s_q=2, causal=True, sink=True),
     Case("rows32", (4096, 100, 333), h_q=32),
     Case("rows32_causal", (700, 100, 12), h_q=16, s_q=2, causal=True, sink=True),
-    Case("rows64", (4096, 100, 333), h_q=64),
-    Case("rows64_causal", (700, 100, 12), h_q=16, s_q=4, causal=True),
+    Case("unit8", (4096, 100, 333, 0, 7), unit=8),
+    Case("unit64", (4096, 100, 333, 0, 7), unit=64, overhead=1),
+    Case("uneven_cuts", (5000, 2500, 90), parts=13),
+    Case("many_pieces", (131072,), chunk=128, policy="batch_invariant"),
+    Case("units_shared", (7000, 7000, 7000, 7000), h_q=32, parts=40),
     Case("h_kv2", (900, 130), h_q=32, h_kv=2, parts=66),
     Case("fp16", (900, 130, 5), dtype=torch.float16),
     Case("page128", (900, 130, 5), page=128),
@@ -152,7 +157,6 @@ class Operator:
         self.case, self.x = case, x
         self.decode, self.merge, self.planner = fns[kernel], fns[combine], fns["decode_plan"]
         self.fused = not kernel.endswith("_part")
-        self.keys = 32 if "_k32" in kernel else 64
         padded = int(kernel.split("_")[2]) * case.h_kv  # query rows as the kernel counts them
         self.counters = torch.zeros((2, len(case.lengths) * case.h_kv, 1), dtype=torch.int32, device="cuda")
         batch, rows = len(case.lengths), case.s_q * case.h_q
@@ -168,19 +172,19 @@ class Operator:
         self.out_accum = torch.full((slots, width), nan, **dev)
         self.lse_accum = torch.full((slots, stats), nan, **dev)
         self.faults = torch.zeros(1, dtype=torch.int32, **dev)
-        self.chunk_blocks = case.chunk // self.keys if case.policy == "batch_invariant" else 0
+        self.chunk_blocks = case.chunk // case.unit if case.policy == "batch_invariant" else 0
         self.scale_log2 = x.softmax_scale * LOG2_E
 
     def plan(self) -> None:
         case = self.case
         capacity = self.x.max_pages * case.page
-        self.planner(self.x.lengths, self.metadata, self.num_splits, self.faults, capacity, self.keys, case.overhead, 1,
+        self.planner(self.x.lengths, self.metadata, self.num_splits, self.faults, capacity, case.unit, case.overhead, case.share,
                      self.chunk_blocks)  # fmt: skip
 
     def run(self) -> None:
         x, case = self.x, self.case
         self.decode(x.q, x.kv, x.table, x.lengths, self.metadata, self.num_splits, self.out, self.lse, self.out_accum,
-                    self.lse_accum, x.sink, self.counters, self.faults, self.scale_log2, int(case.causal), self.chunk_blocks,
+                    self.lse_accum, x.sink, self.counters, self.faults, self.scale_log2, int(case.causal), case.unit, self.chunk_blocks,
                     int(case.sink))  # fmt: skip
         if not self.fused:
             partials = self.out_accum.view(self.out_accum.shape[0], -1, 512)
@@ -224,7 +228,7 @@ def oracle(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def kernel_name(case: Case) -> str:
     rows = case.s_q * case.h_q // case.h_kv
-    size = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    size = 16 if rows <= 16 else 32
     dtype = "bf16" if case.dtype == torch.bfloat16 else "fp16"
     return f"small_{dtype}_{size}" + ("" if case.d_qk == 576 else f"_d{case.d_qk}")
 
@@ -247,7 +251,7 @@ def check(fns: Functions, case: Case, suffix: str = "") -> str:
         torch.cuda.synchronize()
         assert not op.counters.any(), "counters: not back at zero"
         plan = plan_decode(case.lengths, case.parts, policy=case.policy, overhead_blocks=case.overhead,
-                           block_tokens=op.keys, chunk_tokens=case.chunk)  # fmt: skip
+                           block_tokens=case.unit, min_share_blocks=case.share, chunk_tokens=case.chunk)  # fmt: skip
         assert torch.equal(op.metadata.cpu(), plan.tile_scheduler_metadata()), "plan: metadata differs"
         assert torch.equal(op.num_splits.cpu(), plan.num_splits_tensor()), "plan: num_splits differs"
         assert torch.isfinite(op.out).all(), f"out: {(~torch.isfinite(op.out)).sum().item()} elements not finite"
@@ -295,13 +299,12 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
 
 def run_checks(library: str, names: list[str], limit: float = 25.0) -> int:
     """Each case in its own process: a hang or a dead context costs one line. Stops when nothing works."""
-    narrow = ("one_key", "split_partial", "batch", "batch_few_parts", "invariant", "heads8_s2_causal_sink", "bad_page")
-    names = names or ["plans", *(case.name for case in CHECKS), *(f"{name}+k32" for name in narrow)]
+    names = names or ["plans", *(case.name for case in CHECKS)]
     verdicts: list[str] = []
     running: list[tuple[str, subprocess.Popen[str], float]] = []
     waiting = list(names)
     while waiting or running:
-        while waiting and len(running) < (8 if "ok" in verdicts else 3):
+        while waiting and len(running) < (13 if "ok" in verdicts else 3):
             command = [sys.executable, __file__, library, "one", waiting[0]]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             # the first processes read PyTorch from a cold disk
@@ -414,8 +417,8 @@ def peer(x: Inputs):
 
 # (batch, s_k, h_q): the few-row cells of the anchor table
 CELLS = ((1, 4096, 16), (1, 32768, 16), (1, 131072, 16), (4, 4096, 16), (4, 32768, 16), (4, 131072, 16), (16, 4096, 16),
-         (16, 32768, 16), (16, 131072, 16), (32, 1024, 16), (128, 4096, 16), (128, 16384, 16), (128, 4096, 64),
-         (128, 16384, 64))  # fmt: skip
+         (16, 32768, 16), (16, 131072, 16), (32, 1024, 16), (128, 4096, 16), (128, 16384, 16), (128, 4096, 32),
+         (128, 16384, 32))  # fmt: skip
 
 
 def run_times(library: str, only: list[str]) -> None:
@@ -424,7 +427,8 @@ def run_times(library: str, only: list[str]) -> None:
     read = read_bandwidth()
     name = torch.cuda.get_device_name()
     print(f"{name}: read-only {read:.0f} GB/s", flush=True)
-    variants = json.loads(os.environ.get("VARIANTS", "[]"))  # [suffix, combine columns, overhead, with plan]
+    # [suffix, tokens per plan block, overhead tokens, least tokens per part, with the plan inside]
+    variants = json.loads(os.environ.get("VARIANTS", "[]"))
     for batch, s_k, h_q in CELLS:
         tag = f"b{batch}_h{h_q}_k{s_k}"
         if only and tag not in only:
@@ -435,15 +439,17 @@ def run_times(library: str, only: list[str]) -> None:
         call = peer(x)
         if call is not None:
             graphs["flash_mla"] = graph_of(call)
-        chosen = variants or [["", 512 if batch >= 64 else 128, 1, False]]
+        chosen = variants or [["", 16, 64, 64, False]]
         ops = []
-        for suffix, columns, overhead, with_plan in chosen:
-            op = Operator(fns, x, kernel_name(case) + suffix, combine_name(case, columns),
-                          case=replace(case, overhead=overhead))  # fmt: skip
+        for suffix, unit, overhead, share, with_plan in chosen:
+            tuned = replace(case, unit=unit, overhead=overhead // unit, share=max(share // unit, 1))
+            op = Operator(
+                fns, x, kernel_name(case) + suffix, combine_name(case, 512 if batch >= 64 else 128), case=tuned
+            )
             op.plan()
             ops.append(op)
             steps = (lambda o=op: (o.plan(), o.run())) if with_plan else op.run
-            graphs[f"ours{suffix}_c{columns}_o{overhead}" + ("_plan" if with_plan else "")] = graph_of(steps)
+            graphs[f"ours{suffix}_u{unit}_o{overhead}_m{share}" + ("_plan" if with_plan else "")] = graph_of(steps)
         if call is not None:
             ref = call()[0]
             for op in ops:
@@ -452,7 +458,7 @@ def run_times(library: str, only: list[str]) -> None:
         big = batch * s_k > 1 << 20
         moved = batch * s_k * 1152 + 2 * batch * h_q * 1088
         for is_clean in (False, True):
-            result = time_graphs(graphs, rounds=3 if big else 5, repeats=5 if big else 15, is_clean=is_clean)
+            result = time_graphs(graphs, rounds=3, repeats=5 if big else 15, is_clean=is_clean)
             line = f"{tag:16}{'clean' if is_clean else 'dirty'}"
             for who, (median, spread) in result.items():
                 rate = moved / median / 1e3

@@ -49,22 +49,16 @@ class DecodeDenseSmall:
         dtype: cutlass.BFloat16 or cutlass.Float16.
         rows: N, 16, 32 or 64; query rows per KV head, padded.
         d_qk: 576 or 512.
-        keys: per tile and per block of the plan. 64, or 32: half of each score wgmma is then wasted, but a part can be
-            smaller and more of the ring is in flight.
         stages: tiles in the ring.
         fused: merge split requests in this kernel; else leave partials to `openmla.backends.cute.combine`.
     """
 
-    def __init__(self, dtype, rows, d_qk=576, keys=64, stages=2, fused=True):
-        self.dtype, self.n, self.d_qk, self.keys, self.stages, self.fused = dtype, rows, d_qk, keys, stages, fused
-        self.boxes = keys // BOX
+    def __init__(self, dtype, rows, d_qk=576, stages=2, fused=True):
+        self.dtype, self.n, self.d_qk, self.stages, self.fused = dtype, rows, d_qk, stages, fused
+        self.boxes = M // BOX
         self.slices = d_qk // SLICE
-        self.tile_bytes = keys * d_qk * 2
+        self.box_bytes = BOX * d_qk * 2
         self.by_columns = rows <= 32
-        # k-steps of 16 columns that each warpgroup sums
-        steps = d_qk // 16
-        halves = (range(steps // 2), range(steps // 2, steps))
-        self.steps = [list(half) for half in halves] if self.by_columns else [list(range(steps))] * 2
         self.wide = rows > 32  # 128 accumulators per thread: registers move from a producer warpgroup to the consumers
         self.threads = 384 if self.wide else 288
 
@@ -86,7 +80,8 @@ class DecodeDenseSmall:
         faults: cute.Tensor,  # int32 [1]
         scale_log2: Float32,
         is_causal: Int32,
-        chunk_blocks: Int32,
+        unit: Int32,  # tokens per block of the plan, a multiple of 8
+        chunk_blocks: Int32,  # of batch_invariant, together a multiple of 64 tokens; else 0
         has_sink: Int32,
         stream: cuda.CUstream,
     ):
@@ -98,11 +93,8 @@ class DecodeDenseSmall:
         # eight rows of all columns lie together, so that a bulk load reads contiguous memory
         ring_layout = cute.tile_to_shape(atom, (M, self.d_qk), order=(1, 0))
         q_layout, p_layout = tile(self.n, self.d_qk), tile(self.n, M)
-        ring_size = self.stages * self.keys * self.d_qk
+        ring_size = self.stages * M * self.d_qk
         x_size = M * self.n if self.by_columns else 4
-        # scores of the last stage's absent rows are read from what follows the ring: it must be long enough
-        behind = self.n * (self.d_qk + M) * 2 + x_size * 4
-        pad_size = max((M - self.keys) * self.d_qk * 2 - behind, 0) + 16
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
         width = self.n if self.by_columns else self.n // 2
         qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, width))
@@ -130,13 +122,12 @@ class DecodeDenseSmall:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
             x: cute.struct.Align[cute.struct.MemRange[Float32, x_size], 16]
-            pad: cute.struct.MemRange[cutlass.Int8, pad_size]
 
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
             tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum, lse_accum, sink, counters,
-            faults, scale_log2, is_causal, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
+            faults, scale_log2, is_causal, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
             grid=[metadata.shape[0], kv.shape[2], 1],
             block=[self.threads, 1, 1],
@@ -166,6 +157,7 @@ class DecodeDenseSmall:
         faults: cute.Tensor,
         scale_log2: Float32,
         is_causal: Int32,
+        unit: Int32,
         chunk_blocks: Int32,
         has_sink: Int32,
         qk: cute.TiledMma,
@@ -179,8 +171,7 @@ class DecodeDenseSmall:
         st = cutlass.memory.SmemAllocator().allocate(self.Storage)
         full, empty = st.full.data_ptr(), st.empty.data_ptr()
         sm_info = st.info.get_tensor(cute.make_layout(self.stages))
-        stage_step = cute.make_layout(self.stages, stride=self.keys * self.d_qk)
-        # [64 keys, column, stage]; with 32 keys per tile the other 32 rows of a stage are the next stage's
+        stage_step = cute.make_layout(self.stages, stride=M * self.d_qk)
         sm_ring = st.ring.get_tensor(cute.append(ring_layout.outer, stage_step), swizzle=ring_layout.inner)
 
         if warp == 0:
@@ -200,14 +191,14 @@ class DecodeDenseSmall:
                 cute.arch.setmaxregister_decrease(24)
             if warp == 8:
                 self.produce(
-                    tma, tma_kv, kv, table, lengths, metadata, faults, part, head_kv, full, empty, sm_info, sm_ring,
+                    tma, tma_kv, kv, table, lengths, metadata, faults, unit, part, head_kv, full, empty, sm_info, sm_ring,
                 )  # fmt: skip
         else:
             if const_expr(self.wide):
                 cute.arch.setmaxregister_increase(240)
             self.consume(
                 st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum,
-                lse_accum, sink, counters, scale_log2, is_causal, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
+                lse_accum, sink, counters, scale_log2, is_causal, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
                 part, head_kv, warp,
             )  # fmt: skip
 
@@ -228,6 +219,7 @@ class DecodeDenseSmall:
         lengths: cute.Tensor,
         metadata: cute.Tensor,
         faults: cute.Tensor,
+        unit: Int32,
         part: Int32,
         head_kv: Int32,
         full: cutlass.Constexpr,
@@ -250,66 +242,76 @@ class DecodeDenseSmall:
         boxes_per_page = kv.shape[1] // BOX
         policy = Int64(EVICT_FIRST)
         begin_request, end_request = metadata[part, 0], metadata[part, 1]
-        begin_block, last_end = metadata[part, 2], metadata[part, 3]
+        begin, last_end = metadata[part, 2] * unit, metadata[part, 3] * unit  # tokens
         stage = Int32(0)
         phase = Int32(1)  # the first lap finds every stage free
         bad = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
             raw = lengths[request]
-            entry = self.page_of(table, request, begin_block * self.boxes + lane, boxes_per_page)
+            box = begin // BOX + lane
+            column, _ = self.locate(box, boxes_per_page)
+            entry = Int32(-1)
+            if column < table.shape[1]:
+                entry = table[request, column]  # read before the length is known: it may be garbage
             length = self.clamped(raw, table, kv)
             if raw < 0:
                 bad = bad | LENGTH_NEGATIVE
             if raw > length:
                 bad = bad | LENGTH_OVER_CAPACITY
-            end_block = last_end
-            if request != end_request:
-                end_block = (length + self.keys - 1) // self.keys
-            pages = entry
-            for block in cutlass.range(begin_block, end_block, unroll=1):
-                place = (block - begin_block) % group
-                box = (block - place) * self.boxes + lane
+            end = length
+            if request == end_request:
+                end = last_end if last_end < length else length
+            pages = Int32(-1)
+            for token in cutlass.range(begin, end, M, unroll=1):
+                place = (token - begin) // M % group
                 if place == 0:
                     pages = entry
-                    entry = self.page_of(table, request, box + 32, boxes_per_page)
-                    if box * BOX >= length:
+                    if box * BOX >= end:
                         pages = Int32(-1)
                     elif (pages < 0) | (pages >= kv.shape[0]):
                         pages = Int32(-1)
                         bad = bad | PAGE_OUT_OF_RANGE
-                seen = cute.arch.vote_ballot_sync(pages >= 0) >> (place * self.boxes)
-                row = block * self.boxes % boxes_per_page
+                    box += 32
+                    column, _ = self.locate(box, boxes_per_page)
+                    entry = Int32(-1)
+                    if column < table.shape[1]:
+                        entry = table[request, column]
+                seen = Int32(cute.arch.vote_ballot_sync(pages >= 0)) >> (place * self.boxes)
+                _, row = self.locate(token // BOX, boxes_per_page)
+                boxes = (end - token + BOX - 1) // BOX
+                boxes = boxes if boxes < self.boxes else Int32(self.boxes)
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 with cute.arch.elect_one():
-                    sm_info[stage] = Int32(seen) & (1 << self.boxes) - 1
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.tile_bytes)
+                    sm_info[stage] = seen & (1 << self.boxes) - 1
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, boxes * self.box_bytes)
                 for i in cutlass.range_constexpr(self.boxes):
                     page = cute.arch.shuffle_sync(pages, place * self.boxes + i)
-                    cute.copy(
-                        tma,
-                        t_kv[None, row, page],
-                        t_ring[None, i, 0, stage],
-                        tma_bar_ptr=full + stage,
-                        cache_policy=policy,
-                    )
+                    if i < boxes:
+                        cute.copy(
+                            tma,
+                            t_kv[None, row, page],
+                            t_ring[None, i, 0, stage],
+                            tma_bar_ptr=full + stage,
+                            cache_policy=policy,
+                        )
                     row += 1
                     row = row if row < boxes_per_page else Int32(0)
                 stage += 1
                 if stage == self.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
-            begin_block = Int32(0)
+            begin = Int32(0)
         if bad != 0:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
 
     @cute.jit
-    def page_of(self, table: cute.Tensor, request: Int32, box: Int32, boxes_per_page: Int32) -> Int32:
-        """The block table's entry for a box of rows. Read before the length is known: it may be garbage."""
-        page = Int32(-1)
-        column = box // boxes_per_page
-        if column < table.shape[1]:
-            page = table[request, column]
-        return page
+    def locate(self, box: Int32, boxes_per_page: Int32):
+        """Page column and place within the page of a box of rows. Pages of 64 spare the division."""
+        column, place = box // 8, box % 8
+        if boxes_per_page != 8:
+            column = box // boxes_per_page
+            place = box - column * boxes_per_page
+        return column, place
 
     @cute.jit
     def load_q(
@@ -358,6 +360,7 @@ class DecodeDenseSmall:
         counters: cute.Tensor,
         scale_log2: Float32,
         is_causal: Int32,
+        unit: Int32,
         chunk_blocks: Int32,
         has_sink: Int32,
         qk: cute.TiledMma,
@@ -369,6 +372,7 @@ class DecodeDenseSmall:
         warp: Int32,
     ):
         """The two warpgroups: dot products, softmax, weighted sum, and the rows of each piece's result."""
+        steps = self.d_qk // 32  # half of the k-steps of a score
         n, per = self.n, self.n // 4  # per: accumulators of one thread that one warpgroup's rows take
         own = n // 8  # query rows a thread sees of its own warpgroup's half
         tid, _, _ = cute.arch.thread_idx()
@@ -386,10 +390,6 @@ class DecodeDenseSmall:
         sm_last = st.last.get_tensor(cute.make_layout(n))
         # [warpgroup that adds it, group of four, thread, four]: 16 bytes per thread without bank conflicts
         sm_x = st.x.get_tensor(cute.make_layout((2, per // 4, 128, 4), stride=(per * 128, 512, 4, 1)))
-        # the merge comes after the last tile, when Q's place is free
-        sm_sums = cute.make_tensor(
-            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((8, 128), stride=(128, 1))
-        )
         q_base = st.q.data_ptr().toint().to(Int32)
         p_base = st.p.data_ptr().toint().to(Int32)
         ring_base = st.ring.data_ptr().toint().to(Int32)
@@ -407,16 +407,15 @@ class DecodeDenseSmall:
         give = cute.make_rmem_tensor(cute.make_layout(per), Float32)
         top = cute.make_rmem_tensor(cute.make_layout(own), Float32)
         total = cute.make_rmem_tensor(cute.make_layout(own), Float32)
-        limit = cute.make_rmem_tensor(cute.make_layout(own), Int32)
 
         s_q, group = q.shape[1], q.shape[2] // kv.shape[2]
         rows = s_q * group
         begin_request, end_request = metadata[part, 0], metadata[part, 1]
-        begin_block, last_end, split = metadata[part, 2], metadata[part, 3], metadata[part, 4]
-        begin_at, begin_split = begin_block, split
+        begin, last_end, split = metadata[part, 2] * unit, metadata[part, 3] * unit, metadata[part, 4]
+        begin_at, begin_split = begin, split
         # of the first and the last request: what the merge needs, without another look into memory
-        first_of_begin, pieces_of_begin, stop_of_begin = Int32(0), Int32(0), Int32(0)
-        first_slot, pieces, end_block = Int32(0), Int32(0), Int32(0)
+        first_of_begin, pieces_of_begin = Int32(0), Int32(0)
+        first_slot, pieces, end = Int32(0), Int32(0), Int32(0)
         stage = Int32(0)
         phase = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
@@ -427,45 +426,47 @@ class DecodeDenseSmall:
             first_slot = num_splits[request]
             pieces = num_splits[request + 1] - first_slot
             length = self.clamped(raw, table, kv)
-            end_block = last_end
-            if request != end_request:
-                end_block = (length + self.keys - 1) // self.keys
+            end = length
+            if request == end_request:
+                end = last_end if last_end < length else length
             shortest = length
             if is_causal != 0:
                 shortest = length - s_q + 1
-            for i in cutlass.range_constexpr(own):
-                row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
-                limit[i] = length - (s_q - 1 - row // group) * is_causal
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
 
-            if request == begin_request:
-                first_of_begin, pieces_of_begin, stop_of_begin = first_slot, pieces, end_block
-            step, count = self.cutting(begin_block, end_block, chunk_blocks)
+            if const_expr(not self.wide):
+                if request == begin_request:
+                    first_of_begin, pieces_of_begin = first_slot, pieces
+            count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
             for piece in cutlass.range(count, unroll=1):
-                start = begin_block + piece * step
-                stop = start + step
-                stop = stop if stop < end_block else end_block
+                start = begin + piece * chunk_blocks * unit
+                stop = end  # the last piece takes what there is: as many tiles as the producer loads, whatever the plan
+                if piece + 1 < count:
+                    stop = start + chunk_blocks * unit
+                    stop = stop if stop < end else end
                 for i in cutlass.range_constexpr(own):
                     top[i] = -Float32.inf
                     total[i] = Float32(0.0)
                 for m in cutlass.range_constexpr(4):
                     o[m].fill(0.0)
-                for block in cutlass.range(start, stop, unroll=1):
+                for token in cutlass.range(start, stop, M, unroll=1):
                     # ---- S^T, this warpgroup's share
                     cute.arch.mbarrier_wait(full + stage, phase)
                     warpgroup.fence()
-                    for h in cutlass.range_constexpr(2):
-                        if half == h:
-                            for k in cutlass.range_constexpr(len(self.steps[h])):
-                                at = self.steps[h][k]
-                                qk.set(warpgroup.Field.ACCUMULATE, k != 0)
-                                rows_at = 0 if self.by_columns else h
-                                cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at, rows_at, 0], s)
+                    if const_expr(self.by_columns):
+                        for h in cutlass.range_constexpr(2):
+                            if half == h:
+                                for k in cutlass.range_constexpr(h * steps, (h + 1) * steps):
+                                    qk.set(warpgroup.Field.ACCUMULATE, k != h * steps)
+                                    cute.gemm(qk, s, a_k[None, None, k, stage], b_q[None, None, k, 0, 0], s)
+                    else:
+                        for k in cutlass.range_constexpr(2 * steps):
+                            qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                            cute.gemm(qk, s, a_k[None, None, k, stage], b_q[None, None, k, half, 0], s)
                     warpgroup.commit_group()
                     info = sm_info[stage]
-                    token = block * self.keys
                     warpgroup.wait_group(0)
 
                     # ---- X: give the other warpgroup its rows, add what it gives
@@ -483,20 +484,23 @@ class DecodeDenseSmall:
                                 mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
                             else:
                                 mine[j * 4 + i] = s[j * 4 + i] * scale_log2
-                    if token + self.keys > length:
-                        # keys beyond the length may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
+                    if token + M > stop:
+                        # keys beyond the end may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
                         # behind X, because every warp must be done with these rows as keys
-                        self.clear_tail(ring_base + stage * self.tile_bytes, half, wtid, length - token)
-                    if const_expr(self.keys < M):
-                        if wwarp * 16 >= self.keys:  # rows of a score that are not keys of this tile
-                            for i in cutlass.range_constexpr(per):
-                                mine[i] = -Float32.inf
-                    if (token + self.keys > shortest) | (info != (1 << self.boxes) - 1):
-                        for i in cutlass.range_constexpr(per):
-                            key = key0 + 8 * ((i % 4) // 2)
-                            seen = (info >> (key // BOX)) & 1
-                            if (token + key >= limit[(i // 4) * 2 + i % 2]) | (seen == 0):
-                                mine[i] = -Float32.inf
+                        self.clear_tail(ring_base + stage * self.boxes * self.box_bytes, half, wtid, stop - token)
+                    last_seen = stop if stop < shortest else shortest
+                    if (token + M > last_seen) | (info != (1 << self.boxes) - 1):
+                        for i in cutlass.range_constexpr(own):
+                            limit = stop
+                            if is_causal != 0:
+                                row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
+                                limit = length - (s_q - 1 - row // group)
+                                limit = limit if limit < stop else stop
+                            for j in cutlass.range_constexpr(2):
+                                key = key0 + 8 * j
+                                seen = (info >> (key // BOX)) & 1
+                                if (token + key >= limit) | (seen == 0):
+                                    mine[(i // 2) * 4 + i % 2 + 2 * j] = -Float32.inf
 
                     # ---- M: maxima over keys: two in the thread, eight lanes, four warps
                     peak = []
@@ -544,7 +548,7 @@ class DecodeDenseSmall:
                             o[m][g * 4 + 3] = o[m][g * 4 + 3] * f1
                     warpgroup.fence()
                     pv.set(warpgroup.Field.ACCUMULATE, True)
-                    for k in cutlass.range_constexpr(self.keys // 16):
+                    for k in cutlass.range_constexpr(M // 16):
                         for m in cutlass.range_constexpr(4):
                             cute.gemm(pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m])
                     warpgroup.commit_group()
@@ -558,51 +562,64 @@ class DecodeDenseSmall:
 
                 self.finish(
                     o, top, total, sm_top, sm_factor, sm_last, out, lse, out_accum, lse_accum, sink, has_sink, request, head_kv,
-                    first_slot + split + piece, pieces, rows, group, half, wwarp, lane, tid,
+                    first_slot + split + piece, pieces, rows, group, q_base, half, wwarp, lane, tid,
                 )  # fmt: skip
                 if const_expr(self.fused):
                     if pieces > 1:
                         if tid == 0:  # the barrier at the end of `finish` and this release make all stores visible
                             counter = counters[0, request * kv.shape[2] + head_kv, None].iterator
                             cute.arch.atomic_add(counter, Int32(1), sem="release", scope="gpu")
-            begin_block = Int32(0)
+            begin = Int32(0)
             split = Int32(0)
 
         if const_expr(self.fused):
             for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-                begin_block, split = Int32(0), Int32(0)
-                slot_, pieces_, stop_ = first_slot, pieces, end_block
+                begin, split = Int32(0), Int32(0)
+                slot_, pieces_ = first_slot, pieces
+                look_again = (request != begin_request) & (request != end_request)
                 if request == begin_request:
-                    begin_block, split = begin_at, begin_split
-                    slot_, pieces_, stop_ = first_of_begin, pieces_of_begin, stop_of_begin
-                elif request != end_request:
+                    begin, split = begin_at, begin_split
+                    slot_, pieces_ = first_of_begin, pieces_of_begin
+                if const_expr(self.wide):  # no registers to spare
+                    look_again = request == request
+                    begin = metadata[part, 2] * unit if request == begin_request else Int32(0)
+                    split = metadata[part, 4] if request == begin_request else Int32(0)
+                if look_again:
                     slot_ = num_splits[request]
                     pieces_ = num_splits[request + 1] - slot_
-                    if pieces_ > 1:
-                        stop_ = (self.clamped(lengths[request], table, kv) + self.keys - 1) // self.keys
                 if pieces_ > 1:
-                    _, count = self.cutting(begin_block, stop_, chunk_blocks)
+                    count = self.pieces_here(request, end_request, begin, last_end, split, pieces_, chunk_blocks * unit)
                     which = request * kv.shape[2] + head_kv
                     left = Int32(0)
                     if tid == 0:
                         left = self.await_pieces(counters, which, pieces_, count)
                     cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
                     self.merge(
-                        out, lse, out_accum, lse_accum, sink, has_sink, sm_sums, request, head_kv, kv.shape[2], slot_,
-                        pieces_, split, count, rows, group, tid,
+                        st, out, lse, out_accum, lse_accum, sink, has_sink, request, head_kv, slot_, pieces_, split,
+                        count, rows, group, tid,
                     )  # fmt: skip
                     if (tid == 0) & (left + count == pieces_):  # the last to leave: ready for the next launch
                         counters[0, which, 0] = Int32(0)
                         counters[1, which, 0] = Int32(0)
 
     @cute.jit
-    def cutting(self, begin_block: Int32, end_block: Int32, chunk_blocks: Int32):
-        """Blocks per piece, and pieces, of this part's stretch of one request."""
-        span = end_block - begin_block
-        step = chunk_blocks if chunk_blocks > 0 else span
-        step = step if step > 0 else Int32(1)
-        count = (span + step - 1) // step
-        return step, count if count > 0 else Int32(1)
+    def pieces_here(
+        self,
+        request: Int32,
+        end_request: Int32,
+        begin: Int32,
+        last_end: Int32,
+        split: Int32,
+        pieces: Int32,
+        chunk: Int32,
+    ) -> Int32:
+        """Pieces of a request that this part holds: from the plan alone, since others wait for as many to arrive."""
+        count = pieces - split
+        if request == end_request:
+            count = Int32(1)
+            if (chunk > 0) & (last_end > begin):
+                count = (last_end - begin + chunk - 1) // chunk
+        return count
 
     @cute.jit
     def await_pieces(self, counters: cute.Tensor, which: Int32, pieces: Int32, mine: Int32) -> Int32:
@@ -616,16 +633,15 @@ class DecodeDenseSmall:
     @cute.jit
     def merge(
         self,
+        st: cutlass.Constexpr,
         out: cute.Tensor,
         lse: cute.Tensor,
         out_accum: cute.Tensor,
         lse_accum: cute.Tensor,
         sink: cute.Tensor,
         has_sink: Int32,
-        sm_sums: cute.Tensor,
         request: Int32,
         head_kv: Int32,
-        h_kv: Int32,
         first_slot: Int32,
         pieces: Int32,
         my_split: Int32,
@@ -640,91 +656,159 @@ class DecodeDenseSmall:
         belongs to the holder of piece u mod pieces. A team of 8, 4, 2 or 1 warps adds up a unit, so many that all of
         the CTA's units are done at once if they can be; each member takes every `team`-th piece.
         """
+        n = self.n
         warp, lane = tid // 32, tid % 32
+        # ring and Q are free after the last tile; MAX_PIECES of config.py keeps the weights inside the ring
+        sm_weight = cute.make_tensor(
+            cute.recast_ptr(st.ring.data_ptr(), dtype=Float32), cute.make_layout((n, 1024), stride=(1, n))
+        )
+        sm_sums = cute.make_tensor(
+            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((4, 32, 8), stride=(1, 4, 128))
+        )
         units = 32 * ((rows + 7) // 8)
-        each = (units + pieces - 1) // pieces  # units per piece held
-        team = Int32(8) if each == 1 else Int32(4) if each == 2 else Int32(2) if each <= 4 else Int32(1)
+        team = Int32(1)  # warps
+        turns = count
+        if units <= 4 * pieces:
+            team = Int32(8) if units <= pieces else Int32(4) if units <= 2 * pieces else Int32(2)
+        else:
+            turns = ((units + pieces - 1) // pieces * count + 7) // 8
         teams = 8 // team
         member = warp % team
         loads = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
-        mine = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
-        all_ = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
+        pair = cute.make_rmem_tensor(cute.make_layout(2), Float32)
         sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
-        for turn in cutlass.range((each * count + teams - 1) // teams, unroll=1):
-            index = turn * teams + warp // team
-            unit = my_split + index % count + (index // count) * pieces
-            is_real = unit < units
-            unit = unit if is_real else Int32(0)
-            stop = pieces if is_real else Int32(0)
-            block, eighth = unit // 32, unit % 32  # eight rows; 16 columns of 512
-            row = block * 8 + (lane % 4) * 2
-            place = (eighth // 4 * (self.n // 8) + block) * 4 + eighth % 4  # in units of 512 bytes, see store_partial
-            data = cute.local_tile(out_accum, (1, 4), (None, (head_kv * self.n * 4 + place) * 32 + lane))
-            stats = cute.local_tile(lse_accum, (1, 4), (None, (head_kv * self.n + row) // 2))
+        # the first partials are on their way while the weights are made
+        unit = self.unit_of(warp // team, count, my_split, pieces)
+        self.fetch(loads, out_accum, unit, units, head_kv, lane, first_slot, member, team, pieces)
+        self.weigh(
+            st, sm_weight, lse, lse_accum, sink, has_sink, request, head_kv, first_slot, pieces, my_split, rows, group,
+            tid,
+        )  # fmt: skip
+        for turn in cutlass.range(turns, unroll=1):
+            row = unit // 32 * 8 + (lane % 4) * 2
             sums.fill(0.0)
-            top0, top1 = -Float32.inf, -Float32.inf
-            total0, total1 = Float32(0.0), Float32(0.0)
-            # every load of the first round before the first use of one: the round trip to L2 is most of the time
-            self.fetch(loads, data, first_slot, member, team, stop)
-            self.fetch(mine, stats, first_slot, member, team, stop)
-            # maxima and sums of two rows over all pieces: eight lanes share the work
-            for base in cutlass.range(0, stop, 64, unroll=1):
-                self.fetch(all_, stats, first_slot, base + lane // 4, Int32(8), stop)
-                for u in cutlass.range_constexpr(8):
-                    if base + lane // 4 + u * 8 < stop:
-                        top0, total0 = self.join(top0, total0, all_[0, u], all_[1, u])
-                        top1, total1 = self.join(top1, total1, all_[2, u], all_[3, u])
-            for d in (4, 8, 16):
-                other, other_total = cute.arch.shuffle_sync_bfly(top0, d), cute.arch.shuffle_sync_bfly(total0, d)
-                top0, total0 = self.join(top0, total0, other, other_total)
-                other, other_total = cute.arch.shuffle_sync_bfly(top1, d), cute.arch.shuffle_sync_bfly(total1, d)
-                top1, total1 = self.join(top1, total1, other, other_total)
-            shift0 = top0 if top0 > -Float32.inf else Float32(0.0)
-            shift1 = top1 if top1 > -Float32.inf else Float32(0.0)
-            for base in cutlass.range(0, stop, 8 * team, unroll=1):
+            for base in cutlass.range(0, pieces, 8 * team, unroll=1):
                 if base > 0:
-                    self.fetch(loads, data, first_slot, base + member, team, stop)
-                    self.fetch(mine, stats, first_slot, base + member, team, stop)
+                    self.fetch(loads, out_accum, unit, units, head_kv, lane, first_slot, base + member, team, pieces)
                 for u in cutlass.range_constexpr(8):
-                    if base + member + u * team < stop:
-                        weight0 = cute.math.exp2(mine[0, u] - shift0, fastmath=True)
-                        weight1 = cute.math.exp2(mine[2, u] - shift1, fastmath=True)
-                        sums[0] = sums[0] + loads[0, u] * weight0
-                        sums[1] = sums[1] + loads[1, u] * weight1
-                        sums[2] = sums[2] + loads[2, u] * weight0
-                        sums[3] = sums[3] + loads[3, u] * weight1
+                    piece = base + member + u * team
+                    if (piece < pieces) & (unit < units):
+                        weights = cute.local_tile(sm_weight, (2, 1), (row // 2, piece))
+                        cute.autovec_copy(weights[None, 0], pair)
+                        sums[0] = sums[0] + loads[0, u] * pair[0]
+                        sums[1] = sums[1] + loads[1, u] * pair[1]
+                        sums[2] = sums[2] + loads[2, u] * pair[0]
+                        sums[3] = sums[3] + loads[3, u] * pair[1]
+            done = unit
+            unit = self.unit_of((turn + 1) * teams + warp // team, count, my_split, pieces)
+            if turn + 1 < turns:
+                self.fetch(loads, out_accum, unit, units, head_kv, lane, first_slot, member, team, pieces)
             if team > 1:
-                for i in cutlass.range_constexpr(4):
-                    sm_sums[warp, lane * 4 + i] = sums[i]
+                cute.autovec_copy(sums, sm_sums[None, lane, warp])
                 cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
                 if member == 0:
-                    for w in cutlass.range_constexpr(1, 8):
-                        if w < team:
-                            for i in cutlass.range_constexpr(4):
-                                sums[i] = sums[i] + sm_sums[warp + w, lane * 4 + i]
+                    for w in cutlass.range(warp + 1, warp + team, unroll=1):
+                        for i in cutlass.range_constexpr(4):
+                            sums[i] = sums[i] + sm_sums[i, lane, w]
                 cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-            if is_real & (member == 0):
-                column = eighth * 16 + lane // 4
+            if (done < units) & (member == 0):
+                column = done % 32 * 16 + lane // 4
                 for b in cutlass.range_constexpr(2):
-                    top, total = (top0, total0) if b == 0 else (top1, total1)
                     if row + b < rows:
-                        token, head = (row + b) // group, head_kv * group + (row + b) % group
-                        scale, lse2 = self.closing(top, total, sink, head, has_sink)
-                        line = out[request, token, head, None]
-                        line[column] = (sums[b] * scale).to(self.dtype)
-                        line[column + 8] = (sums[2 + b] * scale).to(self.dtype)
-                        if (eighth == 0) & (lane < 4):
-                            lse[request, head, token] = lse2 * LN_2
+                        line = out[request, (row + b) // group, head_kv * group + (row + b) % group, None]
+                        line[column] = sums[b].to(self.dtype)
+                        line[column + 8] = sums[2 + b].to(self.dtype)
+
+    @cute.jit
+    def unit_of(self, index: Int32, count: Int32, my_split: Int32, pieces: Int32) -> Int32:
+        """The index-th unit of a CTA that holds `count` pieces: those whose remainder by `pieces` is one of its own."""
+        unit = my_split + index * pieces
+        if count > 1:
+            unit = my_split + index % count + (index // count) * pieces
+        return unit
 
     @cute.jit
     def fetch(
-        self, into: cute.Tensor, source: cute.Tensor, first_slot: Int32, begin: Int32, step: Int32, pieces: Int32
+        self,
+        loads: cute.Tensor,
+        out_accum: cute.Tensor,
+        unit: Int32,
+        units: Int32,
+        head_kv: Int32,
+        lane: Int32,
+        first_slot: Int32,
+        begin: Int32,
+        step: Int32,
+        pieces: Int32,
     ):
-        """Four floats of up to eight pieces."""
+        """One unit's 16 bytes per lane of up to eight pieces."""
+        block, eighth = unit // 32, unit % 32  # eight rows; 16 columns of 512
+        place = (eighth // 4 * (self.n // 8) + block) * 4 + eighth % 4  # in units of 512 bytes, see store_partial
+        data = cute.local_tile(out_accum, (1, 4), (None, (head_kv * self.n * 4 + place) * 32 + lane))
         for u in cutlass.range_constexpr(8):
             piece = begin + u * step
-            if piece < pieces:
-                cute.autovec_copy(source[0, None, first_slot + piece], into[None, u])
+            if (piece < pieces) & (unit < units):
+                cute.autovec_copy(data[0, None, first_slot + piece], loads[None, u])
+
+    @cute.jit
+    def weigh(
+        self,
+        st: cutlass.Constexpr,
+        sm_weight: cute.Tensor,
+        lse: cute.Tensor,
+        lse_accum: cute.Tensor,
+        sink: cute.Tensor,
+        has_sink: Int32,
+        request: Int32,
+        head_kv: Int32,
+        first_slot: Int32,
+        pieces: Int32,
+        my_split: Int32,
+        rows: Int32,
+        group: Int32,
+        tid: Int32,
+    ):
+        """Weights of all pieces and rows into shared memory; by the way, each row's lse.
+
+        A thread looks after one row and every `lanes`-th piece.
+        """
+        n, lanes = self.n, 256 // self.n
+        row, member = tid % n, tid // n
+        sm_part = cute.make_tensor(
+            cute.recast_ptr(st.q.data_ptr() + 4096, dtype=Float32),
+            cute.make_layout((2, n, lanes), stride=(1, 2, 2 * n)),
+        )
+        stats = cute.local_tile(lse_accum, (1, 2), (None, head_kv * n + row))
+        pairs = cute.make_rmem_tensor(cute.make_layout((2, 4)), Float32)
+        top, total = -Float32.inf, Float32(0.0)
+        for base in cutlass.range(member, pieces, 4 * lanes, unroll=1):
+            for u in cutlass.range_constexpr(4):
+                if base + u * lanes < pieces:
+                    cute.autovec_copy(stats[0, None, first_slot + base + u * lanes], pairs[None, u])
+            for u in cutlass.range_constexpr(4):
+                if base + u * lanes < pieces:
+                    top, total = self.join(top, total, pairs[0, u], pairs[1, u])
+        sm_part[0, row, member] = top
+        sm_part[1, row, member] = total
+        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+        top, total = -Float32.inf, Float32(0.0)
+        for w in cutlass.range_constexpr(lanes):
+            top = cute.arch.fmax(top, sm_part[0, row, w])
+        shift = top if top > -Float32.inf else Float32(0.0)
+        for w in cutlass.range_constexpr(lanes):
+            total += sm_part[1, row, w] * cute.math.exp2(sm_part[0, row, w] - shift, fastmath=True)
+        head = head_kv * group + row % group if row < rows else Int32(0)
+        scale, lse2 = self.closing(top, total, sink, head, has_sink)
+        if (member == 0) & (row < rows) & (my_split == 0):
+            lse[request, head, row // group] = lse2 * LN_2
+        for base in cutlass.range(member, pieces, 4 * lanes, unroll=1):
+            for u in cutlass.range_constexpr(4):
+                piece = base + u * lanes
+                if piece < pieces:
+                    if pieces > 4 * lanes:  # else still in registers
+                        pairs[0, u] = stats[0, 0, first_slot + piece]
+                    sm_weight[row, piece] = cute.math.exp2(pairs[0, u] - shift, fastmath=True) * scale
+        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
 
     @cute.jit
     def join(self, top: Float32, total: Float32, other: Float32, other_total: Float32):
@@ -742,10 +826,11 @@ class DecodeDenseSmall:
         scale = Float32(0.0)
         lse2 = -Float32.inf
         if total > 0.0:
-            scale = Float32(1.0) / total
+            scale = cute.arch.rcp_approx(total)
             lse2 = top + cute.math.log2(total, fastmath=True)
             if has_sink != 0:
-                scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
+                kept = Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True)
+                scale = scale * cute.arch.rcp_approx(kept)
         return scale, lse2
 
     @cute.jit
@@ -753,7 +838,7 @@ class DecodeDenseSmall:
         """Zero the rows behind the last key in this warpgroup's four latent slices; whole lines, so swizzle is moot."""
         keep = valid if valid > 0 else Int32(0)
         zero = Int32(0)
-        for item in cutlass.range(keep * 32 + wtid, self.keys * 32, 128, unroll=1):
+        for item in cutlass.range(keep * 32 + wtid, M * 32, 128, unroll=1):
             row, slice_, chunk = item // 32, half * 4 + (item // 8) % 4, item % 8
             place = base + (row // 8) * (self.d_qk * 16) + slice_ * 1024 + (row % 8) * 128 + chunk * 16
             cute.arch.inline_ptx(
@@ -795,6 +880,7 @@ class DecodeDenseSmall:
         pieces: Int32,
         rows: Int32,
         group: Int32,
+        stage_base: Int32,
         half: Int32,
         wwarp: Int32,
         lane: Int32,
@@ -832,22 +918,70 @@ class DecodeDenseSmall:
                 lse[request, head, token] = lse2 * LN_2
             sm_factor[tid] = scale
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-        column = half * 256 + wwarp * 16 + lane // 4
-        for g in cutlass.range_constexpr(n // 8):
-            for b in cutlass.range_constexpr(2):
-                row = g * 8 + pair + b
-                scale = sm_factor[row]
-                if row < rows:
-                    if pieces == 1:
-                        line = out[request, row // group, head_kv * group + row % group, None]
-                        for m in cutlass.range_constexpr(4):
-                            line[column + m * 64] = (o[m][g * 4 + b] * scale).to(self.dtype)
-                            line[column + m * 64 + 8] = (o[m][g * 4 + 2 + b] * scale).to(self.dtype)
-                    elif const_expr(not self.fused):
+        if pieces == 1:
+            self.store_rows(o, sm_factor, out, request, head_kv, rows, group, stage_base, half, wwarp, lane, tid)
+        elif const_expr(not self.fused):
+            column = half * 256 + wwarp * 16 + lane // 4
+            for g in cutlass.range_constexpr(n // 8):
+                for b in cutlass.range_constexpr(2):
+                    row = g * 8 + pair + b
+                    scale = sm_factor[row]
+                    if row < rows:
                         part = cute.local_tile(out_accum, (1, D_V), (slot, head_kv * rows + row))
                         for m in cutlass.range_constexpr(4):
                             part[0, column + m * 64] = o[m][g * 4 + b] * scale
                             part[0, column + m * 64 + 8] = o[m][g * 4 + 2 + b] * scale
+
+    @cute.jit
+    def store_rows(
+        self,
+        o: cutlass.Constexpr,
+        sm_factor: cute.Tensor,
+        out: cute.Tensor,
+        request: Int32,
+        head_kv: Int32,
+        rows: Int32,
+        group: Int32,
+        stage_base: Int32,
+        half: Int32,
+        wwarp: Int32,
+        lane: Int32,
+        tid: Int32,
+    ):
+        """Final rows: rounded, transposed by stmatrix into Q's place, then 512 bytes per warp and store."""
+        n, pair = self.n, (lane % 4) * 2
+        packed = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
+        values = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        words = cute.recast_tensor(packed, Int32)
+        for g in cutlass.range_constexpr(n // 8):
+            f0, f1 = sm_factor[g * 8 + pair], sm_factor[g * 8 + pair + 1]
+            row = g * 8 + lane % 8
+            for m in cutlass.range_constexpr(4):
+                values[0], values[1] = o[m][g * 4] * f0, o[m][g * 4 + 1] * f1
+                values[2], values[3] = o[m][g * 4 + 2] * f0, o[m][g * 4 + 3] * f1
+                packed.store(values.load().to(self.dtype))
+                chunk = (half * 4 + m) * 8 + wwarp * 2 + (lane // 8) % 2  # eight columns
+                cute.arch.inline_ptx(
+                    "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
+                    read_only_args=[stage_base + row * (D_V * 2) + (chunk ^ (lane % 8)) * 16, words[0], words[1]],
+                )
+        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+        for i in cutlass.range_constexpr(n // 8):
+            row = tid // 32 + i * 8
+            if row < rows:
+                line = out[request, row // group, head_kv * group + row % group, None].iterator
+                for c in cutlass.range_constexpr(2):
+                    chunk = lane + c * 32
+                    a, b, d, e = cute.arch.inline_ptx(
+                        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+                        write_only_types=[Int32] * 4,
+                        read_only_args=[stage_base + row * (D_V * 2) + (chunk ^ (row % 8)) * 16],
+                    )
+                    cute.arch.inline_ptx(
+                        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                        read_only_args=[(line + chunk * 8).toint(), a, b, d, e],
+                    )
+        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)  # Q may come back to its place
 
     @cute.jit
     def store_partial(
@@ -881,7 +1015,7 @@ def fake_arguments(dtype, d_qk=576, fused=True):
 
     sym, div = cute.sym_int, [cute.sym_int64(divisibility=8) for _ in range(6)]  # rows start at 16-byte multiples
     accum_step = [cute.sym_int64(divisibility=4), cute.sym_int64(divisibility=4 if fused else 1)]
-    out_step = [cute.sym_int64(divisibility=4) for _ in range(3)]
+    out_step = [cute.sym_int64(divisibility=8) for _ in range(3)]
     q = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[:3], 1), assumed_align=16)
     kv = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[3:], 1), assumed_align=16)
     return [
@@ -891,13 +1025,13 @@ def fake_arguments(dtype, d_qk=576, fused=True):
         fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (None, 8), align=16),
         fake_tensor(Int32, (None,), align=4),
-        make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=8),
+        make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=16),
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),
         make_fake_tensor(Float32, (sym(), sym()), stride=(accum_step[0], 1), assumed_align=16),
         make_fake_tensor(Float32, (sym(), sym()), stride=(accum_step[1], 1), assumed_align=16),
         fake_tensor(Float32, (None,), align=4),
         make_fake_tensor(Int32, (2, sym(), 1), stride=(cute.sym_int64(), 1, 1), assumed_align=4),
         fake_tensor(Int32, (1,), align=4),
-        Float32(1.0), Int32(0), Int32(0), Int32(0),
+        Float32(1.0), Int32(0), Int32(64), Int32(0), Int32(0),
         fake_stream(),
     ]  # fmt: skip
