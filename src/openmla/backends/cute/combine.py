@@ -12,6 +12,8 @@ splits (the chip is filled, and all loads of a thread are in flight together), 5
 The launch is a programmatic dependent of the decode kernel: its CTAs may be resident before the partials are.
 """
 
+from typing import Any
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -32,7 +34,7 @@ class Combine:
         unroll: partial rows in flight per thread.
     """
 
-    def __init__(self, dtype, columns=512, unroll=8):
+    def __init__(self, dtype: Any, columns: int = 512, unroll: int = 8) -> None:
         self.dtype, self.columns, self.unroll = dtype, columns, unroll
         self.groups = THREADS * 4 // columns
         self.smem_bytes = self.groups * columns * 4 if self.groups > 1 else 0
@@ -150,7 +152,7 @@ class Combine:
                     lse[request, head, token] = lse2 * LN_2
 
 
-def fake_arguments(dtype):
+def fake_arguments(dtype: Any) -> list[Any]:
     """Arguments for `toolchain.compile_kernel(Combine(...), ...)`."""
     from cutlass.cute.runtime import make_fake_tensor
 

@@ -1,7 +1,8 @@
 """How the few-row dense decode kernel can be built, and which problems it takes. No DSL import.
 
-The shared-memory plan (bytes, bf16, 576 columns): a tile of 64 keys 73,728; Q 1,152 per row; P 128 per row; the exchange
-of partial scores 256 per row; barriers, maxima and factors below 2,048. Two tiles and 32 rows are 198,656 of 232,448.
+The shared-memory plan (bytes, 576 columns): a tile of 64 keys 73,728; Q 1,152 per row; P 128 per row; the exchange of
+partial scores 256 per row; barriers, maxima and factors below 2,048. Two tiles and 32 rows are 197,632 of 232,448. With
+512 columns a third tile fits beside 16 rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from openmla.backends.base import Verdict, require
+from openmla.core.errors import ProblemError
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.split.schedule import Policy
@@ -19,6 +21,9 @@ from openmla.split.schedule import Policy
 FAMILY = "decode_dense_small"
 MAX_ROWS = 32  # query rows per KV head; more rows have no spill-free variant and belong to decode_dense
 BOX = 8  # rows of one bulk load; pages hold a multiple of it
+BLOCK_TOKENS = 64  # of a plan: one tile. Finer blocks (8 to 32 tokens) run and are 1 % slower: partial tiles
+OVERHEAD_BLOCKS = 1  # what a piece costs beside its tiles: filling the ring is hidden, epilogue and merge are not
+MAX_PIECES = 1024  # of one request: their weights lie in the ring during the merge
 MAX_BATCH = 4096  # what the device plan keeps in shared memory
 D_V = 512
 SMEM_LIMIT = 232_448
@@ -32,32 +37,34 @@ class Config:
         dtype: of q, KV and out.
         rows: query rows per KV head, padded to 16 or 32: N of the matrix instructions.
         d_qk: 576, or 512 without RoPE columns.
-        keys: keys per tile, the block of the plan.
-        stages: tiles in the ring.
+        stages: tiles of 64 keys in the ring.
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
     rows: int = 16
     d_qk: int = 576
-    keys: int = 64
     stages: int = 2
 
     @property
     def name(self) -> str:
         """Exported function name; says every field."""
-        return f"{FAMILY}_{self.dtype}_n{self.rows}_d{self.d_qk}_k{self.keys}_s{self.stages}"
+        return f"{FAMILY}_{self.dtype}_n{self.rows}_d{self.d_qk}_s{self.stages}"
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
         return asdict(self)
 
 
+def _stages(rows: int, d_qk: int) -> int:
+    """As many tiles as fit, two or three."""
+    return 3 if d_qk == 512 and rows == 16 else 2
+
+
 VARIANTS: tuple[Config, ...] = tuple(
-    Config(dtype, rows, d_qk, keys, stages)
+    Config(dtype, rows, d_qk, _stages(rows, d_qk))
     for dtype in ("bf16", "fp16")
     for rows in (16, 32)
     for d_qk in (576, 512)
-    for keys, stages in ((64, 2), (32, 4))
 )
 
 
@@ -87,12 +94,10 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
 
 
 def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
-    """Variants that can run the problem, best first. Call only where `supports` is true."""
+    """The variant that runs the problem. Call only where `supports` is true."""
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
     rows = 16 if rows_per_kv_head(problem) <= 16 else 32
-    whole = Config(dtype, rows, problem.d_qk)
-    half = Config(dtype, rows, problem.d_qk, keys=32, stages=4)
-    return (whole, half)
+    return (Config(dtype, rows, problem.d_qk, _stages(rows, problem.d_qk)),)
 
 
 def num_parts(problem: DecodeProblem, target: Target) -> int:
@@ -110,10 +115,26 @@ class Workspace:
 
 
 def workspace(problem: DecodeProblem, config: Config, parts: int, policy: Policy, chunk_tokens: int) -> Workspace:
-    """What `launch` needs beside inputs and outputs. Counters start at zero and return to zero."""
+    """What `launch` needs beside inputs and outputs. Counters start at zero and return to zero.
+
+    Raises:
+        ProblemError: the chunks of batch_invariant are no multiple of a tile, or a full request would have more than
+            MAX_PIECES of them.
+    """
     capacity = problem.max_pages * problem.page_size
     slots = problem.batch + parts
     if policy == "batch_invariant":
-        slots = problem.batch * max(-(-capacity // chunk_tokens), 1)
+        chunks = max(-(-capacity // chunk_tokens), 1)
+        wrong = []
+        if chunk_tokens % BLOCK_TOKENS:
+            wrong.append(f"chunk_tokens must be a multiple of {BLOCK_TOKENS}, got {chunk_tokens}")
+        if chunks > MAX_PIECES:
+            wrong.append(
+                f"a request of max_pages * page_size = {capacity} tokens would have {chunks} chunks of {chunk_tokens}, "
+                f"more than {MAX_PIECES}; use longer chunks"
+            )
+        if wrong:
+            raise ProblemError(FAMILY, wrong)
+        slots = problem.batch * chunks
     rows = problem.h_kv * config.rows
     return Workspace((slots, rows * D_V), (slots, rows * 2), (2, problem.batch * problem.h_kv, 1))

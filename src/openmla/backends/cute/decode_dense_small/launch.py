@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from openmla.backends.base import DecodeOperands
-from openmla.backends.cute.decode_dense_small.config import Config
+from openmla.backends.cute.decode_dense_small.config import BLOCK_TOKENS, Config
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 
 LOG2_E = math.log2(math.e)
@@ -22,7 +22,7 @@ def build(config: Config, out_dir: Path) -> CompiledObject:
     from openmla.backends.cute.decode_dense_small import kernel
 
     element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
-    code = kernel.DecodeDenseSmall(element, config.rows, d_qk=config.d_qk, keys=config.keys, stages=config.stages)
+    code = kernel.DecodeDenseSmall(element, config.rows, d_qk=config.d_qk, stages=config.stages)
     return compile_kernel(code, kernel.fake_arguments(element, config.d_qk), config.name, out_dir=out_dir)
 
 
@@ -37,20 +37,23 @@ def launch(
     *,
     chunk_blocks: int,
     is_causal: bool,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> None:
     """Write out and lse of every request: one kernel, partials merged inside.
 
     Args:
         function: the exported function of a variant.
-        operands: checked tensors; strides of q and kv_cache in multiples of 8 elements, of out in multiples of 4.
-        metadata, num_splits: the plan (`openmla.split.schedule`) in blocks of the variant's `keys`.
+        operands: checked tensors; strides of q, kv_cache and out in multiples of 8 elements.
+        metadata, num_splits: the plan (`openmla.split.schedule`) in blocks of `block_tokens`.
         out_accum, lse_accum, counters: of the shapes that `config.workspace` gives; counters zero before the first call.
-        chunk_blocks: piece length of batch_invariant in blocks, else 0.
+        chunk_blocks: piece length of batch_invariant in blocks, a multiple of 64 tokens; else 0.
         is_causal: bottom-right aligned causal mask.
+        block_tokens: of the plan, a multiple of 8.
     """
     sink = operands.attn_sink
     function(
         operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, metadata, num_splits,
         operands.out, operands.lse, out_accum, lse_accum, lse_accum[0] if sink is None else sink, counters,
-        operands.fault_word, operands.softmax_scale * LOG2_E, int(is_causal), chunk_blocks, int(sink is not None),
+        operands.fault_word, operands.softmax_scale * LOG2_E, int(is_causal), block_tokens, chunk_blocks,
+        int(sink is not None),
     )  # fmt: skip

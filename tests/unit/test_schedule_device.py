@@ -1,0 +1,210 @@
+"""The device plan's algorithm, emulated step by step, gives what `plan_decode` gives.
+
+The emulation keeps the kernel's structure: warps of 32 scan by shuffles, 512 requests at a time with a carry, closed
+forms in 64-bit integers, two binary searches per part. It differs from the kernel in language only.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmla.split.schedule import plan_decode
+
+THREADS, LANES = 512, 32
+
+
+def warp_scan(values: list[int]) -> list[int]:
+    """Inclusive prefix sum of one warp by five shuffles upwards."""
+    for step in (1, 2, 4, 8, 16):
+        values = [x + values[lane - step] if lane >= step else x for lane, x in enumerate(values)]
+    return values
+
+
+def cta_scan(values: list[int]) -> list[int]:
+    """Inclusive prefix sum over the CTA: warps first, then the totals of the warps below."""
+    warps = [warp_scan(values[at : at + LANES]) for at in range(0, len(values), LANES)]
+    totals = [warp[-1] for warp in warps]
+    return [x + sum(totals[:index]) for index, warp in enumerate(warps) for x in warp]
+
+
+def scan_in_rounds(values: list[int]) -> list[int]:
+    """Any number of values, 512 at a time; the last thread hands on the carry."""
+    out: list[int] = []
+    carry = 0
+    for at in range(0, len(values), THREADS):
+        chunk = values[at : at + THREADS]
+        scanned = cta_scan(chunk + [0] * (-len(chunk) % LANES))  # idle warps would add zeros
+        out += [x + carry for x in scanned[: len(chunk)]]
+        carry += scanned[-1]
+    return out
+
+
+def search(batch: int, is_before) -> int:
+    """How many leading requests satisfy a monotone predicate."""
+    left, right = 0, batch
+    while left < right:
+        middle = (left + right) // 2
+        if is_before(middle):
+            left = middle + 1
+        else:
+            right = middle
+    return left
+
+
+def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, min_share, chunk_blocks):
+    """(metadata rows, num_splits, faults) as the kernel computes them."""
+    batch, faults = len(lengths), 0
+    blocks, widths = [], []
+    for length in lengths:
+        if length < 0:
+            length, faults = 0, faults | 2
+        if length > capacity:
+            length, faults = capacity, faults | 4
+        count = (length + block_tokens - 1) // block_tokens
+        width = count + overhead
+        if chunk_blocks > 0:
+            width = (count + chunk_blocks - 1) // chunk_blocks
+        blocks.append(count)
+        widths.append(max(width, 1))
+    ends = scan_in_rounds(widths)
+    line_end = ends[-1] if ends else 0
+    longest = max(blocks, default=0)
+    line = line_end - overhead
+    cuts = min(max(line // min_share, 1), num_parts)
+    share = (line + cuts - 1) // cuts
+    is_whole = chunk_blocks == 0 and batch <= num_parts and longest <= share + overhead
+
+    def cuts_before(position):
+        return ((position - overhead) * cuts + line - 1) // line
+
+    def first_of(request):
+        return ends[request] - (blocks[request] or max(overhead, 1))
+
+    if chunk_blocks > 0:
+        num_splits = [0, *ends]
+    elif is_whole:
+        num_splits = list(range(batch + 1))
+    else:
+        pieces = []
+        for request, count in enumerate(blocks):
+            begin = ends[request] - count
+            pieces.append(cuts_before(begin + count) - cuts_before(begin + 1) + 1 if count else 1)
+        num_splits = [0, *scan_in_rounds(pieces)]
+
+    rows = []
+    for part in range(num_parts):
+        row = [0, -1, 0, 0, 0]
+        if is_whole:
+            if part < batch:
+                row = [part, part, 0, blocks[part], 0]
+        else:
+            low = high = 0
+            if chunk_blocks > 0:
+                low, high = part * line_end // num_parts, (part + 1) * line_end // num_parts
+            elif part < cuts:
+                low = overhead + part * line // cuts if part > 0 else 0
+                high = overhead + (part + 1) * line // cuts
+            if low < high:
+                if chunk_blocks > 0:
+                    begin_request = search(batch, lambda r, low=low: ends[r] - 1 < low)
+                    end_request = search(batch, lambda r, high=high: (ends[r - 1] if r else 0) < high) - 1
+                else:
+                    begin_request = search(batch, lambda r, low=low: first_of(r) + max(blocks[r], 1) - 1 < low)
+                    end_request = search(batch, lambda r, high=high: first_of(r) < high) - 1
+                if begin_request <= end_request:
+                    if chunk_blocks > 0:
+                        begin_split = low - (ends[begin_request - 1] if begin_request else 0)
+                        begin_block = begin_split * chunk_blocks
+                        end_block = (high - (ends[end_request - 1] if end_request else 0)) * chunk_blocks
+                    else:
+                        first, begin_block, begin_split = first_of(begin_request), 0, 0
+                        if low > first:
+                            begin_block, begin_split = low - first, part - cuts_before(first + 1) + 1
+                        end_block = high - first_of(end_request)
+                    row = [begin_request, end_request, begin_block, min(end_block, blocks[end_request]), begin_split]
+        rows.append(row)
+    return rows, num_splits, faults
+
+
+LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 700), st.integers(0, 40_000)), min_size=0, max_size=40)
+
+
+def same(lengths, num_parts, **options):
+    policy = "batch_invariant" if options["chunk_blocks"] else "balanced"
+    plan = plan_decode(
+        [min(x, options["capacity"]) for x in lengths],
+        num_parts,
+        policy=policy,
+        block_tokens=options["block_tokens"],
+        overhead_blocks=options["overhead"],
+        min_share_blocks=options["min_share"],
+        chunk_tokens=(options["chunk_blocks"] or 1) * options["block_tokens"],
+    )
+    rows, num_splits, faults = emulate(lengths, num_parts, **options)
+    assert rows == [list(part) for part in plan.parts]
+    assert tuple(num_splits) == plan.num_splits
+    assert faults == 2 * any(x < 0 for x in lengths) + 4 * any(x > options["capacity"] for x in lengths)
+    return plan
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=LENGTHS,
+    num_parts=st.integers(1, 140),
+    capacity=st.sampled_from((64, 5_000, 1 << 30)),
+    block_tokens=st.sampled_from((8, 16, 64)),
+    overhead=st.integers(0, 6),
+    min_share=st.integers(1, 4),
+    chunk_blocks=st.sampled_from((0, 0, 1, 5, 64)),
+)
+def test_emulated_device_plan_equals_python(lengths, num_parts, **options):
+    same(lengths, num_parts, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=LENGTHS.filter(len),
+    num_parts=st.integers(1, 140),
+    overhead=st.integers(0, 6),
+    min_share=st.integers(1, 4),
+    chunk_blocks=st.sampled_from((0, 0, 3)),
+)
+def test_every_block_is_in_exactly_one_piece(lengths, num_parts, **options):
+    plan = same(lengths, num_parts, capacity=1 << 30, block_tokens=64, **options)
+    reached = [0] * plan.batch
+    splits = [0] * plan.batch
+    for piece in plan.pieces():
+        assert piece.begin_block == reached[piece.request]
+        assert piece.split == splits[piece.request]
+        assert piece.end_block > piece.begin_block or plan.blocks[piece.request] == 0
+        reached[piece.request] = piece.end_block
+        splits[piece.request] += 1
+    assert tuple(reached) == plan.blocks
+    assert all(count >= 1 for count in splits)
+    assert [sum(splits[:r]) for r in range(plan.batch + 1)] == list(plan.num_splits)
+
+
+@pytest.mark.parametrize("batch", [511, 512, 513, 1500])
+def test_scan_carries_over_rounds(batch):
+    values = [(7 * index) % 13 for index in range(batch)]
+    want, total = [], 0
+    for value in values:
+        total += value
+        want.append(total)
+    assert scan_in_rounds(values) == want
+
+
+def test_even_cuts_are_even():
+    plan = plan_decode([32_768] * 4, 132, overhead_blocks=1)
+    loads: dict[int, int] = {}
+    for piece in plan.pieces():
+        loads[piece.part] = loads.get(piece.part, 0) + piece.end_block - piece.begin_block
+    assert len(loads) == 132
+    assert max(loads.values()) - min(loads.values()) <= 2
+
+
+def test_equal_requests_that_fit_the_parts_stay_whole():
+    plan = plan_decode([4096] * 128, 132, overhead_blocks=1)
+    assert plan.num_pieces == 128
