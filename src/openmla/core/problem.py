@@ -205,6 +205,7 @@ class DecodeProblem:
     window: int = 0  # a query sees the last `window` keys up to its own position; 0 means all
     has_sink: bool = False
     is_aligned: bool = True  # q and kv_cache start at, and step by, multiples of 16 bytes: what bulk copies need
+    is_scale_positive: bool = True  # softmax_scale > 0: the largest score belongs to the largest dot product
 
     @classmethod
     def from_tensors(
@@ -257,6 +258,7 @@ class DecodeProblem:
             d_qk=d_qk, d_v=d_v, dtype=q.dtype, layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0],
             max_pages=block_table.shape[1], is_causal=is_causal, is_varlen=cu_seqlens_q is not None,
             window=window or 0, has_sink=attn_sink is not None, is_aligned=_is_aligned(q) and _is_aligned(kv_cache),
+            is_scale_positive=softmax_scale is None or softmax_scale > 0,
         )  # fmt: skip
 
     def __str__(self) -> str:

@@ -127,7 +127,7 @@ def _prepare_decode(
     return dispatch.prepare(
         (
             "decode", *map(dispatch.signature, tensors), d_v, is_causal, window, max_seqlen_q, kv_layout,
-            type(softmax_scale), softmax_scale == softmax_scale,
+            type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
         ),
         lambda: DecodeProblem.from_tensors(
             q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
@@ -136,6 +136,10 @@ def _prepare_decode(
         _device(q),
         backend,
     )  # fmt: skip
+
+
+def _is_positive(softmax_scale: float | None) -> bool:
+    return softmax_scale is None or (isinstance(softmax_scale, (int, float)) and softmax_scale > 0)
 
 
 def _check_policy(policy: str) -> None:
