@@ -11,7 +11,7 @@ varlen queries, offsets that do not rise from 0 to total_q leave rows to nobody;
 each request that is longer than announced, writes those as empty rows and sets the fault bit.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl
@@ -85,12 +85,11 @@ def combine_kernel(
 ):  # fmt: skip
     """See the module."""
     request = tl.program_id(0)
-    if IS_VARLEN:
-        if tl.program_id(1) == 0:
-            write_orphans(
-                cu_ptr, out_ptr, lse_ptr, fault_ptr, request, batch, total_q, s_q, out_token_stride, out_head_stride,
-                lse_token_stride, lse_head_stride, H_KV * GROUP, DIMS,
-            )  # fmt: skip
+    if IS_VARLEN and tl.program_id(1) == 0:
+        write_orphans(
+            cu_ptr, out_ptr, lse_ptr, fault_ptr, request, batch, total_q, s_q, out_token_stride, out_head_stride,
+            lse_token_stride, lse_head_stride, H_KV * GROUP, DIMS,
+        )  # fmt: skip
     splits = 0
     slot = request * 0
     if SPLITS > 0:

@@ -72,7 +72,7 @@ _TABLE: dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]] = {
 }
 _INTERPRETED = (Config(16, 16, 1, 1),)
 # fp32 dot products run on the ordinary cores (exact, no tf32): small tiles, since neither operand nor sum is narrow.
-_WIDE = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
+_WIDE: tuple[Config, ...] = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
 
 
 def is_installed() -> bool:
@@ -174,9 +174,8 @@ def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:
         return ()
     if name == "interpreter":
         return _INTERPRETED
-    if is_wide(problem):
-        listed = _WIDE
-    else:
+    listed: tuple[Config, ...] = _WIDE
+    if not is_wide(problem):
         table = _TABLE[name, "bytes" if has_bytes(problem) else "plain"]
         listed = next(configs for most, configs in table if rows(problem) <= most)
     fits = target.smem_bytes or 1 << 31

@@ -21,7 +21,7 @@ would take 72 registers beside the accumulator's 128, and go to the stack.
 Deep dive: docs/kernels/triton.md
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl

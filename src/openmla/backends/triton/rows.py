@@ -12,7 +12,7 @@ Reading is bf16(fp32(code) * fp32(scale)), as in `openmla.reference.quant`. Rows
 whatever bytes they hold, and are not touched in memory.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl
@@ -123,7 +123,9 @@ def load_plain(row, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
-def load_latent(page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
+def load_latent(
+    page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr
+):
     """[BLOCK_N, D_LATENT] in `dtype`: the columns of v, which are also the first columns of k.
 
     page: pointers to each row's page (elements, or bytes of a byte layout), [BLOCK_N]; offset: token within it;
@@ -137,7 +139,9 @@ def load_latent(page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexp
 
 
 @triton.jit
-def load_rope(page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
+def load_rope(
+    page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr
+):
     """[BLOCK_N, D_ROPE] in `dtype`: the columns of k behind those of v. Arguments as in `load_latent`."""
     if LAYOUT[0] == "plain":
         tile = load_plain(page + offset.to(tl.int64) * ROW_STRIDE, seen, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])

@@ -6,7 +6,7 @@ Program p < num_parts writes row p of the metadata, program num_parts writes num
 reported by the decode kernel.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl
@@ -27,10 +27,9 @@ def load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS: tl.constexpr):
 @triton.jit
 def line_width(blocks, exists, chunk_blocks, overhead):
     """Units of the line that each request takes, int64: blocks with their head, or chunks; at least 1."""
+    units = blocks + overhead
     if chunk_blocks > 0:
         units = (blocks + chunk_blocks - 1) // chunk_blocks
-    else:
-        units = blocks + overhead
     return tl.where(exists, tl.maximum(units, 1), 0).to(tl.int64)
 
 
@@ -65,7 +64,7 @@ def write_num_splits(
         request, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
         width = line_width(blocks, exists, chunk_blocks, overhead)
         end = carry + tl.cumsum(width, 0)
-        first, last = place_on_line(blocks, end, width, chunk_blocks, overhead)
+        first, _ = place_on_line(blocks, end, width, chunk_blocks, overhead)
         if chunk_blocks > 0:
             pieces = width
         else:
@@ -88,7 +87,7 @@ def find_part(
     begin_first = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     end_first = tl.full((), -1, tl.int64)
     for base in range(0, batch, REQUESTS):
-        request, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
+        _, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
         width = line_width(blocks, exists, chunk_blocks, overhead)
         first, last = place_on_line(blocks, carry + tl.cumsum(width, 0), width, chunk_blocks, overhead)
         is_before = exists & (last < low)
@@ -114,7 +113,7 @@ def plan_kernel(
     total = tl.zeros((), tl.int64)
     longest = tl.zeros((), tl.int32)
     for base in range(0, batch, REQUESTS):
-        request, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
+        _, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
         total += tl.sum(line_width(blocks, exists, chunk_blocks, overhead), 0)
         longest = tl.maximum(longest, tl.max(blocks, 0))
     line = total - overhead  # without the first head

@@ -12,7 +12,7 @@ they are -1; entries behind topk_length are not looked at.
 Deep dive: docs/kernels/triton.md
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl
@@ -43,7 +43,7 @@ def attend_selection(
     peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """This split's stretch of one index list (pointer `indices`); returns state and strays."""
+    """A split's stretch of one index list (pointer `indices`); returns state and strays."""
     blocks = (topk + BLOCK_N - 1) // BLOCK_N
     low = split * blocks // SPLITS
     high = tl.minimum((split + 1) * blocks // SPLITS, (length + BLOCK_N - 1) // BLOCK_N)

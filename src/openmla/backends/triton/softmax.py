@@ -11,7 +11,7 @@ has the largest weight. The peak is subtracted before scaling: the largest weigh
 1e12, where a fused multiply-add of score and scaled peak would be off by whole powers of two.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl
@@ -36,7 +36,9 @@ def load_queries(row, valid, DIMS: tl.constexpr):
 
 
 @triton.jit
-def fold_tile(q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED: tl.constexpr, DIMS: tl.constexpr):
+def fold_tile(
+    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED: tl.constexpr, DIMS: tl.constexpr
+):
     """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
 
     seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so

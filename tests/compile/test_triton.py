@@ -1,0 +1,291 @@
+"""The Triton kernels for machines that are not here: cross-compiled with the very arguments of a launch, and held to
+limits of shared memory and registers. Also what `supports` says, which needs neither Triton nor a machine.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openmla import backends
+from openmla.backends.base import DecodeOperands, SparseDecodeOperands, SparsePrefillOperands
+from openmla.backends.triton import DECODE, KERNELS, SPARSE_DECODE, SPARSE_PREFILL, config
+from openmla.core.layout import kv_layout
+from openmla.core.problem import DecodeProblem, SparseDecodeProblem, SparsePrefillProblem
+from openmla.core.target import Target
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(config.is_interpreted(), reason="TRITON_INTERPRET=1 replaces the compiler")
+
+TARGETS = {"a100_sxm": ("cuda", 80, 32), "h100_sxm": ("cuda", 90, 32), "mi300x": ("hip", "gfx942", 64)}
+ELEMENT = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+class Recorder:
+    """Stands where a kernel stands in `launch`, and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arguments, self.options, self.grid = kernel, (), {}, ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.grid, self.arguments, self.options = grid, arguments, options
+
+        return launch
+
+    def source(self) -> tuple[Any, dict[str, int]]:
+        """(what to compile, compiler options), specialised as a launch with these arguments would be."""
+        from triton.compiler import ASTSource
+
+        names = self.kernel.arg_names
+        given = dict(zip(names, self.arguments, strict=False))
+        options = {k: v for k, v in self.options.items() if k not in names}
+        given |= {k: v for k, v in self.options.items() if k in names}
+        signature, constants, attributes = {}, {}, {}
+        for place, name in enumerate(names):
+            value = given[name]
+            is_aligned = False
+            if self.kernel.params[place].is_constexpr or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = f"*{ELEMENT[value.dtype]}"
+                is_aligned = value.data_ptr() % 16 == 0
+            elif isinstance(value, int):
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                is_aligned = value % 16 == 0
+            else:
+                signature[name] = "fp32"
+            if is_aligned:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes), options
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
+    from openmla.backends.triton import launch
+
+    found = {}
+    for name in ("decode_kernel", "selected_kernel", "combine_kernel", "plan_kernel"):
+        found[name] = Recorder(getattr(launch, name))
+        monkeypatch.setattr(launch, name, found[name])
+    return found
+
+
+def compiled(recorder: Recorder, target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    source, options = recorder.source()
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def spilled(found: Any, tmp_path: Path) -> int:
+    """Bytes (NVIDIA) or registers (AMD) that did not fit."""
+    if "amdgcn" in found.asm:
+        return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", found.asm["amdgcn"])[0])
+    (tmp_path / "kernel.cubin").write_bytes(found.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run(
+        [tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    return int(re.findall(r"STACK:(\d+)", text)[0])
+
+
+def decode_call(
+    h_q: int = 128, s_q: int = 1, layout: str = "bf16_576", page_size: int = 64, batch: int = 2, **options: Any
+) -> tuple[DecodeProblem, DecodeOperands]:
+    """A problem and operands of the right form, whose values nobody reads."""
+    stored = kv_layout(layout)
+    dtype = stored.dtype if not stored.is_quantised else torch.bfloat16
+    shape = (batch * s_q, h_q) if options.get("is_varlen") else (batch, s_q, h_q)
+    cache = stored.empty_cache(4, page_size)
+    ints = torch.zeros(8, dtype=torch.int32)
+    problem = DecodeProblem(
+        batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, h_kv=1, d_qk=stored.d_qk, d_v=512, dtype=dtype,
+        layout=stored, page_size=page_size, num_pages=4, max_pages=9, **options,
+    )  # fmt: skip
+    lse = (h_q, batch * s_q) if problem.is_varlen else (batch, h_q, s_q)
+    operands = DecodeOperands(
+        torch.zeros(*shape, stored.d_qk, dtype=dtype), cache, torch.zeros(batch, 9, dtype=torch.int32), ints[:batch],
+        0.04, torch.zeros(*shape, 512, dtype=dtype), torch.zeros(lse), ints[:1],
+        ints[: batch + 1] if problem.is_varlen else None, torch.zeros(h_q) if problem.has_sink else None,
+    )  # fmt: skip
+    return problem, operands
+
+
+def run_decode(target: str, recorded: dict[str, Recorder], **options: Any) -> tuple[Recorder, Any, Any]:
+    problem, operands = decode_call(**options)
+    where = Target.preset(target)
+    choice = DECODE.configs(problem, where)[0]
+    ready = DECODE.compile(problem, choice, where)
+    plan = DECODE.plan(ready, problem, operands.cache_seqlens, "balanced")
+    DECODE.launch(ready, problem, operands, plan)
+    return recorded["decode_kernel"], problem, choice
+
+
+def within_limits(found: Any, problem: Any, choice: Any, target: str, most: int, tmp_path: Path) -> None:
+    where = Target.preset(target)
+    assert found.metadata.shared <= where.smem_bytes
+    assert found.metadata.shared <= config.shared_bytes(choice, problem, where), "the estimate that picks tiles is low"
+    assert spilled(found, tmp_path) <= most
+
+
+# What each may spill (bytes of stack; registers on AMD): the compiler of Triton 3.9. Limits may only shrink.
+DECODE_CASES = [
+    pytest.param("h100_sxm", {}, 192, id="h100-128-heads"),
+    pytest.param("h100_sxm", {"h_q": 16}, 0, id="h100-16-heads"),
+    pytest.param("h100_sxm", {"s_q": 2, "is_causal": True, "has_sink": True}, 480, id="h100-causal"),
+    pytest.param("h100_sxm", {"layout": "fp8_656", "h_q": 16}, 64, id="h100-bytes"),
+    pytest.param("a100_sxm", {"layout": "fp16_576"}, 0, id="a100-fp16"),
+    pytest.param("a100_sxm", {"h_q": 16, "page_size": 3, "is_varlen": True, "window": 100}, 64, id="a100-odd-pages"),
+    pytest.param("mi300x", {}, 0, id="mi300x-128-heads"),
+    pytest.param("mi300x", {"h_q": 16, "is_causal": True, "s_q": 1}, 0, id="mi300x-16-heads"),
+]
+
+
+@pytest.mark.parametrize(("target", "options", "most"), DECODE_CASES)
+def test_decode(target, options, most, recorded, tmp_path):
+    recorder, problem, choice = run_decode(target, recorded, **options)
+    found = compiled(recorder, target)
+    within_limits(found, problem, choice, target, most, tmp_path)
+    if target == "h100_sxm" and choice.block_m >= 64:
+        assert "wgmma.mma_async" in found.asm["ptx"]
+    if target != "mi300x" and not problem.layout.is_quantised:
+        assert "cp.async" in found.asm["ptx"], "tiles must not pass through registers"
+
+
+def run_sparse(target: str, recorded: dict[str, Recorder], **options: Any) -> tuple[Recorder, Any, Any]:
+    stored, h_q, topk = kv_layout(options["layout"]), options.get("h_q", 128), 256
+    dtype = stored.dtype if not stored.is_quantised else torch.bfloat16
+    indices = torch.zeros(2, 1, topk, dtype=torch.int32)
+    problem = SparseDecodeProblem(
+        batch=2, s_q=1, total_q=2, h_q=h_q, h_kv=1, d_qk=stored.d_qk, d_v=512, dtype=dtype, layout=stored,
+        page_size=64, num_pages=4, topk=topk, has_sink=True,
+    )  # fmt: skip
+    operands = SparseDecodeOperands(
+        torch.zeros(2, 1, h_q, stored.d_qk, dtype=dtype), stored.empty_cache(4, 64), indices, 0.04,
+        torch.zeros(2, 1, h_q, 512, dtype=dtype), torch.zeros(2, h_q, 1), indices[0, 0, :1], None, torch.zeros(h_q),
+    )  # fmt: skip
+    where = Target.preset(target)
+    choice = SPARSE_DECODE.configs(problem, where)[0]
+    SPARSE_DECODE.launch(SPARSE_DECODE.compile(problem, choice, where), problem, operands, None)
+    return recorded["selected_kernel"], problem, choice
+
+
+SPARSE_CASES = [
+    pytest.param("h100_sxm", {"layout": "bf16_576"}, 64, id="h100-plain"),
+    pytest.param("h100_sxm", {"layout": "fp8_656"}, 0, id="h100-fp8_656"),
+    pytest.param("h100_sxm", {"layout": "fp8_584"}, 24, id="h100-fp8_584"),
+    pytest.param("h100_sxm", {"layout": "fp8_528_mx"}, 0, id="h100-fp8_528_mx"),
+    pytest.param("h100_sxm", {"layout": "fp4_288"}, 0, id="h100-fp4_288"),
+    pytest.param("a100_sxm", {"layout": "fp8_656", "h_q": 16}, 64, id="a100-fp8_656"),
+    pytest.param("mi300x", {"layout": "fp8_584"}, 8, id="mi300x-fp8_584"),
+]
+
+
+@pytest.mark.parametrize(("target", "options", "most"), SPARSE_CASES)
+def test_sparse_decode(target, options, most, recorded, tmp_path):
+    recorder, problem, choice = run_sparse(target, recorded, **options)
+    within_limits(compiled(recorder, target), problem, choice, target, most, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["h100_sxm", "mi300x"])
+def test_sparse_prefill(target, recorded, tmp_path):
+    problem = SparsePrefillProblem(
+        s_q=4, s_kv=64, h_q=128, h_kv=1, d_qk=576, d_v=512, dtype=torch.bfloat16, topk=64, has_topk_length=True
+    )
+    dtype, rows = torch.bfloat16, torch.zeros(4, 128)
+    operands = SparsePrefillOperands(
+        torch.zeros(4, 128, 576, dtype=dtype), torch.zeros(64, 1, 576, dtype=dtype),
+        torch.zeros(4, 1, 64, dtype=torch.int32), 0.04, torch.zeros(4, 128, 512, dtype=dtype), rows, rows,
+        torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32),
+    )  # fmt: skip
+    where = Target.preset(target)
+    choice = SPARSE_PREFILL.configs(problem, where)[0]
+    SPARSE_PREFILL.launch(SPARSE_PREFILL.compile(problem, choice, where), problem, operands, None)
+    found = compiled(recorded["selected_kernel"], target)
+    within_limits(found, problem, choice, target, 64, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_combine_and_schedule(target, recorded, tmp_path):
+    run_decode(target, recorded, s_q=2, is_varlen=True, has_sink=True)
+    for name in ("combine_kernel", "plan_kernel"):
+        found = compiled(recorded[name], target)
+        assert found.metadata.shared <= 16_384
+        assert spilled(found, tmp_path) == 0
+
+
+def test_grids_depend_on_the_problem_alone(recorded):
+    """A CUDA graph replays a grid with other lengths."""
+    run_decode("h100_sxm", recorded, batch=3)
+    assert recorded["decode_kernel"].grid == (2, 132 // 2)
+    assert recorded["plan_kernel"].grid == (132 // 2 + 1,)
+    assert recorded["combine_kernel"].grid == (3, 128 // 4)
+
+
+def test_every_tile_of_the_tables_fits_some_machine():
+    problem, _ = decode_call()
+    for name in ("a100_sxm", "l40s", "h100_sxm", "b200", "mi300x"):
+        assert config.candidates(problem, Target.preset(name)), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs"),
+    [("sm_75", False), ("sm_80", True), ("sm_89", True), ("sm_90a", True), ("sm_100a", True), ("sm_120", True),
+     ("gfx942", True), ("gfx90a", False), ("xpu", False)],
+)  # fmt: skip
+def test_machines(arch, runs):
+    problem, _ = decode_call(h_q=16)
+    for kernel in KERNELS[:1]:
+        verdict = kernel.supports(problem, Target("some machine", arch, 100, 101_376))
+        assert bool(verdict) == runs
+        assert runs or verdict.reasons == (f"needs an NVIDIA GPU of sm_80 or later or an AMD gfx942, got {arch}",)
+
+
+def test_sizes_beyond_the_tiles_are_refused():
+    plain, where = kv_layout("bf16_576"), Target.preset("h100_sxm")
+    wide = DecodeProblem(1, 1, 1, 16, 1, 700, 600, torch.bfloat16, plain, 64, 4, 4)
+    assert DECODE.supports(wide, where).reasons == (
+        "holds at most 512 value columns, got d_v=600",
+        "holds at most 640 key columns, got 1024 + 128 after padding",
+    )
+    small = Target("small card", "sm_86", 10, 20_000)
+    problem, _ = decode_call()
+    assert DECODE.supports(problem, small).reasons == ("no tile fits 20000 bytes of shared memory",)
+
+
+def test_a_cpu_needs_the_interpreter():
+    problem, _ = decode_call()
+    assert DECODE.supports(problem, Target.preset("cpu")).reasons == (
+        "a CPU runs it only in Triton's interpreter: set TRITON_INTERPRET=1",
+    )
+
+
+def test_explain_works_without_triton():
+    """A process in which Triton cannot be imported: the reason says what to install."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from openmla import backends\n"
+        "from openmla.backends.triton import KERNELS\n"
+        "from openmla.core.target import Target\n"
+        "for kernel in KERNELS:\n"
+        "    problem = backends.typical_problem(kernel.op)\n"
+        "    print(*kernel.supports(problem, Target.preset('h100_sxm')).reasons)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["triton is not installed: pip install openmla[triton]"] * 3
+
+
+def test_kernels_carry_the_names_of_the_table():
+    for kernel in KERNELS:
+        listed = [each.name for each in backends.kernels(kernel.op) if each.backend == "triton"]
+        assert listed == [kernel.name]
