@@ -177,6 +177,8 @@ def microkernels() -> tuple[Microkernel, Microkernel] | None:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and torch.cpu._is_avx512_bf16_supported()
+        # With AMX the microkernel leaves tile registers configured in the caller's thread; that is not handled here.
+        and not torch.cpu._is_amx_tile_supported()
         and not env.any_is_set(*_ISA_LIMITS)
     )
     if not supported:
