@@ -22,7 +22,7 @@ import torch
 
 from openmla.backends.base import DecodeOperands
 from openmla.backends.cute.decode_dense.launch import launch
-from openmla.split.schedule import plan_decode
+from openmla.split.schedule import SplitPlan, plan_decode
 
 SECONDS = 60
 CUDA = "cuda"
@@ -250,7 +250,10 @@ def check(library, name, only=()):
         if not split:
             fine &= torch.equal(before[0], c.operands.out[0]) and torch.equal(before[2], c.operands.out[2])
         passed &= fine
-        print(f"  {'ok  ' if fine else 'FAIL'} page {bad}: out {worst:.3f} word {c.operands.fault_word.item()}", flush=True)
+        print(
+            f"  {'ok  ' if fine else 'FAIL'} page {bad}: out {worst:.3f} word {c.operands.fault_word.item()}",
+            flush=True,
+        )
     return passed
 
 
@@ -260,7 +263,11 @@ def probe(library, name):
 
     function = tvm_ffi.load_module(library)[name]
     for zero_q in (False, True):
-        for lengths, kw in (([63, 0, 65, 1, 640, 0, 77], {"parts": 1}), ([65, 128, 640, 64, 77, 200], {"parts": 1}), ([640] * 4, {"parts": 1, "hostile": False})):
+        for lengths, kw in (
+            ([63, 0, 65, 1, 640, 0, 77], {"parts": 1}),
+            ([65, 128, 640, 64, 77, 200], {"parts": 1}),
+            ([640] * 4, {"parts": 1, "hostile": False}),
+        ):
             c = case("probe", lengths, cluster=1 if "_c1" in name else 2, **kw)
             if zero_q:
                 c.operands.q.zero_()
@@ -280,7 +287,9 @@ def probe(library, name):
                     do = (out - refs[b][0]).abs()[0]
                     badcols = (do.amax(0) > 0.03).nonzero().flatten()
                     if bad or badcols.numel():
-                        line.append(f"req {b}: rows {len(bad)} {bad[:3]}..{bad[-1:]} d [{d.min():.3f} {d.max():.3f}] cols {badcols.numel()} {badcols[:1].tolist()}..{badcols[-1:].tolist()}")
+                        line.append(
+                            f"req {b}: rows {len(bad)} {bad[:3]}..{bad[-1:]} d [{d.min():.3f} {d.max():.3f}] cols {badcols.numel()} {badcols[:1].tolist()}..{badcols[-1:].tolist()}"
+                        )
                 if line:
                     print(f"zero_q {zero_q} lengths {lengths} trial {trial}:", "; ".join(line), flush=True)
 
@@ -303,8 +312,15 @@ def trace(library, name):
         for row in score:
             print("   ", [x - base for x in row], "period", row[8] - row[0])
         for half in (0, 1):
-            rows = sorted([stamps[96 + half * 40 + t * 5 : 96 + half * 40 + t * 5 + 5] for t in range(8)], key=lambda r: r[0])
-            print(f"  values {half} [top p go q0 q1]", *[[x - base for x in row] for row in rows], sep="\n    ", flush=True)
+            rows = sorted(
+                [stamps[96 + half * 40 + t * 5 : 96 + half * 40 + t * 5 + 5] for t in range(8)], key=lambda r: r[0]
+            )
+            print(
+                f"  values {half} [top p go q0 q1]",
+                *[[x - base for x in row] for row in rows],
+                sep="\n    ",
+                flush=True,
+            )
 
 
 def gate(library, names):
@@ -312,7 +328,10 @@ def gate(library, names):
     start = time.time()
     procs = {
         name: subprocess.Popen(
-            [sys.executable, __file__, "check", library, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, __file__, "check", library, name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for name in names
     }
@@ -421,9 +440,26 @@ def replanned(c, parts):
     return SimpleNamespace(**{**vars(c), **new})
 
 
+def whole_requests(c):
+    """The same problem with no request split: the parts take whole requests, as evenly as those allow."""
+    blocks, parts = c.plan.blocks, len(c.plan.parts)
+    edges = [i * len(blocks) // parts for i in range(parts + 1)]
+    stretches = [
+        (a, b - 1, 0, blocks[b - 1], 0) if b > a else (0, -1, 0, 0, 0) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    return SplitPlan("balanced", 64, 0, blocks, tuple(stretches), tuple(range(len(blocks) + 1)))
+
+
 def operator(module, name, c):
-    """The whole operator: the decode kernel and, where the plan splits a request, the merge. `_pN`: N parts."""
-    f, o = module[name], c.operands
+    """The whole operator: the decode kernel and, where the plan splits a request, the merge.
+
+    A name may end in `_pN` (N parts) or `_whole` (no request split).
+    """
+    f, o = module[name.removesuffix("_whole")], c.operands
+    if name.endswith("_whole"):
+        plan = whole_requests(c)
+        new = {"plan": plan, "metadata": plan.tile_scheduler_metadata(CUDA), "num_splits": plan.num_splits_tensor(CUDA)}
+        c = SimpleNamespace(**{**vars(c), **new})
     if re.search(r"_p(\d+)$", name):
         c = replanned(c, int(re.search(r"_p(\d+)$", name).group(1)))
     combine = module["combine_fp16" if "fp16" in name else "combine_bf16"]
@@ -483,7 +519,11 @@ def time_all(library, rows_path, names):
             rows.write(json.dumps(row) + "\n")
             print(
                 f"   {name:44s} {median:8.1f} us [{low:.1f} {high:.1f}] {row['tflops']:6.1f} TFLOPS  x peer {result['peer'][0] / median:.3f}"
-                + (f"  sustained {warm[name]:.1f} us {work / warm[name] / 1e6:.1f} TFLOPS x {warm['peer'] / warm[name]:.3f}" if warm else ""),
+                + (
+                    f"  sustained {warm[name]:.1f} us {work / warm[name] / 1e6:.1f} TFLOPS x {warm['peer'] / warm[name]:.3f}"
+                    if warm
+                    else ""
+                ),
                 flush=True,
             )
         rows.flush()

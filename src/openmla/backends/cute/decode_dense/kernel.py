@@ -72,7 +72,8 @@ NO_MAXIMUM = -1.0e30
 LAZY_LOG2 = 8.0
 
 # Fields of a piece descriptor.
-TILES, REQUEST, FIRST_BLOCK, LENGTH, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD = range(8)
+TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD = range(9)  # STOP: end of its tokens
+FIELDS = 10
 
 
 class Scope:
@@ -161,7 +162,7 @@ class DecodeDense:
             sum_empty: cute.struct.MemRange[Int64, 1]
             piece_full: cute.struct.MemRange[Int64, PIECES]
             piece_empty: cute.struct.MemRange[Int64, PIECES]
-            piece: cute.struct.MemRange[Int32, 8 * PIECES]
+            piece: cute.struct.MemRange[Int32, FIELDS * PIECES]
             valid: cute.struct.MemRange[Int32, cfg.slots]
             need: cute.struct.MemRange[Int32, 2 * 4]
             factor: cute.struct.MemRange[Float32, 2 * 64]
@@ -224,6 +225,9 @@ class DecodeDense:
         cfg = self.config
         tidx, _, _ = cute.arch.thread_idx()
         m_block, kv_head, part = cute.arch.block_idx()
+        # With more row blocks than one cluster holds, the clusters of a request follow each other through L2: whoever
+        # leads waits for HBM and is caught up with. Prefetching would let it run away (3.7 instead of 2.5 GB read).
+        is_sole_reader = cute.arch.grid_dim()[0] <= cfg.cluster
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         store = SmemAllocator().allocate(self.storage)
         pointer = lambda name: getattr(store, name).data_ptr()  # noqa: E731
@@ -232,7 +236,7 @@ class DecodeDense:
                 "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
                 "sum_empty", "piece_full", "piece_empty",
             )},
-            piece=store.piece.get_tensor(cute.make_layout((8, PIECES))),
+            piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             valid=store.valid.get_tensor(cute.make_layout(cfg.slots)),
             need=store.need.get_tensor(cute.make_layout((4, 2))),
             factor=store.factor.get_tensor(cute.make_layout((64, 2))),
@@ -246,7 +250,7 @@ class DecodeDense:
             out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, s_q_max=s_q,
             chunk_blocks=chunk_blocks, is_causal=is_causal, is_varlen=is_varlen, scale_log2=scale_log2,
             num_pages=num_pages, capacity=capacity, qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
-            m_block=m_block, kv_head=kv_head, part=part, rank=m_block % cfg.cluster,
+            is_sole_reader=is_sole_reader, m_block=m_block, kv_head=kv_head, part=part, rank=m_block % cfg.cluster,
             thread=tidx % 128, warp=warp_idx % 4, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
         )  # fmt: skip
 
@@ -352,6 +356,7 @@ class DecodeDense:
                     fields[REQUEST, index] = req
                     fields[FIRST_BLOCK, index] = block
                     fields[LENGTH, index] = length
+                    fields[STOP, index] = cutlass.min((block + cutlass.min(end - block, step)) * 64, length)
                     fields[SPLIT_SLOT, index] = first_slot + split if is_split else Int32(-1)
                     token0, s_q, batch = Int32(0), c.s_q_max, req
                     if c.is_varlen != 0:
@@ -412,21 +417,20 @@ class DecodeDense:
                     ahead = j + c.lane
                     # Beyond the tensor map the copy engine fills with zeros, and no token counts.
                     page = c.num_pages
-                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[LENGTH, index]):
+                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[STOP, index]):
                         page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
                         if (page < 0) | (page >= c.num_pages):
                             page = c.num_pages
                             cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_PAGE))
                 here = cute.arch.shuffle_sync(page, j % 16)
                 if const_expr(cfg.prefetch > 0):
-                    # Row blocks beyond the first cluster of a request find its lines in L2 anyway.
-                    if (j + cfg.prefetch < tiles) & (c.m_block < cfg.cluster):
+                    if (j + cfg.prefetch < tiles) & c.is_sole_reader:
                         later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
                         later_tile = (first + j + cfg.prefetch) % pages_tiles
                         for e in cutlass.range_constexpr(8 // cfg.cluster):
                             column = cfg.cluster * e + c.rank
                             cute.prefetch(c.tma_kv, g_kv[None, later_tile, column, later])
-                count = cutlass.min(c.piece[LENGTH, index] - (first + j) * 64, 64) if here < c.num_pages else Int32(0)
+                count = cutlass.min(c.piece[STOP, index] - (first + j) * 64, 64) if here < c.num_pages else Int32(0)
                 row_tile = (first + j) % pages_tiles
                 for e in cutlass.range_constexpr(4):
                     cute.arch.mbarrier_wait(c.empty + slot, phase)
@@ -476,13 +480,13 @@ class DecodeDense:
                 if j % 16 == 0:
                     ahead = j + c.lane
                     page = c.num_pages
-                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[LENGTH, index]):
+                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[STOP, index]):
                         page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
                         if (page < 0) | (page >= c.num_pages):
                             page = c.num_pages
                 here = cute.arch.shuffle_sync(page, j % 16)
                 if const_expr(cfg.prefetch > 0):
-                    if (j + cfg.prefetch < tiles) & (c.m_block < cfg.cluster) & ((turn + cfg.prefetch) % cfg.cluster == c.rank):
+                    if (j + cfg.prefetch < tiles) & c.is_sole_reader & ((turn + cfg.prefetch) % cfg.cluster == c.rank):
                         later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
                         later_tile = (first + j + cfg.prefetch) % pages_tiles
                         cute.prefetch(c.tma_kv, g_kv[None, later_tile, 8, later])
@@ -540,74 +544,78 @@ class DecodeDense:
 
     @cute.jit
     def scores(self, c: cutlass.Constexpr):
-        """S of tile j on the tensor cores, while the exponentials of tile j - 1 run between the wgmmas."""
+        """S of one tile on the tensor cores; between the wgmmas, probabilities of the tile before."""
         cfg = self.config
-        s = Scope(
-            t_rk=None, acc=c.qk_ss.make_fragment_C(c.qk_ss.partition_shape_C((64, 64))),
-            t=cute.make_rmem_tensor(32, Float32),
-        )  # fmt: skip
         c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
         c.qk_rs.set(warpgroup.Field.ACCUMULATE, True)
         c.qk_ss.set(warpgroup.Field.ACCUMULATE, True)
         thr = c.qk_ss.get_slice(c.thread)
-        s.a_smem = c.qk_ss.make_fragment_A(thr.partition_A(c.s_q))
-        s.b_ring = c.qk_ss.make_fragment_B(thr.partition_B(c.s_ring))
-        s.b_rope = c.qk_ss.make_fragment_B(thr.partition_B(c.s_rope))
-        s.a_regs = [
-            c.qk_rs.make_fragment_A(c.qk_rs.partition_shape_A((64, 128))) for _ in range(cfg.q_regs // 2)
-        ]
+        s = Scope(
+            a_smem=c.qk_ss.make_fragment_A(thr.partition_A(c.s_q)),
+            b_ring=c.qk_ss.make_fragment_B(thr.partition_B(c.s_ring)),
+            b_rope=c.qk_ss.make_fragment_B(thr.partition_B(c.s_rope)),
+            a_regs=[c.qk_rs.make_fragment_A(c.qk_rs.partition_shape_A((64, 128))) for _ in range(cfg.q_regs // 2)],
+            row0=c.warp * 16 + c.lane // 4,
+        )  # fmt: skip
+        acc = c.qk_ss.make_fragment_C(c.qk_ss.partition_shape_C((64, 64)))
+        dist = cute.make_rmem_tensor(32, Float32)  # score - reference of the tile before, in the layout of acc
         load_a = cute.make_tiled_copy_A(cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), c.qk_rs)
         thr_a = load_a.get_slice(c.thread)
-        s.row0 = c.warp * 16 + c.lane // 4
-        s.packed = cute.make_rmem_tensor(s.acc.layout, self.dtype)
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), c.qk_ss)
-        s.store, thr_p = store, store.get_slice(c.thread)
+        s.packed = cute.make_rmem_tensor(acc.layout, self.dtype)
+        s.probabilities = cute.make_rmem_tensor(32, Float32)
+        s.store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), c.qk_ss)
+        thr_p = s.store.get_slice(c.thread)
         s.p_from, s.p_to = thr_p.retile(s.packed), thr_p.partition_D(c.s_p)
 
-        t = s.t
-        # The probabilities of a tile are stored while the next one is multiplied, also across pieces. Before the first
-        # tile stands one of zeros, which the value warpgroups take and drop: no branch divides the wgmmas.
-        t.fill(-Float32.inf)
+        # Before the first tile stands one of zeros, which the value warpgroups take and drop: no branch divides the wgmmas.
+        dist.fill(-Float32.inf)
         m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
-        f0, f1, need = Float32(1.0), Float32(1.0), Int32(0)
         # Every phase follows from a running count: ring slots filled, tiles, pieces.
-        slot, phase, tile, piece = Int32(0), Int32(0), Int32(0), Int32(0)
+        slot, phase, count, piece = Int32(0), Int32(0), Int32(0), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         while tiles > 0:
+            index = piece % PIECES
+            # tiles before this one are seen by every row, where their pages are good
+            plain = c.piece[LENGTH, index] // 64
+            if c.is_causal != 0:
+                plain = (c.piece[LENGTH, index] - c.piece[S_Q, index] + 1) // 64
+            plain = cute.arch.make_warp_uniform(plain - c.piece[FIRST_BLOCK, index])
             for e in cutlass.range_constexpr(cfg.q_regs // 2):
                 cute.arch.mbarrier_wait(c.full + slot, phase)
                 cute.copy(load_a, thr_a.partition_S(c.s_ring[None, None, slot]), thr_a.retile(s.a_regs[e]))
                 # An arrival may overtake loads that wait behind the stores of an epilogue: let them finish first.
                 cute.arch.fence_view_async_shared()
                 self.release(c.empty + slot, c.rank)
-                slot += 1
-                if slot == cfg.slots:
-                    slot = Int32(0)
-                    phase ^= 1
+                slot, phase = self.next_slot(slot, phase)
             for j in cutlass.range(tiles, unroll=1):
-                first = slot
-                slot, phase, l0, l1 = self.issue(c, s, slot, phase, tile, piece, f0, f1, need, l0, l1)
-                if j == tiles - 1:
-                    self.arrive(c.q_empty)
-                if j == 0:
-                    if tile > 0:
-                        self.sums(c, s, piece - 1, m0, m1, l0, l1)
-                    m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
-                m0, m1, l0, l1, f0, f1, need = self.maximum(c, s, piece, j, first, m0, m1, l0, l1, f0, f1)
-                tile += 1
+                slot, phase, m0, m1, l0, l1 = self.step(
+                    c, s, acc, dist, slot, phase, count, piece, tiles, j, plain, m0, m1, l0, l1
+                )
+                count += 1
             piece += 1
             cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
             tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
-        if tile > 0:
-            l0, l1 = self.finish(c, s, tile, f0, f1, need, l0, l1)
+        if count > 0:
+            m0, m1, l0, l1, f0, f1, need = self.reference(c, dist, m0, m1, l0, l1)
+            l0, l1 = self.finish(c, s, dist, count, f0, f1, need, l0, l1)
             self.sums(c, s, piece - 1, m0, m1, l0, l1)
 
     @cute.jit
-    def exponential(self, c: cutlass.Constexpr, s: cutlass.Constexpr, x: cutlass.Constexpr, l0: Float32, l1: Float32):
-        """One probability: s.t[x] becomes exp2((score - maximum) * scale), added to its row's sum."""
-        value = cute.math.exp2(s.t[x] * c.scale_log2, fastmath=True)
-        s.t[x] = value
+    def next_slot(self, slot: Int32, phase: Int32):
+        """The ring position after this one."""
+        slot += 1
+        if slot == self.config.slots:
+            slot = Int32(0)
+            phase ^= 1
+        return slot, phase
+
+    @cute.jit
+    def exponential(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, x: cutlass.Constexpr, l0: Float32, l1: Float32):
+        """One probability, 2^(score - reference), added to its row's sum."""
+        probabilities = s.probabilities
+        value = cute.math.exp2(acc[x], fastmath=True)
+        probabilities[x] = value
         if const_expr((x // 2) % 2 == 0):
             l0 += value
         else:
@@ -617,8 +625,9 @@ class DecodeDense:
     @cute.jit
     def store_p(self, c: cutlass.Constexpr, s: cutlass.Constexpr, k: cutlass.Constexpr, buf: Int32):
         """The 16 columns of k-step `k`, one stmatrix per warp."""
+        packed = s.packed
         for i in cutlass.range_constexpr(8):
-            s.packed[8 * k + i] = s.t[8 * k + i].to(self.dtype)
+            packed[8 * k + i] = s.probabilities[8 * k + i].to(self.dtype)
         cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
 
     @cute.jit
@@ -636,122 +645,146 @@ class DecodeDense:
         self.arrive(c.p_full + buf)
 
     @cute.jit
-    def issue(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, slot: Int32, phase: Int32, tile: Int32, piece: Int32,
-        f0: Float32, f1: Float32, need: Int32, l0: Float32, l1: Float32,
+    def step(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, dist: cute.Tensor, slot: Int32,
+        phase: Int32, count: Int32, piece: Int32, tiles: Int32, j: Int32, plain: Int32, m0: Float32, m1: Float32,
+        l0: Float32, l1: Float32,
     ):  # fmt: skip
-        """All wgmmas of one tile's scores; between them the probabilities of the tile before."""
+        """The scores of tile j on the tensor cores; meanwhile tile j - 1, in `dist`, becomes probabilities.
+
+        Its maximum is found behind the first 8 wgmmas (the queue of the tensor cores holds about that many), its
+        exponentials stand between the others.
+        """
         cfg = self.config
         steps = [0, 1, 2, -1, 3] if cfg.has_rope else [0, 1, 2, 3]
-        count = 0
+        buf = count & 1  # of the tile before; the value warpgroups count from 1
+        f0, f1, need = Float32(1.0), Float32(1.0), Int32(0)
+        valid = Int32(0)
+        issued = 0
         done = 0
-        buf = tile & 1  # of the tile before; the value warpgroups count from 1
-        cute.arch.mbarrier_wait(c.p_empty + buf, ((tile >> 1) & 1) ^ 1)
-        warpgroup.fence()
-        for step in cutlass.range_constexpr(len(steps)):
-            e = steps[step]
+        for e in steps:
             if const_expr(e < 0):
-                cute.arch.mbarrier_wait(c.rope_full, tile & 1)
+                cute.arch.mbarrier_wait(c.rope_full, count & 1)
             else:
                 cute.arch.mbarrier_wait(c.full + slot, phase)
-            if const_expr(e == cfg.q_regs // 2):  # the first step that reads Q from shared memory
+            if const_expr(e == cfg.q_regs // 2):  # the first that reads Q from shared memory
                 cute.arch.mbarrier_wait(c.q_full, piece & 1)
-            if const_expr(step == 0):
+            if const_expr(issued == 0):
+                valid = c.valid[slot]
                 warpgroup.fence()
             for k in cutlass.range_constexpr(4 if e < 0 else 8):
                 column = 4 * 8 + k if e < 0 else 8 * e + k
                 if const_expr(column < 4 * cfg.q_regs):
                     cute.gemm(
-                        c.qk_rs if count else c.qk_first,
-                        s.acc, s.a_regs[column // 8][None, None, column % 8], s.b_ring[None, None, k, slot], s.acc,
+                        c.qk_rs if issued else c.qk_first, acc, s.a_regs[column // 8][None, None, column % 8],
+                        s.b_ring[None, None, k, slot], acc,
                     )  # fmt: skip
                 else:
                     b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, slot]
-                    cute.gemm(c.qk_ss, s.acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, s.acc)
+                    cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
+                if const_expr(issued == cfg.exp_start):
+                    m0, m1, l0, l1, f0, f1, need = self.reference(c, dist, m0, m1, l0, l1)
+                    cute.arch.mbarrier_wait(c.p_empty + buf, ((count >> 1) & 1) ^ 1)
                 for _ in cutlass.range_constexpr(cfg.exp_each):
-                    if const_expr(count >= cfg.exp_start and done < 32):
-                        l0, l1 = self.exponential(c, s, done, l0, l1)
+                    if const_expr(issued > cfg.exp_start and done < 32):
+                        l0, l1 = self.exponential(c, s, dist, done, l0, l1)
                         done += 1
                         if const_expr(done % 8 == 0):
                             self.store_p(c, s, done // 8 - 1, buf)
                         if const_expr(done == 32):
                             self.publish(c, s, buf, f0, f1, need)
-                if const_expr(count == cfg.gate_left):
+                if const_expr(issued == cfg.gate_left):
                     self.arrive(c.go + buf)
-                if const_expr(count == cfg.gate_right):
+                if const_expr(issued == cfg.gate_right):
                     self.arrive(c.go + 2 + buf)
-                count += 1
+                issued += 1
             if const_expr(e >= 0):
-                slot += 1
-                if slot == cfg.slots:
-                    slot = Int32(0)
-                    phase ^= 1
+                slot, phase = self.next_slot(slot, phase)
         warpgroup.commit_group()
-        for gate, barrier in ((cfg.gate_left, c.go + buf), (cfg.gate_right, c.go + 2 + buf)):
-            if const_expr(gate == -1):
-                self.arrive(barrier)
+        if const_expr(cfg.gate_left == -1):
+            self.arrive(c.go + buf)
+        if const_expr(cfg.gate_right == -1):
+            self.arrive(c.go + 2 + buf)
         warpgroup.wait_group(0)
-        for gate, barrier in ((cfg.gate_left, c.go + buf), (cfg.gate_right, c.go + 2 + buf)):
-            if const_expr(gate == -2):
-                self.arrive(barrier)
-        if const_expr(cfg.has_rope):
-            self.release(c.rope_empty, c.rank)
-        return slot, phase, l0, l1
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            if const_expr(cfg.gate_left == -2):
+                cute.arch.mbarrier_arrive(c.go + buf)
+            if const_expr(cfg.gate_right == -2):
+                cute.arch.mbarrier_arrive(c.go + 2 + buf)
+            if const_expr(cfg.has_rope):
+                cute.arch.mbarrier_arrive(c.rope_empty)
+                for other in cutlass.range_constexpr(1, cfg.cluster):
+                    cute.arch.mbarrier_arrive(c.rope_empty, c.rank ^ other)
+        for x in cutlass.range_constexpr(32):
+            dist[x] = acc[x] * c.scale_log2
+        if (valid < 64) | (j >= plain) | (j == 0) | (j + 1 == tiles):
+            if j + 1 == tiles:
+                self.arrive(c.q_empty)
+            if j == 0:
+                if count > 0:
+                    self.sums(c, s, piece - 1, m0, m1, l0, l1)
+                m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
+            if (valid < 64) | (j >= plain):
+                self.mask(c, s, dist, piece, j, valid)
+        return slot, phase, m0, m1, l0, l1
 
     @cute.jit
-    def maximum(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, j: Int32, first: Int32,
-        m0: Float32, m1: Float32, l0: Float32, l1: Float32, f0: Float32, f1: Float32,
-    ):  # fmt: skip
-        """Mask, move the reference if a score exceeds it by 2^8, and leave score - reference in s.t.
+    def reference(
+        self, c: cutlass.Constexpr, dist: cute.Tensor, m0: Float32, m1: Float32, l0: Float32, l1: Float32
+    ):
+        """Move the reference of a row when a score exceeds it by 2^8; leave score - reference in `dist`.
 
-        The difference is taken before the scale is applied: it is exact for the largest score, whatever its size.
+        The reference is one of the scores, scaled and rounded like all: the difference of the largest is exactly 0,
+        whatever its size. (One fused multiply-add would round differently and make 2^(1e5) of a logit of 1e12.)
         """
-        acc = s.acc
-        index = piece % PIECES
-        start = (c.piece[FIRST_BLOCK, index] + j) * 64
-        count = c.valid[first]
-        s_q = c.piece[S_Q, index]
-        seen = c.piece[LENGTH, index] - start
-        if (count < 64) | ((c.is_causal != 0) & (seen - s_q + 1 < 64)):
-            row = c.m_block * 64 + s.row0
-            lim0, lim1 = count, count
-            if c.is_causal != 0:
-                lim0 = cutlass.min(count, seen - s_q + 1 + row // self.config.heads)
-                lim1 = cutlass.min(count, seen - s_q + 1 + (row + 8) // self.config.heads)
-            for x in cutlass.range_constexpr(32):
-                column = (x // 4) * 8 + (c.lane % 4) * 2 + x % 2
-                if column >= (lim0 if (x // 2) % 2 == 0 else lim1):
-                    acc[x] = -Float32.inf
-        x0, x1 = acc[0], acc[2]
+        f0, f1 = Float32(1.0), Float32(1.0)
+        x0, x1 = dist[0], dist[2]
         for i in cutlass.range_constexpr(8):
-            x0 = cute.arch.fmax(x0, cute.arch.fmax(acc[i * 4 + 0], acc[i * 4 + 1]))
-            x1 = cute.arch.fmax(x1, cute.arch.fmax(acc[i * 4 + 2], acc[i * 4 + 3]))
-        over = ((x0 - m0) * c.scale_log2 > Float32(LAZY_LOG2)) | ((x1 - m1) * c.scale_log2 > Float32(LAZY_LOG2))
+            x0 = cute.arch.fmax(x0, cute.arch.fmax(dist[i * 4 + 0], dist[i * 4 + 1]))
+            x1 = cute.arch.fmax(x1, cute.arch.fmax(dist[i * 4 + 2], dist[i * 4 + 3]))
+        over = cute.arch.fmax(x0 - m0, x1 - m1) > Float32(LAZY_LOG2)
         need = Int32(1) if cute.arch.vote_any_sync(over) else Int32(0)
         if need != 0:
             for d in (1, 2):
                 x0 = cute.arch.fmax(x0, cute.arch.shuffle_sync_bfly(x0, d))
                 x1 = cute.arch.fmax(x1, cute.arch.shuffle_sync_bfly(x1, d))
             n0, n1 = cute.arch.fmax(m0, x0), cute.arch.fmax(m1, x1)
-            f0 = cute.math.exp2((m0 - n0) * c.scale_log2, fastmath=True)
-            f1 = cute.math.exp2((m1 - n1) * c.scale_log2, fastmath=True)
+            f0 = cute.math.exp2(m0 - n0, fastmath=True)
+            f1 = cute.math.exp2(m1 - n1, fastmath=True)
             l0, l1, m0, m1 = l0 * f0, l1 * f1, n0, n1
         for x in cutlass.range_constexpr(32):
-            s.t[x] = acc[x] - (m0 if (x // 2) % 2 == 0 else m1)
+            dist[x] = dist[x] - (m0 if (x // 2) % 2 == 0 else m1)
         return m0, m1, l0, l1, f0, f1, need
 
     @cute.jit
+    def mask(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, piece: Int32, j: Int32, count: Int32
+    ):
+        """Scores of keys that a row does not see become -inf: selected, so that a NaN there does not matter."""
+        index = piece % PIECES
+        lim0, lim1 = count, count
+        if c.is_causal != 0:
+            left = c.piece[LENGTH, index] - (c.piece[FIRST_BLOCK, index] + j) * 64 - c.piece[S_Q, index] + 1
+            row = c.m_block * 64 + s.row0
+            lim0 = cutlass.min(count, left + row // self.config.heads)
+            lim1 = cutlass.min(count, left + (row + 8) // self.config.heads)
+        for x in cutlass.range_constexpr(32):
+            column = (x // 4) * 8 + (c.lane % 4) * 2 + x % 2
+            if column >= (lim0 if (x // 2) % 2 == 0 else lim1):
+                acc[x] = -Float32.inf
+
+    @cute.jit
     def finish(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, tile: Int32, f0: Float32, f1: Float32, need: Int32,
-        l0: Float32, l1: Float32,
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, count: Int32, f0: Float32, f1: Float32,
+        need: Int32, l0: Float32, l1: Float32,
     ):  # fmt: skip
-        """The last tile of the CTA: nothing to overlap with, so both gates open at once."""
-        buf = tile & 1
-        cute.arch.mbarrier_wait(c.p_empty + buf, ((tile >> 1) & 1) ^ 1)
+        """The probabilities of a piece's last tile: nothing to overlap with, so both gates open at once."""
+        buf = count & 1
+        cute.arch.mbarrier_wait(c.p_empty + buf, ((count >> 1) & 1) ^ 1)
         for k in cutlass.range_constexpr(4):
             for i in cutlass.range_constexpr(8):
-                l0, l1 = self.exponential(c, s, 8 * k + i, l0, l1)
+                l0, l1 = self.exponential(c, s, acc, 8 * k + i, l0, l1)
             self.store_p(c, s, k, buf)
         self.publish(c, s, buf, f0, f1, need)
         self.arrive(c.go + buf)
@@ -780,7 +813,7 @@ class DecodeDense:
                 inverse, lse2 = Float32(0.0), -Float32.inf
                 if l > 0.0:
                     inverse = Float32(1.0) / l
-                    lse2 = m * c.scale_log2 + cute.math.log2(l)
+                    lse2 = m + cute.math.log2(l)
                 shared_inverse[s.row0 + 8 * half] = inverse
                 if row < s_q * heads:
                     if split_slot >= 0:
@@ -804,7 +837,7 @@ class DecodeDense:
         accs = [pv.make_fragment_C(pv.partition_shape_C((64, 128))) for _ in range(2)]
         row0 = c.warp * 16 + c.lane // 4
         pv.set(warpgroup.Field.ACCUMULATE, True)
-        slot, tile, piece = 2 * half, Int32(1), Int32(0)  # slot of this half's first quarter
+        slot, tile, piece = 2 * half, Int32(1), Int32(0)  # slot of this half's first quarter; P's; pieces
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         if tiles > 0:
