@@ -3,7 +3,7 @@
     python tests/gpu/decode_dense_small.py LIBRARY check     every case in a process of its own, with a time limit
     python tests/gpu/decode_dense_small.py LIBRARY time      against sgl-flash-mla where installed; rows to $OUT
 
-LIBRARY is built on a machine with the DSL: python -m tests.compile.build_small OUT.so
+LIBRARY is built by build_decode_dense_small.py on a machine with the DSL.
 Needs PyTorch with CUDA, apache-tvm-ffi, and src/ on PYTHONPATH; not the DSL.
 """
 
@@ -22,11 +22,14 @@ from pathlib import Path
 
 import torch
 
+from openmla.backends.cute.decode_dense_small.config import VARIANTS
+from openmla.core.target import Target
+from openmla.lab.store import Row, append, environment, now
 from openmla.split.schedule import plan_decode
 
 LOG2_E = 1.4426950408889634
 SMS = 132
-PARTIAL = ("small_bf16_16_part",)  # variants whose partials are merged by the separate kernel
+PARTIAL = ("decode_dense_small_bf16_n16_d576_s2_part",)  # variants whose partials are merged by the separate kernel
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Case:
     policy: str = "balanced"
     chunk: int = 256
     parts: int = SMS
-    unit: int = 16  # tokens per block of the plan
-    overhead: int = 4
+    unit: int = 64  # tokens per block of the plan
+    overhead: int = 1
     share: int = 1
     scale: float = 1.0
     bad_page: bool = False
@@ -71,8 +74,8 @@ CHECKS = (
     Case("rows32", (4096, 100, 333), h_q=32),
     Case("rows32_causal", (700, 100, 12), h_q=16, s_q=2, causal=True, sink=True),
     Case("unit8", (4096, 100, 333, 0, 7), unit=8),
-    Case("unit64", (4096, 100, 333, 0, 7), unit=64, overhead=1),
-    Case("uneven_cuts", (5000, 2500, 90), parts=13),
+    Case("unit16", (4096, 100, 333, 0, 7), unit=16, overhead=4),
+    Case("uneven_cuts", (5000, 2500, 90), parts=13, unit=24),
     Case("many_pieces", (131072,), chunk=128, policy="batch_invariant"),
     Case("units_shared", (7000, 7000, 7000, 7000), h_q=32, parts=40),
     Case("h_kv2", (900, 130), h_q=32, h_kv=2, parts=66),
@@ -157,7 +160,7 @@ class Operator:
         self.case, self.x = case, x
         self.decode, self.merge, self.planner = fns[kernel], fns[combine], fns["decode_plan"]
         self.fused = not kernel.endswith("_part")
-        padded = int(kernel.split("_")[2]) * case.h_kv  # query rows as the kernel counts them
+        padded = int(kernel.split("_n")[1][:2]) * case.h_kv  # query rows as the kernel counts them
         self.counters = torch.zeros((2, len(case.lengths) * case.h_kv, 1), dtype=torch.int32, device="cuda")
         batch, rows = len(case.lengths), case.s_q * case.h_q
         chunks = sum(max(-(-length // case.chunk), 1) for length in case.lengths)
@@ -227,25 +230,24 @@ def oracle(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kernel_name(case: Case) -> str:
-    rows = case.s_q * case.h_q // case.h_kv
-    size = 16 if rows <= 16 else 32
+    rows = 16 if case.s_q * case.h_q // case.h_kv <= 16 else 32
     dtype = "bf16" if case.dtype == torch.bfloat16 else "fp16"
-    return f"small_{dtype}_{size}" + ("" if case.d_qk == 576 else f"_d{case.d_qk}")
+    return next(c.name for c in VARIANTS if (c.dtype, c.rows, c.d_qk) == (dtype, rows, case.d_qk))
 
 
 def combine_name(case: Case, columns: int = 128) -> str:
     return f"combine_{'bf16' if case.dtype == torch.bfloat16 else 'fp16'}_{columns}"
 
 
-def check(fns: Functions, case: Case, suffix: str = "") -> str:
+def check(fns: Functions, case: Case) -> str:
     """Raises AssertionError with the first broken promise; returns a line of figures."""
     x = Inputs(case)
     want, want_lse = oracle(x)
     worst = worst_lse = 0.0
     bits: list[torch.Tensor] = []
     fused_bits: list[torch.Tensor] = []
-    for way in ("_part", "", "", "_part") if f"{kernel_name(case)}{suffix}_part" in PARTIAL else ("", "", ""):
-        op = Operator(fns, x, kernel_name(case) + suffix + way, combine_name(case, 512 if bits else 128))
+    for way in ("_part", "", "", "_part") if f"{kernel_name(case)}_part" in PARTIAL else ("", "", ""):
+        op = Operator(fns, x, kernel_name(case) + way, combine_name(case, 512 if bits else 128))
         op.plan()
         op.run()
         torch.cuda.synchronize()
@@ -297,9 +299,58 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
     return f"{rounds} plans equal"
 
 
+def check_invariance(fns: Functions) -> str:
+    """batch_invariant: a request's bits are the same alone, among others, and on another number of parts."""
+    base = Case("invariance", (5000, 70, 0, 1000, 4096), policy="batch_invariant", chunk=512)
+    x = Inputs(base)
+    outs = []
+    for parts in (132, 5, 1):
+        op = Operator(fns, x, kernel_name(base), combine_name(base), case=replace(base, parts=parts))
+        op.plan()
+        op.run()
+        outs.append(op.out.clone())
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2]), "bits depend on the number of parts"
+    for index, length in enumerate(base.lengths):
+        alone = replace(base, lengths=(length,))
+        one = Inputs(alone)
+        one.q, one.kv, one.table, one.lengths = x.q[index : index + 1], x.kv, x.table[index : index + 1], x.lengths[index : index + 1]  # fmt: skip
+        one.max_pages = x.max_pages
+        op = Operator(fns, one, kernel_name(alone), combine_name(alone))
+        op.plan()
+        op.run()
+        assert torch.equal(op.out, outs[0][index : index + 1]), f"request {index}: bits depend on its batch mates"
+    return "bits equal alone, among others, on 1, 5 and 132 parts"
+
+
+def check_graph(fns: Functions) -> str:
+    """Plan and decode in one graph, lengths changed between replays; then many replays, bit by bit."""
+    case = Case("graph", (4096, 3000, 64, 0, 2500, 9000))
+    x = Inputs(case, poison=False)
+    x.table.clamp_(0, x.kv.shape[0] - 1)
+    op = Operator(fns, x, kernel_name(case), combine_name(case))
+    graph = graph_of(lambda: (op.plan(), op.run()))
+    rng = random.Random(3)
+    for _ in range(40):
+        lengths = [rng.choice((0, 1, rng.randint(0, 9000), 9000)) for _ in case.lengths]
+        x.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        op.out.fill_(math.nan)
+        op.out_accum.fill_(math.nan)
+        graph.replay()
+        now = replace(case, lengths=tuple(lengths))
+        x.case, x.masked = now, torch.ones((len(lengths), 9000), dtype=torch.bool, device="cuda")
+        want, _ = oracle(x)
+        error = (op.out.double() - want).abs().max() / max(want.abs().max().item(), 1e-30)
+        assert error < 8e-3, f"lengths {lengths}: error {error:.1e}"
+    first = op.out.clone()
+    for _ in range(2000):
+        graph.replay()
+        assert torch.equal(op.out, first), "a replay differs in bits"
+    return "40 sets of lengths, 2000 equal replays"
+
+
 def run_checks(library: str, names: list[str], limit: float = 25.0) -> int:
     """Each case in its own process: a hang or a dead context costs one line. Stops when nothing works."""
-    names = names or ["plans", *(case.name for case in CHECKS)]
+    names = names or ["plans", "graph", "invariance", *(case.name for case in CHECKS)]
     verdicts: list[str] = []
     running: list[tuple[str, subprocess.Popen[str], float]] = []
     waiting = list(names)
@@ -369,8 +420,8 @@ def graph_of(call) -> torch.cuda.CUDAGraph:
 
 def time_graphs(
     graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, repeats: int, *, is_clean: bool = False
-) -> dict[str, tuple[float, float]]:
-    """Median and spread (us) of each, in turn, L2 flushed before every replay.
+) -> dict[str, list[float]]:
+    """Microseconds of each replay, in turn, L2 flushed before every one.
 
     Flushing by writing (the usual way) leaves 50 MB of L2 to be written back during the measurement, which costs
     everybody up to 16 us; `is_clean` reads another buffer afterwards, so that L2 is cold and has nothing to write.
@@ -392,10 +443,21 @@ def time_graphs(
                 events.append((a, b))
             torch.cuda.synchronize()
             times[name] += [a.elapsed_time(b) * 1e3 for a, b in events]
-    return {
-        name: (statistics.median(each), statistics.quantiles(each, n=10)[-1] - statistics.quantiles(each, n=10)[0])
-        for name, each in times.items()
-    }
+    return times
+
+
+def gemm_tflops() -> float:
+    """bf16 8192^3 on random data, best of a few."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, 2 * 8192**3 / begin.elapsed_time(end) / 1e9)
+    return best
 
 
 def peer(x: Inputs):
@@ -425,8 +487,10 @@ def run_times(library: str, only: list[str]) -> None:
     fns = Functions(library)
     out_dir = Path(os.environ.get("OUT", "."))
     read = read_bandwidth()
-    name = torch.cuda.get_device_name()
-    print(f"{name}: read-only {read:.0f} GB/s", flush=True)
+    gemm, facts = gemm_tflops(), environment(Target.detect("cuda"))
+    print(
+        f"{facts['device']}: read-only {read:.0f} GB/s, gemm {gemm:.0f} TFLOPS, commit {facts['git_sha']}", flush=True
+    )
     # [suffix, tokens per plan block, overhead tokens, least tokens per part, with the plan inside]
     variants = json.loads(os.environ.get("VARIANTS", "[]"))
     for batch, s_k, h_q in CELLS:
@@ -439,7 +503,7 @@ def run_times(library: str, only: list[str]) -> None:
         call = peer(x)
         if call is not None:
             graphs["flash_mla"] = graph_of(call)
-        chosen = variants or [["", 16, 64, 64, False]]
+        chosen = variants or [["", 64, 64, 64, False]]
         ops = []
         for suffix, unit, overhead, share, with_plan in chosen:
             tuned = replace(case, unit=unit, overhead=overhead // unit, share=max(share // unit, 1))
@@ -457,19 +521,52 @@ def run_times(library: str, only: list[str]) -> None:
                 assert bad < 1e-2, f"{tag}: differs from the peer by {bad:.1e}"
         big = batch * s_k > 1 << 20
         moved = batch * s_k * 1152 + 2 * batch * h_q * 1088
+        flops = 2 * batch * h_q * s_k * 1088
         for is_clean in (False, True):
-            result = time_graphs(graphs, rounds=3, repeats=5 if big else 15, is_clean=is_clean)
+            times = time_graphs(graphs, rounds=3, repeats=5 if big else 15, is_clean=is_clean)
+            medians = {who: statistics.median(each) for who, each in times.items()}
             line = f"{tag:16}{'clean' if is_clean else 'dirty'}"
-            for who, (median, spread) in result.items():
-                rate = moved / median / 1e3
-                ratio = result["flash_mla"][0] / median if "flash_mla" in result else float("nan")
-                line += f" | {who} {median:.1f}us {rate:.0f}GB/s x{ratio:.2f}"
-                row = {"suite": "decode_dense_small", "case": tag, "who": who, "us": round(median, 2),
-                       "spread_us": round(spread, 2), "gbps": round(rate, 1), "ratio_to_flash_mla": round(ratio, 3),
-                       "read_gbps": round(read, 1), "gpu": name, "torch": torch.__version__,
-                       "method": f"cuda graph replay, L2 {'cold and clean' if is_clean else 'flushed by writing'}, in turn"}  # fmt: skip
-                with (out_dir / "decode_dense_small.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            rows = []
+            for who, each in times.items():
+                us, ordered = medians[who], sorted(each)
+                ratio = {} if call is None or who == "flash_mla" else {"flash_mla": medians["flash_mla"] / us}
+                is_peer = who == "flash_mla"
+                line += f" | {who} {us:.1f}us {moved / us / 1e3:.0f}GB/s" + "".join(
+                    f" x{x:.2f}" for x in ratio.values()
+                )
+                rows.append(
+                    Row(
+                        suite="decode_dense_small",
+                        case=f"decode-b{batch}-sq1-hq{h_q}-sk{s_k}-bf16",
+                        who="flash_mla" if is_peer else "cute",
+                        kind="peer" if is_peer else "backend",
+                        kernel="flash_mla dense, use_legacy" if is_peer else kernel_name(case),
+                        config="" if is_peer else who,
+                        policy="balanced",
+                        median_us=us,
+                        p20_us=ordered[len(each) // 5],
+                        p80_us=ordered[4 * len(each) // 5],
+                        n=len(each),
+                        host_us=None,
+                        flops=flops,
+                        bytes=moved,
+                        tflops=flops / us / 1e6,
+                        gbps=moved / us / 1e3,
+                        fraction_gemm=flops / us / 1e6 / gemm,
+                        fraction_read=moved / us / 1e3 / read,
+                        ratio=ratio,
+                        gate="" if is_peer else "within 1e-2 of the peer's largest element",
+                        timing="graph",
+                        cache="cold, nothing to write back" if is_clean else "cold, flushed by writing",
+                        dtype="bf16",
+                        inputs="0.1 * randn, shuffled pages of 64",
+                        seed=0,
+                        environment=facts,
+                        ceilings={"gemm_tflops": gemm, "read_gbps": read},
+                        utc=now(),
+                    )
+                )
+            append(out_dir / "decode_dense_small.jsonl", rows)
             print(line, flush=True)
         del graphs, ops, x, call
         torch.cuda.empty_cache()
@@ -481,11 +578,11 @@ def main() -> int:
         return 1 if run_checks(library, names) else 0
     if mode == "one":
         fns = Functions(library)
-        if names[0] == "plans":
-            print(check_plans(fns))
+        whole = {"plans": check_plans, "graph": check_graph, "invariance": check_invariance}
+        if names[0] in whole:
+            print(whole[names[0]](fns))
         else:
-            base, _, suffix = names[0].partition("+")
-            print(check(fns, next(case for case in CHECKS if case.name == base), suffix and "_" + suffix))
+            print(check(fns, next(case for case in CHECKS if case.name == names[0])))
         return 0
     if mode == "time":
         run_times(library, names)
