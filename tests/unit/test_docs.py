@@ -7,8 +7,9 @@ import inspect
 import re
 from pathlib import Path
 
-import openmla
 import pytest
+
+import openmla
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

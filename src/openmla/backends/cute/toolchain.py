@@ -243,7 +243,9 @@ def write_manifest(
         compiled: the objects in the library, for their resource report.
     """
     path = bundle / MANIFEST
-    manifest = json.loads(path.read_text()) if path.exists() else {"format": MANIFEST_FORMAT, "families": {}}
+    manifest: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"format": MANIFEST_FORMAT, "families": {}}
+    )
     if manifest.get("format") != MANIFEST_FORMAT:
         raise CompileError(
             f"{path}: format {manifest.get('format')!r}, this version writes {MANIFEST_FORMAT}; remove it"
