@@ -76,9 +76,14 @@ if IS_INTERPRETED:
 
     @pytest.fixture
     def machine(monkeypatch: pytest.MonkeyPatch):
-        """Pretend that the interpreter has so many multiprocessors: that is what decides how work is cut."""
+        """Pretend that the interpreter has so many multiprocessors, and that a piece costs little to start.
+
+        These two decide how work is cut: with the real cost, requests as short as these would stay whole.
+        """
+        from openmla.backends.triton import launch
 
         def set_sms(count: int) -> None:
+            monkeypatch.setattr(launch, "OVERHEAD_TOKENS", 16)
             target = Target("interpreter", "cpu", count)
             monkeypatch.setattr(Target, "detect", staticmethod(lambda device=None: target))
             dispatch._prepared.clear()

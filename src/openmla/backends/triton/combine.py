@@ -6,7 +6,7 @@ The law is that of `openmla.split.combine`. Sums run over the splits in order, s
 (slot, row): slot = num_splits[request] + split, or request * SPLITS + split where every request has SPLITS; the rows
 of a slot are [h_kv, s_q, h_q / h_kv].
 
-Programs (request, row block) leave at once where a request has one piece: the attention kernel has finished it. With
+Programs (row block, request) leave at once where a request has one piece: the attention kernel has finished it. With
 varlen queries, offsets that do not rise from 0 to total_q leave rows to nobody; the program past the last request, and
 each request that is longer than announced, writes those as empty rows and sets the fault bit.
 """
@@ -84,8 +84,8 @@ def combine_kernel(
     DIMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """See the module."""
-    request = tl.program_id(0)
-    if IS_VARLEN and tl.program_id(1) == 0:
+    request = tl.program_id(1)
+    if IS_VARLEN and tl.program_id(0) == 0:
         write_orphans(
             cu_ptr, out_ptr, lse_ptr, fault_ptr, request, batch, total_q, s_q, out_token_stride, out_head_stride,
             lse_token_stride, lse_head_stride, H_KV * GROUP, DIMS,
@@ -101,9 +101,9 @@ def combine_kernel(
     if splits > 1:
         first, count = query_span(cu_ptr, request, total_q, s_q, IS_VARLEN)
         rows = H_KV * GROUP * s_q
-        row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        token = row // GROUP % s_q
-        head = row // (GROUP * s_q) * GROUP + row % GROUP
+        row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        token = row // GROUP % tl.maximum(s_q, 1)
+        head = row // tl.maximum(GROUP * s_q, 1) * GROUP + row % GROUP
         valid = (row < rows) & (token < count)
         column = tl.arange(0, DIMS[2])
         wanted = wanted_columns(valid, DIMS[1], DIMS[2])

@@ -21,6 +21,7 @@ from openmla.core.target import Target
 AnyProblem = DecodeProblem | SparseDecodeProblem | SparsePrefillProblem
 
 MAX_D_V = 512
+MAX_BATCH = 65_535
 MAX_PADDED = 640  # d_v and the columns behind it, each rounded up to a power of two
 OVERHEAD_TOKENS = 320  # cost of starting a piece in keys: filling the pipeline, and storing an fp32 partial
 CHUNK_TOKENS = 4096  # piece length of the policy batch_invariant
@@ -188,6 +189,10 @@ def supports(problem: AnyProblem, target: Target) -> Verdict:
     found = require(
         (is_installed(), "triton is not installed: pip install openmla[triton]"),
         (d_v <= MAX_D_V, f"holds at most {MAX_D_V} value columns, got d_v={d_v}"),
+        (
+            not isinstance(problem, DecodeProblem) or problem.batch < MAX_BATCH,
+            f"takes fewer than {MAX_BATCH} requests (one axis of a grid), got batch={getattr(problem, 'batch', 0)}",
+        ),
         (latent + rope <= MAX_PADDED, f"holds at most {MAX_PADDED} key columns, got {latent} + {rope} after padding"),
     )
     if not found:

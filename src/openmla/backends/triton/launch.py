@@ -133,9 +133,9 @@ def chunk_blocks(ready: Ready, policy: str) -> int:
 
 
 def slots(problem: DecodeProblem, ready: Ready, chunk: int) -> int:
-    """Partial results that a plan may have: each part adds at most one cut; chunks are counted at full length."""
+    """Places for partial results: each part adds at most one cut, one part none; chunks are counted at full length."""
     if chunk == 0:
-        return problem.batch + ready.parts
+        return problem.batch + ready.parts if ready.parts > 1 else 0
     return problem.batch * max(-(-_capacity(problem) // (chunk * ready.config.block_n)), 1)
 
 
@@ -207,9 +207,9 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
 
 
 def _is_flat(problem: DecodeProblem, strides: tuple[int, ...]) -> bool:
-    """Tokens follow one another like heads do, and a row's distance from its request's first fits 32 bits."""
+    """Tokens follow one another like heads do, and distances within a tile fit 32 bits."""
     _, token, head = strides
-    return token == problem.h_q * head and (problem.s_q + 1) * abs(token) <= MAX_INT32
+    return token == problem.h_q * head and 64 * abs(head) <= MAX_INT32
 
 
 def _merge(
@@ -223,7 +223,7 @@ def _merge(
     blocks = max(triton.cdiv(problem.s_q * problem.h_q, COMBINE_ROWS), 1)
     if problem.total_q == 0 or (problem.batch == 0 and not is_varlen):
         return
-    combine_kernel[(problem.batch + is_varlen, blocks)](
+    combine_kernel[(blocks, problem.batch + is_varlen)](
         *partials, num_splits, num_splits if cu is None else cu, operands.lse if sink is None else sink, operands.out,
         operands.lse, operands.fault_word, problem.batch, problem.total_q, problem.s_q, *out_strides, *lse_strides,
         **ready.merge, num_warps=4,
