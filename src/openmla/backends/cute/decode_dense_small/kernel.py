@@ -785,25 +785,19 @@ class DecodeDenseSmall:
         top, total = -Float32.inf, Float32(0.0)
         for base in cutlass.range(member, pieces, 4 * lanes, unroll=1):
             for u in cutlass.range_constexpr(4):
-                pairs[0, u] = -Float32.inf
-                pairs[1, u] = Float32(0.0)
                 if base + u * lanes < pieces:
                     cute.autovec_copy(stats[0, None, first_slot + base + u * lanes], pairs[None, u])
-            peak = cute.arch.fmax(cute.arch.fmax(pairs[0, 0], pairs[0, 1]), cute.arch.fmax(pairs[0, 2], pairs[0, 3]))
-            peak = cute.arch.fmax(peak, top)
-            shift = peak if peak > -Float32.inf else Float32(0.0)
-            total = total * cute.math.exp2(top - shift, fastmath=True)
             for u in cutlass.range_constexpr(4):
-                total += pairs[1, u] * cute.math.exp2(pairs[0, u] - shift, fastmath=True)
-            top = peak
+                if base + u * lanes < pieces:
+                    top, total = self.join(top, total, pairs[0, u], pairs[1, u])
         sm_part[0, row, member] = top
         sm_part[1, row, member] = total
         cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
         top, total = -Float32.inf, Float32(0.0)
-        for w in cutlass.range(lanes, unroll=4):  # short loops: code that runs once waits for its own instructions
+        for w in cutlass.range_constexpr(lanes):
             top = cute.arch.fmax(top, sm_part[0, row, w])
         shift = top if top > -Float32.inf else Float32(0.0)
-        for w in cutlass.range(lanes, unroll=4):
+        for w in cutlass.range_constexpr(lanes):
             total += sm_part[1, row, w] * cute.math.exp2(sm_part[0, row, w] - shift, fastmath=True)
         head = head_kv * group + row % group if row < rows else Int32(0)
         scale, lse2 = self.closing(top, total, sink, head, has_sink)
@@ -817,6 +811,16 @@ class DecodeDenseSmall:
                         pairs[0, u] = stats[0, 0, first_slot + piece]
                     sm_weight[row, piece] = cute.math.exp2(pairs[0, u] - shift, fastmath=True) * scale
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+
+    @cute.jit
+    def join(self, top: Float32, total: Float32, other: Float32, other_total: Float32):
+        """Two (maximum, sum of 2^(score - maximum)) pairs into one."""
+        peak = cute.arch.fmax(top, other)
+        shift = peak if peak > -Float32.inf else Float32(0.0)
+        total = total * cute.math.exp2(top - shift, fastmath=True) + other_total * cute.math.exp2(
+            other - shift, fastmath=True
+        )
+        return peak, total
 
     @cute.jit
     def closing(self, top: Float32, total: Float32, sink: cute.Tensor, head: Int32, has_sink: Int32):
