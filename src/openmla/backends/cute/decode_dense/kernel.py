@@ -10,19 +10,23 @@ Shapes
     share a KV head are packed (token, head) and cut into blocks of 64. A CTA takes one block and one part of the plan: a
     stretch of the line of 64-key tiles, in pieces of one request each.
 
-Schedule (512 threads; time runs down, one tile of 64 keys per step)
-    loads (4 warps)       scores (warpgroup 0)                    values left / right (warpgroups 1, 2)
-    ring: 16 KB slots     S(j) = Q K(j)^T, 36 wgmma               O += P(j-2) V(j-2), 256 columns each
-      of 64 keys x 128      between them: exponentials of            (until about the middle of S(j))
-      columns, any piece    S(j-1), P(j-1) to shared memory       wait: P(j-1), factors of O
-    RoPE slice            all issued -> gate left(j-1)            left starts on P(j-1) V(j-1)
-    Q of the next piece   all complete -> gate right(j-1)         right starts
-    piece descriptors     max, reference, S(j) - reference        each quarter read -> its slot is free
-    The gates keep the tensor cores busy with P V while the scores warpgroup looks for the maximum, and let S(j) run ahead
-    of it otherwise. The right half starts later so that slots come free in the order in which S(j+1) wants them.
+Schedule (512 threads; time runs down; one tile of 64 keys per turn, about 2,600 clk, of which 2,176 are tensor work)
+    loads (4 warps)         scores (warpgroup 0)                     values left | right (warpgroups 1 | 2)
+    ring of 10 slots, 64    4 wgmmas of S(j) = Q K(j)^T              O += P(j-2) V(j-2), 256 columns each,
+      keys x 128 columns:     maximum of S(j-1), moves the             until about a third of S(j) is done
+      Q elements, tiles       reference if it is 2^8 above it
+    RoPE slice              8 wgmmas with the exponentials of        each quarter of V read: its slot is free
+    Q for shared memory       tile j-1 between them; P(j-1) out
+    piece descriptors       24 wgmmas                                wait for P(j-1), rescale O if told to
+                            all issued   -> gate left                left begins P(j-1) V(j-1)
+                            all complete -> gate right               right begins P(j-1) V(j-1)
+    The gates hold P V back until S is through: P V then covers maximum and exponentials, where the scores warpgroup
+    feeds the tensor cores badly. Without them P V is done early and the tensor cores idle (10 % slower). The right half
+    starts later so that slots come free in the order in which S(j+1) wants them.
+    The turns run on across pieces: a piece's last probabilities are made during the next piece's first scores.
 
-Budget (h_q 128; checked by tests/compile/budgets.toml)
-    shared memory 231,424 of 232,448 bytes; registers 168 scores, 160 values, 24 loads (x 128 = 65,536), no spills.
+Budget (checked by tests/compile/test_decode_dense.py against tests/compile/budgets.toml)
+    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 168 scores, 160 values, 24 loads (x 128 = 65,536), no spills.
 
 Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_dense_protocol.py)
     full[slot]      loads -> scores (and, through P, values)       1 arrival + 16,384 bytes
@@ -34,8 +38,8 @@ Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test
     piece_full/empty[4]  planner -> everybody                      1 / 15 warps
 
 Cluster
-    The CTAs of 2 (or 4) row blocks read the same keys: each loads a share of every tile and multicasts it. A slot is
-    filled again only when all of them have left it, so they run in step.
+    The CTAs of two row blocks read the same keys: each loads half of every tile and multicasts it. A slot is filled again
+    only when both have left it, so they run in step.
 
 Sources
     The gate, the split of O over two warpgroups and Q in registers were found by measuring prototypes of this project.
@@ -71,8 +75,9 @@ NO_MAXIMUM = -1.0e30
 # Rescale O only when a score exceeds the reference by 2^8: P stays below 256, exact enough in bf16 and fp16.
 LAZY_LOG2 = 8.0
 
-# Fields of a piece descriptor.
-TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD = range(9)  # STOP: end of its tokens
+# Fields of a piece descriptor: tiles (-1 ends the list), request, first tile, tokens of the request, the token where the
+# piece ends, slot of its partial result (-1: none), first query token and how many, request coordinate of Q and out.
+TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD = range(9)
 FIELDS = 10
 
 
@@ -319,10 +324,6 @@ class DecodeDense:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(barrier)
-
-    def row_of(self, c: Scope, row: Int32) -> tuple[Int32, Int32]:
-        """Token and head (within the KV head) of a packed row."""
-        return row // self.config.heads, row % self.config.heads
 
     def q_tiles(self, c: Scope, boxes: cute.Tensor, token0: Int32, batch: Int32) -> Any:
         """This CTA's 64 rows of Q for copies into `boxes`: (shared, global) partitions, one entry per slice."""

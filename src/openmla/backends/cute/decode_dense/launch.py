@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from openmla.backends.base import DecodeOperands
 from openmla.backends.cute.decode_dense.config import Config
+from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
 
 LOG2_E = math.log2(math.e)
 
@@ -18,8 +20,6 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
     import cutlass
     import cutlass.cute as cute
     from cutlass import Float32, Int32
-
-    from openmla.backends.cute.toolchain import fake_stream, fake_tensor
 
     element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
 
@@ -46,6 +46,13 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         Int32(1), Int32(0), Int32(0), Int32(0), Float32(1.0),  # s_q, chunk_blocks, is_causal, is_varlen, scale_log2
         fake_stream(),
     )  # fmt: skip
+
+
+def build(config: Config, folder: Path) -> CompiledObject:
+    """Compile and export one variant. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_dense.kernel import DecodeDense
+
+    return compile_kernel(DecodeDense(config), fake_arguments(config), config.name, out_dir=folder)
 
 
 def launch(
