@@ -1,0 +1,157 @@
+"""The Hopper decode kernels behind the four verbs, with Python stand-ins for the compiled functions.
+
+The stand-ins take the arguments that the compiled functions take and compute with the oracle, so what is tested is
+everything around them: verdicts, plan options, scratch, the order of arguments, outputs that are not aligned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openmla.backends.base import DecodeOperands
+from openmla.backends.cute import bundle, decode
+from openmla.core.faults import fault_word
+from openmla.core.layout import kv_layout
+from openmla.core.problem import DecodeProblem
+from openmla.core.target import Target
+from openmla.reference import attention
+from openmla.split.schedule import plan_decode
+from openmla.testing import budget
+
+H100 = Target.preset("h100_sxm")
+LOG2_E = 1.4426950408889634
+
+
+def _plan_function(
+    cache_seqlens: torch.Tensor, metadata: torch.Tensor, num_splits: torch.Tensor, fault: torch.Tensor, capacity: int,
+    block_tokens: int, overhead: int, min_share: int, chunk_blocks: int,
+) -> None:  # fmt: skip
+    lengths = [min(max(n, 0), capacity) for n in cache_seqlens.tolist()]
+    plan = plan_decode(
+        lengths, metadata.shape[0], policy="batch_invariant" if chunk_blocks else "balanced", block_tokens=block_tokens,
+        overhead_blocks=overhead, min_share_blocks=min_share, chunk_tokens=(chunk_blocks or 64) * block_tokens,
+    )  # fmt: skip
+    metadata.copy_(plan.tile_scheduler_metadata())
+    num_splits.copy_(plan.num_splits_tensor())
+
+
+def _few_rows_function(
+    q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, metadata: torch.Tensor,
+    num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor, lse_accum: torch.Tensor,
+    sink: torch.Tensor, counters: torch.Tensor, faults: torch.Tensor, scale_log2: float, is_causal: int,
+    block_tokens: int, chunk_blocks: int, has_sink: int,
+) -> None:  # fmt: skip
+    assert int(num_splits[-1]) <= out_accum.shape[0] == lse_accum.shape[0], "a slot for every piece"
+    assert not counters.any()
+    assert out_accum.data_ptr() % 16 == 0
+    assert lse_accum.data_ptr() % 16 == 0
+    assert all(step % 8 == 0 for step in out.stride()[:-1])
+    out_accum.fill_(torch.nan)
+    lse_accum.fill_(torch.nan)
+    golden = attention.decode(
+        q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512, is_causal=bool(is_causal),
+        attn_sink=sink if has_sink else None,
+    )  # fmt: skip
+    out.copy_(golden.out)
+    lse.copy_(golden.lse)
+
+
+class _Served:
+    source, origin = "bundle", Path("stand-in")
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> decode.FewRows:
+    functions = {"decode_dense_small": _few_rows_function, "schedule": _plan_function}
+    monkeypatch.setattr(bundle, "serve", lambda family, config, build: _Served(functions[family]))
+    monkeypatch.setattr(bundle, "availability", lambda family, config: decode.Verdict())
+    return decode.FEW_ROWS
+
+
+def _operands(**options: Any) -> tuple[DecodeProblem, DecodeOperands]:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(3, 2, 8, 576, generator=generator).bfloat16()
+    kv = torch.randn(30, 64, 1, 576, generator=generator).bfloat16()
+    table = torch.randperm(30, generator=generator).to(torch.int32).view(3, 10)
+    lengths = torch.tensor([640, 0, 77], dtype=torch.int32)
+    sink = torch.randn(8, generator=generator) if options.pop("sink", False) else None
+    problem = DecodeProblem.from_tensors(q, kv, table, lengths, attn_sink=sink, **options)
+    out = torch.full((3, 2, 8, 512), torch.nan, dtype=torch.bfloat16)
+    lse = torch.full((3, 8, 2), torch.nan)
+    return problem, DecodeOperands(q, kv, table, lengths, 0.05, out, lse, fault_word(q.device), None, sink)
+
+
+@pytest.mark.parametrize("policy", ["balanced", "batch_invariant"])
+@pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
+def test_a_call_reaches_the_kernel_whole(kernel: decode.FewRows, policy: str, sink: bool) -> None:
+    problem, operands = _operands(sink=sink, is_causal=True)
+    assert kernel.supports(problem, H100)
+    compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
+    plan = kernel.plan(compiled, problem, operands.cache_seqlens, policy)
+    assert plan.tile_scheduler_metadata.shape == (132, 8)
+    assert (plan.chunk_blocks > 0) == (policy == "batch_invariant")
+    workspace = torch.empty(kernel.workspace_bytes(compiled, problem, policy), dtype=torch.uint8)
+    kernel.launch(compiled, problem, operands._replace(workspace=workspace), plan)
+    golden = attention.decode(
+        operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, softmax_scale=0.05, d_v=512,
+        is_causal=True, attn_sink=operands.attn_sink, with_bounds=True,
+    )  # fmt: skip
+    budget.check(operands.out, operands.lse, golden, dtype=torch.bfloat16).require()
+
+
+def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: decode.FewRows) -> None:
+    problem, operands = _operands()
+    odd = torch.full((3, 2, 8, 513), torch.nan, dtype=torch.bfloat16)[..., :512]
+    compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
+    workspace = torch.empty(kernel.workspace_bytes(compiled, problem, "balanced"), dtype=torch.uint8)
+    plan = kernel.plan(compiled, problem, operands.cache_seqlens, "balanced")
+    kernel.launch(compiled, problem, operands._replace(workspace=workspace), plan)
+    kernel.launch(compiled, problem, operands._replace(workspace=workspace, out=odd), plan)
+    assert torch.equal(odd, operands.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param({"is_aligned": False}, "multiples of 16 bytes", id="unaligned"),
+        pytest.param({"is_scale_positive": False}, "softmax_scale > 0", id="negative-scale"),
+        pytest.param({"num_pages": 0}, "at least one page", id="no-pages"),
+        pytest.param({"s_q": 5}, "up to 32 query rows", id="many-rows"),
+        pytest.param({"page_size": 20}, "multiple of 8", id="page-size"),
+        pytest.param({"layout": kv_layout("fp8_656")}, "reads bf16 and fp16", id="fp8"),
+        pytest.param({"dtype": torch.float32}, "reads bf16 and fp16", id="fp32"),
+        pytest.param({"window": 5}, "sliding-window", id="window"),
+    ],
+)
+def test_a_refusal_says_why(kernel: decode.FewRows, change: dict[str, Any], reason: str) -> None:
+    problem = replace(_operands()[0], **change)
+    verdict = kernel.supports(problem, H100)
+    assert not verdict
+    assert any(reason in each for each in verdict.reasons), verdict.reasons
+
+
+def test_without_a_compiler_the_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bundle.importlib.util.find_spec
+    monkeypatch.setattr(bundle.importlib.util, "find_spec", lambda name: None if name == "cutlass" else real(name))
+    problem, _ = _operands()
+    (reason, *_) = decode.FEW_ROWS.supports(problem, H100).reasons
+    assert "nvidia-cutlass-dsl is not installed" in reason
+    assert "OPENMLA_AOT_DIR names no bundle" in reason
+
+
+def test_alignment_is_read_off_the_tensors() -> None:
+    problem, operands = _operands()
+    assert problem.is_aligned
+    shifted = torch.zeros(operands.q.numel() + 1, dtype=torch.bfloat16)[1:].view(operands.q.shape)
+    strided = torch.zeros(30, 64, 1, 580, dtype=torch.bfloat16)[..., :576]
+    rest = (operands.block_table, operands.cache_seqlens)
+    assert not DecodeProblem.from_tensors(shifted, operands.kv_cache, *rest).is_aligned
+    assert not DecodeProblem.from_tensors(operands.q, strided, *rest).is_aligned
