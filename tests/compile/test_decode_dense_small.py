@@ -133,3 +133,50 @@ def test_too_many_chunks_are_refused():
     asked = problem(max_pages=10_000)
     with pytest.raises(ValueError, match="longer chunks"):
         small.workspace(asked, small.configs(asked, H100)[0], 132, "batch_invariant", 64)
+
+
+def shares(rows, holders):
+    """Emulates `merge`: for each holder of `count` pieces, the (unit, warp) pairs of its turns."""
+    pieces = sum(holders)
+    units = 32 * ((rows + 7) // 8)
+    split = 0
+    for count in holders:
+        team, turns = 1, count
+        if units <= 4 * pieces:
+            team = 8 if units <= pieces else 4 if units <= 2 * pieces else 2
+        else:
+            turns = ((units + pieces - 1) // pieces * count + 7) // 8
+        done = []
+        for turn in range(turns):
+            for leader in range(0, 8, team):
+                index = turn * (8 // team) + leader // team
+                unit = split + index * pieces
+                if count > 1:
+                    unit = split + index % count + (index // count) * pieces
+                if unit < units:
+                    done.append(unit)
+        yield done
+        split += count
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize(
+    "holders", [[1, 1], [1] * 3, [1] * 33, [1] * 64, [1] * 132, [2, 1], [4] * 5, [7, 8, 8], [1, 100], [13] * 78]
+)
+def test_every_unit_of_a_merge_has_one_owner(rows, holders):
+    owned = sorted(unit for done in shares(rows, holders) for unit in done)
+    assert owned == list(range(32 * ((rows + 7) // 8)))
+
+
+def test_scores_reach_shared_memory_transposed():
+    """P goes from accumulators (key, row pair) to [row][key] by stmatrix.trans; the swizzle is the one wgmma reads."""
+    stored = {}
+    for warp in range(4):
+        for lane in range(16):  # lanes 0 to 7 address the first 8x8 matrix, 8 to 15 the second
+            row, chunk = lane % 8, (warp * 2 + lane // 8) ^ (lane % 8)
+            for key in range(8):  # transposed: the matrix's column is the row in memory, its row the place in it
+                stored[row * 128 + chunk * 16 + key * 2] = (row, warp * 16 + lane // 8 * 8 + key)
+    for row in range(8):
+        for key in range(64):
+            byte = row * 128 + key * 2
+            assert stored[byte ^ ((byte >> 7 & 7) << 4)] == (row, key)

@@ -1,15 +1,14 @@
-"""Dense MLA decode for few rows (s_q * heads per KV head <= 64): device code.
+"""Dense MLA decode for few rows (s_q * heads per KV head <= 32): device code.
 
 Operands are swapped, so that the few rows lie on the N side of wgmma and nothing is padded to 64:
     S^T [64 keys, N]      = K [64, 576] Q^T          A = K, K-major; B = Q, K-major
     O^T [512, N]         += V^T [512, 64] P^T        A = V^T, the same bytes seen MN-major; B = P, K-major
 
 One producer warp keeps two tiles of 64 keys in flight and runs ahead into the next request. A tile arrives as eight
-boxes of eight whole rows, 9,216 contiguous bytes each: memory delivers those 10 % faster than boxes of 64 columns.
-Two consumer warpgroups share each tile. Warpgroup w accumulates the rows [256 w, 256 w + 256) of O^T and does the
-softmax of the query rows [w N/2, w N/2 + N/2). The dot products are split between them
-    by columns (N <= 32): each sums over half of the 576 columns and gives the other its rows through shared memory;
-    by query rows (N = 64): no exchange, but both read all of K.
+boxes of eight whole rows, 9,216 contiguous bytes each (boxes of 64 columns gave 5 % less of the memory's rate). Two
+consumer warpgroups share each tile: warpgroup w sums its half of the columns of every dot product, exchanges partial
+scores with the other, does the softmax of the query rows [w N/2, w N/2 + N/2) and accumulates the rows
+[256 w, 256 w + 256) of O^T.
 
 Requests in several pieces leave fp32 partials. The CTAs that hold the pieces of one request then merge it together,
 each a share of the rows and columns, in split order; the launch is cooperative, so waiting for the others is safe.
@@ -18,6 +17,7 @@ Barriers per tile: X (both warpgroups: partial S^T exchanged), M (one warpgroup:
 P and rescale factors stored). A second write to any of these buffers lies behind at least one of them.
 
 Budget at N = 16: two tiles 147,456 + Q 18,432 + P 2,048 + X 4,096 bytes; 288 threads; no spills.
+docs/kernels/decode_dense_small.md has the timeline and the log of experiments.
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ M = 64  # of one wgmma: keys of a score, columns of a value
 BOX = 8  # rows of one bulk load; a page holds a multiple of it
 SLICE = 64  # columns of one swizzled line
 D_V = 512
+THREADS = 288  # two consumer warpgroups and the producer warp; up to 168 registers each
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 EVICT_FIRST = 0x12F0000000000000
@@ -49,7 +50,7 @@ class DecodeDenseSmall:
 
     Args:
         dtype: cutlass.BFloat16 or cutlass.Float16.
-        rows: N, 16, 32 or 64; query rows per KV head, padded.
+        rows: N, 16 or 32; query rows per KV head, padded.
         d_qk: 576 or 512.
         stages: tiles in the ring.
         fused: merge split requests in this kernel; else leave partials to `openmla.backends.cute.combine`.
@@ -60,9 +61,6 @@ class DecodeDenseSmall:
         self.boxes = M // BOX
         self.slices = d_qk // SLICE
         self.box_bytes = BOX * d_qk * 2
-        self.by_columns = rows <= 32
-        self.wide = rows > 32  # 128 accumulators per thread: registers move from a producer warpgroup to the consumers
-        self.threads = 384 if self.wide else 288
 
     @cute.jit
     def __call__(
@@ -96,10 +94,9 @@ class DecodeDenseSmall:
         ring_layout = cute.tile_to_shape(atom, (M, self.d_qk), order=(1, 0))
         q_layout, p_layout = tile(self.n, self.d_qk), tile(self.n, M)
         ring_size = self.stages * M * self.d_qk
-        x_size = M * self.n if self.by_columns else 4
+        x_size = M * self.n
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        width = self.n if self.by_columns else self.n // 2
-        qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, width))
+        qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, self.n))
         pv = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, mn_major, k_major, Float32, (1, 1, 1), (64, self.n))
         sliced = cute.make_tensor(
             kv.iterator,
@@ -132,7 +129,7 @@ class DecodeDenseSmall:
             faults, scale_log2, is_causal, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
             grid=[metadata.shape[0], kv.shape[2], 1],
-            block=[self.threads, 1, 1],
+            block=[THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
             cooperative=self.fused,
@@ -189,15 +186,11 @@ class DecodeDenseSmall:
             cute.arch.griddepcontrol_wait()
 
         if warp >= 8:
-            if const_expr(self.wide):
-                cute.arch.setmaxregister_decrease(24)
             if warp == 8:
                 self.produce(
                     tma, tma_kv, kv, table, lengths, metadata, faults, unit, part, head_kv, full, empty, sm_info, sm_ring,
                 )  # fmt: skip
         else:
-            if const_expr(self.wide):
-                cute.arch.setmaxregister_increase(240)
             self.consume(
                 st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum,
                 lse_accum, sink, counters, scale_log2, is_causal, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
@@ -398,12 +391,11 @@ class DecodeDenseSmall:
 
         thr_qk, thr_pv = qk.get_slice(wtid), pv.get_slice(wtid)
         a_k = qk.make_fragment_A(thr_qk.partition_A(sm_ring))
-        width = n if self.by_columns else n // 2
-        b_q = qk.make_fragment_B(thr_qk.partition_B(cute.flat_divide(sm_q, (width, self.d_qk))))
+        b_q = qk.make_fragment_B(thr_qk.partition_B(sm_q))
         sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
         a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (M, M))))
         b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
-        s = qk.make_fragment_C(qk.partition_shape_C((64, width)))
+        s = qk.make_fragment_C(qk.partition_shape_C((64, n)))
         o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(4)]
         mine = cute.make_rmem_tensor(cute.make_layout(per), Float32)
         give = cute.make_rmem_tensor(cute.make_layout(per), Float32)
@@ -438,9 +430,8 @@ class DecodeDenseSmall:
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
 
-            if const_expr(not self.wide):
-                if request == begin_request:
-                    first_of_begin, pieces_of_begin = first_slot, pieces
+            if request == begin_request:
+                first_of_begin, pieces_of_begin = first_slot, pieces
             count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
             for piece in cutlass.range(count, unroll=1):
                 start = begin + piece * chunk_blocks * unit
@@ -457,35 +448,26 @@ class DecodeDenseSmall:
                     # ---- S^T, this warpgroup's share
                     cute.arch.mbarrier_wait(full + stage, phase)
                     warpgroup.fence()
-                    if const_expr(self.by_columns):
-                        for h in cutlass.range_constexpr(2):
-                            if half == h:
-                                for k in cutlass.range_constexpr(h * steps, (h + 1) * steps):
-                                    qk.set(warpgroup.Field.ACCUMULATE, k != h * steps)
-                                    cute.gemm(qk, s, a_k[None, None, k, stage], b_q[None, None, k, 0, 0], s)
-                    else:
-                        for k in cutlass.range_constexpr(2 * steps):
-                            qk.set(warpgroup.Field.ACCUMULATE, k != 0)
-                            cute.gemm(qk, s, a_k[None, None, k, stage], b_q[None, None, k, half, 0], s)
+                    for h in cutlass.range_constexpr(2):
+                        if half == h:
+                            for k in cutlass.range_constexpr(h * steps, (h + 1) * steps):
+                                qk.set(warpgroup.Field.ACCUMULATE, k != h * steps)
+                                cute.gemm(qk, s, a_k[None, None, k, stage], b_q[None, None, k], s)
                     warpgroup.commit_group()
                     info = sm_info[stage]
                     warpgroup.wait_group(0)
 
                     # ---- X: give the other warpgroup its rows, add what it gives
-                    if const_expr(self.by_columns):
-                        for i in cutlass.range_constexpr(per):
-                            mine[i] = s[i] if half == 0 else s[i + per]
-                            give[i] = s[i + per] if half == 0 else s[i]
-                        for j in cutlass.range_constexpr(per // 4):
-                            for i in cutlass.range_constexpr(4):
-                                sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
+                    for i in cutlass.range_constexpr(per):
+                        mine[i] = s[i] if half == 0 else s[i + per]
+                        give[i] = s[i + per] if half == 0 else s[i]
+                    for j in cutlass.range_constexpr(per // 4):
+                        for i in cutlass.range_constexpr(4):
+                            sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
                     cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
                     for j in cutlass.range_constexpr(per // 4):
                         for i in cutlass.range_constexpr(4):
-                            if const_expr(self.by_columns):
-                                mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
-                            else:
-                                mine[j * 4 + i] = s[j * 4 + i] * scale_log2
+                            mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
                     if token + M > stop:
                         # keys beyond the end may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
                         # behind X, because every warp must be done with these rows as keys
@@ -582,10 +564,6 @@ class DecodeDenseSmall:
                 if request == begin_request:
                     begin, split = begin_at, begin_split
                     slot_, pieces_ = first_of_begin, pieces_of_begin
-                if const_expr(self.wide):  # no registers to spare
-                    look_again = request == request
-                    begin = metadata[part, 2] * unit if request == begin_request else Int32(0)
-                    split = metadata[part, 4] if request == begin_request else Int32(0)
                 if look_again:
                     slot_ = num_splits[request]
                     pieces_ = num_splits[request + 1] - slot_
