@@ -232,6 +232,8 @@ def test_interrupt_is_130():
     process = subprocess.Popen(
         [sys.executable, "-m", "openmla", "verify", "--cases", "100000", "--device", "cpu"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that: the test may be such a child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stderr is not None
     process.stderr.readline()  # the first progress line: it is in the loop
