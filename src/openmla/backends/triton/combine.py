@@ -123,8 +123,9 @@ def combine_kernel(
                 out_accum_ptr + part[:, None] * DIMS[1] + column[None, :], mask=wanted, other=0.0
             )  # fmt: skip
         is_empty = mass == 0.0
-        out = acc / tl.where(is_empty, 1.0, mass)[:, None]
-        lse2 = tl.where(is_empty, float("-inf"), shift + tl.log2(mass))
+        divisor = tl.where(is_empty, 1.0, mass)
+        out = acc / divisor[:, None]
+        lse2 = tl.where(is_empty, float("-inf"), shift + tl.log2(divisor))
         if HAS_SINK:
             out *= sink_share(lse2, tl.load(sink_ptr + head, mask=valid, other=0.0))[:, None]
         lead = tl.cast(request, tl.int64)

@@ -64,9 +64,9 @@ def fold_tile(
 def finish(peak, mass, acc, scale2):
     """(out fp32 [BLOCK_M, D_LATENT], lse2 [BLOCK_M]) of a state; 0 and -inf where no key was seen."""
     is_empty = mass == 0.0
-    out = acc / tl.where(is_empty, 1.0, mass)[:, None]
-    lse2 = tl.where(is_empty, float("-inf"), peak * scale2 + tl.log2(mass))
-    return out, lse2
+    divisor = tl.where(is_empty, 1.0, mass)
+    lse2 = tl.where(is_empty, float("-inf"), peak * scale2 + tl.log2(divisor))
+    return acc / divisor[:, None], lse2
 
 
 @triton.jit
