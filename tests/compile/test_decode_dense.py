@@ -1,0 +1,101 @@
+"""Every variant of the many-row decode: compiled for sm_90a without a GPU, no spills, within budget."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmla.backends.cute.decode_dense import config as dense
+from openmla.core.layout import kv_layout
+from openmla.core.problem import DecodeProblem
+from openmla.core.target import Target
+
+BUDGET = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text(encoding="utf-8"))["decode_dense"]
+H100 = Target.preset("h100_sxm")
+
+
+def problem(**changes):
+    base = DecodeProblem(
+        batch=4, s_q=1, total_q=4, h_q=128, h_kv=1, d_qk=576, d_v=512, dtype=torch.bfloat16,
+        layout=kv_layout("bf16_576"), page_size=64, num_pages=100, max_pages=20,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("config", (*dense.VARIANTS, *dense.CANDIDATES), ids=lambda config: config.name)
+def test_variant_compiles_within_budget(config, tmp_path):
+    pytest.importorskip("cutlass")
+    from openmla.backends.cute.decode_dense.launch import build
+    from openmla.backends.cute.toolchain import disassemble
+
+    compiled = build(config, tmp_path)
+    resources = compiled.resources
+    assert resources.spills == 0, resources
+    assert resources.registers <= BUDGET["registers"], resources
+    smem = resources.dynamic_smem_bytes + resources.static_smem_bytes
+    assert smem <= BUDGET["smem_bytes"] + BUDGET["static_smem_bytes"] <= dense.SMEM_LIMIT, resources
+    # per tile: one wgmma for 16 columns of a score, 2 halves of 128 columns x 4 k-steps of 16 keys for O
+    assert resources.sass["HGMMA"] == config.d_qk // 16 + 8, resources
+    # 4 quarters (2 boxes each without a cluster), 2 Q elements of 2 boxes, the other slices of Q, RoPE
+    expected = 4 * (1 if config.cluster == 2 else 2) + 4 + (config.q_slices - config.q_regs) + config.has_rope
+    assert resources.sass["UTMALDG"] == expected, resources
+    assert resources.sass["WARPGROUP"] <= BUDGET["warpgroup_instructions"], resources
+    roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", disassemble(compiled.cubin_path))
+    assert sorted(int(value, 16) for value in roles) == sorted(BUDGET["roles"].values())
+
+
+def test_registers_of_the_roles_fill_the_file():
+    assert sum(BUDGET["roles"].values()) + BUDGET["roles"]["values"] == 512  # x 128 threads = 65,536
+
+
+@pytest.mark.parametrize("config", (*dense.VARIANTS, *dense.CANDIDATES), ids=lambda config: config.name)
+def test_ring_holds_what_two_pieces_need(config):
+    # Q elements of the next piece and its first tile, beside the last tile of this one; fewer slots deadlock
+    assert config.slots >= config.q_regs // 2 + 8
+    assert config.q_regs % 2 == 0
+    assert config.prefetch <= 16
+
+
+def test_names_tell_variants_apart():
+    names = [config.name for config in (*dense.VARIANTS, *dense.CANDIDATES)]
+    assert len(set(names)) == len(names)
+    assert dense.Config(exp_start=1).name != dense.Config().name
+
+
+def test_supported_problems_get_an_ahead_of_time_variant():
+    for dtype, layout in ((torch.bfloat16, "bf16_576"), (torch.float16, "fp16_576")):
+        for s_q in (1, 2, 3, 4):
+            asked = problem(dtype=dtype, layout=kv_layout(layout), s_q=s_q, is_causal=s_q > 1)
+            assert dense.supports(asked, H100)
+            assert dense.configs(asked, H100)[0] in dense.VARIANTS
+            parts = dense.num_parts(asked, H100)
+            assert 1 <= parts * dense.row_blocks(asked) * asked.h_kv <= H100.num_sms
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"h_q": 16}, "at least 33 query rows"),
+        ({"h_q": 64}, "checked on a GPU"),
+        ({"page_size": 32}, "page size"),
+        ({"is_varlen": True}, "cu_seqlens_q"),
+        ({"window": 128}, "window"),
+        ({"has_sink": True}, "sink"),
+        ({"layout": kv_layout("fp8_656")}, "fp8_656"),
+        ({"batch": 5000}, "batch"),
+        ({"s_q": 100}, "132 SMs"),
+    ],
+)
+def test_refusal_names_the_reason(changes, word):
+    verdict = dense.supports(problem(**changes), H100)
+    assert not verdict
+    assert any(word in reason for reason in verdict.reasons), verdict
+
+
+def test_other_machines_are_refused_with_their_name():
+    assert any("sm_80" in reason for reason in dense.supports(problem(), Target.preset("a100_sxm")).reasons)
