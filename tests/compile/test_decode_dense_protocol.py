@@ -264,3 +264,28 @@ def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: in
     machine.run()
     for cta in machine.ctas:
         assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))
+
+
+@pytest.mark.parametrize(("name", "value", "what"), [("SLOTS", 9, "deadlock"), ("Q_ELEMENTS", 3, "deadlock")])
+def test_a_ring_too_short_for_two_pieces_is_found(monkeypatch, name, value, what) -> None:
+    monkeypatch.setattr(f"{__name__}.{name}", value)
+    with pytest.raises(AssertionError, match=what):
+        for seed in range(20):
+            Machine([3, 2, 5, 1, 4], 1, seed).run()
+
+
+def test_a_slot_released_too_early_is_found(monkeypatch) -> None:
+    # the scores warpgroup frees a quarter as soon as it has read it, before P V
+    honest = Machine.scores
+
+    def hasty(self: Machine, c: Cta) -> Machine.Role:
+        for wait in honest(self, c):
+            if wait[0] is c.rope_full:
+                c.empty[0].pending = 0
+                c.empty[0]._flip()
+            yield wait
+
+    monkeypatch.setattr(Machine, "scores", hasty)
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            Machine([3, 2, 5, 1, 4], 1, seed).run()

@@ -1,10 +1,14 @@
-"""decode_dense on a GPU: correctness first, each variant in its own process, then timing beside the peer.
+"""The many-row decode on a GPU: correctness first, each variant in its own process, then timing beside the peer.
 
+    python tests/gpu/decode_dense.py build LIBRARY [FIELD=VALUE ...]        where the DSL is installed; needs no GPU
+    python tests/gpu/decode_dense.py gate LIBRARY FUNCTION ...              each in a subprocess; prints who passed
     python tests/gpu/decode_dense.py check LIBRARY FUNCTION [CASE ...]
-    python tests/gpu/decode_dense.py gate LIBRARY [FUNCTION ...]     every function in a subprocess; prints who passed
-    python tests/gpu/decode_dense.py time LIBRARY ROWS.jsonl FUNCTION ...
+    python tests/gpu/decode_dense.py time LIBRARY ROWS.jsonl FUNCTION ... [--bars --short --slope --anchors --batches]
+    ncu ... python tests/gpu/decode_dense.py once LIBRARY FUNCTION ... [--one]   one launch each, the peer first
 
-Needs torch, apache-tvm-ffi, openmla on the path; `time` also sgl-flash-mla. A hang is a killed subprocess.
+`build` without fields compiles what ships and its candidates; with fields, for example exp_start=1, that one variant.
+FUNCTION may end in _pN (N parts) or _whole (no request split). On the GPU host: torch, apache-tvm-ffi, openmla on the
+path; `time` and `once` also sgl-flash-mla. A hang is a killed subprocess.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -181,6 +188,38 @@ def compare(c, sample=None):
     return worst, cosine, lse_error
 
 
+def build(library, fields):
+    """Compile variants and the merge into one library."""
+    import cutlass
+
+    from openmla.backends.cute import combine
+    from openmla.backends.cute.decode_dense import config as dense
+    from openmla.backends.cute.decode_dense.launch import build as build_variant
+    from openmla.backends.cute.toolchain import compile_kernel, link_bundle
+
+    wanted = (*dense.VARIANTS, *dense.CANDIDATES)
+    if fields:
+        given = dict(field.split("=") for field in fields)
+        wanted = (dense.Config(**{k: int(v) if v.lstrip("-").isdigit() else v for k, v in given.items()}),)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = [build_variant(config, Path(folder)) for config in wanted]
+        for name, element in (("combine_bf16", cutlass.BFloat16), ("combine_fp16", cutlass.Float16)):
+            arguments = combine.fake_arguments(element)
+            compiled.append(compile_kernel(combine.Combine(element, 512), arguments, name, out_dir=Path(folder)))
+        for each in compiled:
+            print(each.name, "spills", each.resources.spills, "registers", each.resources.registers)
+        link_bundle([each.object_path for each in compiled], Path(library))
+
+
+def facts(name):
+    """Heads, cluster and dtype of a function, from its name."""
+    heads, cluster = re.search(r"_h(\d+)", name), re.search(r"_c(\d)", name)
+    return (
+        int(heads.group(1)) if heads else 128, int(cluster.group(1)) if cluster else 2,
+        torch.float16 if "fp16" in name else torch.bfloat16,
+    )  # fmt: skip
+
+
 def cases(heads, cluster, dtype):
     """name -> builder; small ones first, so that a broken kernel is known early."""
     torch.manual_seed(1)
@@ -209,9 +248,7 @@ def check(library, name, only=()):
     import tvm_ffi
 
     function = tvm_ffi.load_module(library)[name]
-    heads = int(name.split("_h")[1].split("_")[0]) if "_h" in name else 128
-    cluster = int(name.split("_c")[1][0])
-    dtype = torch.float16 if "fp16" in name else torch.bfloat16
+    heads, cluster, dtype = facts(name)
     passed = True
     for build in cases(heads, cluster, dtype):
         c = build()
@@ -230,7 +267,10 @@ def check(library, name, only=()):
             run(function, c)
         torch.cuda.synchronize()
         again = (c.operands.out, c.operands.lse, c.out_accum, c.lse2_accum)
-        same = all(torch.equal(x.view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in zip(first, again))
+        same = all(
+            torch.equal(x.view(torch.uint8), y.contiguous().view(torch.uint8))
+            for x, y in zip(first, again, strict=True)
+        )
         fine &= same and c.operands.fault_word.item() == 0
         passed &= fine
         print(f"  {'ok  ' if fine else 'FAIL'} {c.name}: {text} repeat {'same' if same else 'DIFFERS'}", flush=True)
@@ -255,72 +295,6 @@ def check(library, name, only=()):
             flush=True,
         )
     return passed
-
-
-def probe(library, name):
-    """Where a wrong result is wrong: rows and size of the lse error per request, over repeated launches."""
-    import tvm_ffi
-
-    function = tvm_ffi.load_module(library)[name]
-    for zero_q in (False, True):
-        for lengths, kw in (
-            ([63, 0, 65, 1, 640, 0, 77], {"parts": 1}),
-            ([65, 128, 640, 64, 77, 200], {"parts": 1}),
-            ([640] * 4, {"parts": 1, "hostile": False}),
-        ):
-            c = case("probe", lengths, cluster=1 if "_c1" in name else 2, **kw)
-            if zero_q:
-                c.operands.q.zero_()
-            refs, start = [], 0
-            for b in range(len(lengths)):
-                refs.append(expected(c, b, start))
-                start += 1
-            for trial in range(12):
-                c.operands.out.fill_(float("nan"))
-                c.operands.lse.fill_(float("nan"))
-                run(function, c)
-                torch.cuda.synchronize()
-                line = []
-                for b, (out, lse) in enumerate(merged(c)):
-                    d = torch.nan_to_num(lse - refs[b][1], nan=0.0)[0]
-                    bad = (d.abs() > 1e-3).nonzero().flatten().tolist()
-                    do = (out - refs[b][0]).abs()[0]
-                    badcols = (do.amax(0) > 0.03).nonzero().flatten()
-                    if bad or badcols.numel():
-                        line.append(
-                            f"req {b}: rows {len(bad)} {bad[:3]}..{bad[-1:]} d [{d.min():.3f} {d.max():.3f}] cols {badcols.numel()} {badcols[:1].tolist()}..{badcols[-1:].tolist()}"
-                        )
-                if line:
-                    print(f"zero_q {zero_q} lengths {lengths} trial {trial}:", "; ".join(line), flush=True)
-
-
-def trace(library, name):
-    """Clock stamps of one CTA over eight tiles, from a kernel built with stamps in lse2_accum (not a shipped variant)."""
-    import tvm_ffi
-
-    function = tvm_ffi.load_module(library)[name]
-    for s_q, batch in ((2, 132), (1, 66)):
-        c = timing_case(batch, 8192, s_q, 128, 2)
-        c.lse2_accum = torch.zeros(max(c.plan.num_pieces, 4), c.s_q * c.heads, device=CUDA)
-        for _ in range(3):
-            run(function, c)
-        torch.cuda.synchronize()
-        stamps = c.lse2_accum.view(-1).view(torch.int32)[:176].tolist()
-        score = sorted([stamps[t * 12 : t * 12 + 11] for t in range(8)], key=lambda r: r[0])
-        base = score[0][0]
-        print(f"{name} s_q {s_q}: scores [start q0 q1 q2 rope q3 issued complete max | p fenced published]")
-        for row in score:
-            print("   ", [x - base for x in row], "period", row[8] - row[0])
-        for half in (0, 1):
-            rows = sorted(
-                [stamps[96 + half * 40 + t * 5 : 96 + half * 40 + t * 5 + 5] for t in range(8)], key=lambda r: r[0]
-            )
-            print(
-                f"  values {half} [top p go q0 q1]",
-                *[[x - base for x in row] for row in rows],
-                sep="\n    ",
-                flush=True,
-            )
 
 
 def gate(library, names):
@@ -444,9 +418,7 @@ def whole_requests(c):
     """The same problem with no request split: the parts take whole requests, as evenly as those allow."""
     blocks, parts = c.plan.blocks, len(c.plan.parts)
     edges = [i * len(blocks) // parts for i in range(parts + 1)]
-    stretches = [
-        (a, b - 1, 0, blocks[b - 1], 0) if b > a else (0, -1, 0, 0, 0) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    stretches = [(a, b - 1, 0, blocks[b - 1], 0) if b > a else (0, -1, 0, 0, 0) for a, b in pairwise(edges)]
     return SplitPlan("balanced", 64, 0, blocks, tuple(stretches), tuple(range(len(blocks) + 1)))
 
 
@@ -536,17 +508,10 @@ if __name__ == "__main__":
     rest = [x for x in rest if not x.startswith("--")]
     if verb == "check":
         sys.exit(0 if check(library, rest[0], rest[1:]) else 1)
-    if verb == "trace":
-        for name in rest:
-            trace(library, name)
-    if verb == "probe":
-        probe(library, rest[0])
+    if verb == "build":
+        build(library, rest)
     if verb == "gate":
         print("passed:", " ".join(gate(library, rest)))
-    if verb == "both":
-        good = gate(library, rest[1:])
-        if good:
-            time_all(library, rest[0], good)
     if verb == "time":
         time_all(library, rest[0], rest[1:])
     if verb == "once":  # one launch of each for a profiler
