@@ -27,7 +27,7 @@ def problem(**changes):
     return replace(base, **changes)
 
 
-@pytest.mark.parametrize("config", (*dense.VARIANTS, *dense.CANDIDATES), ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [*dense.VARIANTS, *dense.CANDIDATES], ids=lambda config: config.name)
 def test_variant_compiles_within_budget(config, tmp_path):
     pytest.importorskip("cutlass")
     from openmla.backends.cute.decode_dense.launch import build
@@ -53,7 +53,7 @@ def test_registers_of_the_roles_fill_the_file():
     assert sum(BUDGET["roles"].values()) + BUDGET["roles"]["values"] == 512  # x 128 threads = 65,536
 
 
-@pytest.mark.parametrize("config", (*dense.VARIANTS, *dense.CANDIDATES), ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [*dense.VARIANTS, *dense.CANDIDATES], ids=lambda config: config.name)
 def test_ring_holds_what_two_pieces_need(config):
     # Q elements of the next piece and its first tile, beside the last tile of this one; fewer slots deadlock
     assert config.slots >= config.q_regs // 2 + 8

@@ -266,12 +266,16 @@ def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: in
         assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))
 
 
+def run_twenty() -> None:
+    for seed in range(20):
+        Machine([3, 2, 5, 1, 4], 1, seed).run()
+
+
 @pytest.mark.parametrize(("name", "value", "what"), [("SLOTS", 9, "deadlock"), ("Q_ELEMENTS", 3, "deadlock")])
 def test_a_ring_too_short_for_two_pieces_is_found(monkeypatch, name, value, what) -> None:
     monkeypatch.setattr(f"{__name__}.{name}", value)
     with pytest.raises(AssertionError, match=what):
-        for seed in range(20):
-            Machine([3, 2, 5, 1, 4], 1, seed).run()
+        run_twenty()
 
 
 def test_a_slot_released_too_early_is_found(monkeypatch) -> None:
@@ -287,5 +291,4 @@ def test_a_slot_released_too_early_is_found(monkeypatch) -> None:
 
     monkeypatch.setattr(Machine, "scores", hasty)
     with pytest.raises(AssertionError):
-        for seed in range(20):
-            Machine([3, 2, 5, 1, 4], 1, seed).run()
+        run_twenty()
