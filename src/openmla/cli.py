@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(verbs)
     _add_bench(verbs)
     _add_verify(verbs)
+    _add_compile(verbs)
     return parser
 
 
@@ -294,3 +295,23 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         print(_fold(str(record)))
     return 0 if record.passed else 1
+
+
+# compile
+
+
+def _add_compile(verbs: Any) -> None:
+    parser = _verb(verbs, "compile", _compile, "compile the Hopper kernels into a bundle, on any machine with the DSL")
+    parser.add_argument("--arch", choices=("sm_90a",), default="sm_90a")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from openmla.backends.cute import bundle, decode
+
+    manifest = bundle.build(args.out, decode.FAMILIES, _say)
+    if args.json:
+        _print_json({"schema": _JSON_SCHEMA, "arch": args.arch, "manifest": str(manifest)})
+    else:
+        print(f"wrote {manifest}; point OPENMLA_AOT_DIR at its folder")
+    return 0

@@ -61,6 +61,44 @@ def _few_rows_function(
     lse.copy_(golden.lse)
 
 
+def _many_rows_function(
+    q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, cu_seqlens_q: torch.Tensor,
+    metadata: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor,
+    lse2_accum: torch.Tensor, faults: torch.Tensor, s_q: int, chunk_blocks: int, is_causal: int, is_varlen: int,
+    scale_log2: float,
+) -> None:  # fmt: skip
+    assert int(num_splits[-1]) <= out_accum.shape[0] == lse2_accum.shape[0], "a slot for every piece"
+    assert out_accum.shape[1] == s_q * q.shape[2]
+    assert out_accum.data_ptr() % 16 == 0
+    golden = attention.decode(
+        q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512, is_causal=bool(is_causal)
+    )
+    out_accum.fill_(torch.nan)
+    lse2_accum.fill_(torch.nan)
+    for request in range(q.shape[0]):
+        first, last = int(num_splits[request]), int(num_splits[request + 1])
+        if last - first == 1:
+            out[request], lse[request] = golden.out[request], golden.lse[request]
+            continue
+        # The first piece saw everything, the others nothing: a merge must bring that out again.
+        out_accum[first:last], lse2_accum[first:last] = 0, -torch.inf
+        out_accum[first] = golden.out[request].flatten(0, 1)
+        lse2_accum[first] = golden.lse[request].T.flatten() * LOG2_E
+
+
+def _combine_function(
+    out_accum: torch.Tensor, lse2_accum: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    sink: torch.Tensor, h_kv: int, has_sink: int,
+) -> None:  # fmt: skip
+    for request in range(out.shape[0]):
+        first, last = int(num_splits[request]), int(num_splits[request + 1])
+        if last - first > 1:
+            weights = torch.softmax(lse2_accum[first:last] / LOG2_E, 0).nan_to_num()
+            out[request] = (weights[..., None] * out_accum[first:last]).sum(0).view(out.shape[1:])
+            merged = torch.logsumexp(lse2_accum[first:last] / LOG2_E, 0)
+            lse[request] = merged.view(out.shape[1:3]).T
+
+
 class _Served:
     source, origin = "bundle", Path("stand-in")
 
@@ -70,7 +108,12 @@ class _Served:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> decode.FewRows:
-    functions = {"decode_dense_small": _few_rows_function, "schedule": _plan_function}
+    functions = {
+        "decode_dense_small": _few_rows_function,
+        "decode_dense": _many_rows_function,
+        "schedule": _plan_function,
+        "combine": _combine_function,
+    }
     monkeypatch.setattr(bundle, "serve", lambda family, config, build: _Served(functions[family]))
     monkeypatch.setattr(bundle, "availability", lambda family, config: decode.Verdict())
     return decode.FEW_ROWS
@@ -105,6 +148,28 @@ def test_a_call_reaches_the_kernel_whole(kernel: decode.FewRows, policy: str, si
         is_causal=True, attn_sink=operands.attn_sink, with_bounds=True,
     )  # fmt: skip
     budget.check(operands.out, operands.lse, golden, dtype=torch.bfloat16).require()
+
+
+@pytest.mark.parametrize("policy", ["balanced", "batch_invariant"])
+def test_many_rows_are_split_and_merged(kernel: decode.FewRows, policy: str) -> None:
+    problem, operands = _operands(is_causal=True)
+    many = decode.MANY_ROWS
+    q = torch.randn(3, 1, 128, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
+    problem = replace(problem, s_q=1, total_q=3, h_q=128)
+    out = torch.full((3, 1, 128, 512), torch.nan, dtype=torch.bfloat16)
+    operands = operands._replace(q=q, out=out, lse=torch.full((3, 128, 1), torch.nan))
+    assert many.supports(problem, H100), many.supports(problem, H100).reasons
+    compiled = many.compile(problem, many.configs(problem, H100)[0], H100)
+    plan = many.plan(compiled, problem, operands.cache_seqlens, policy)
+    assert plan.tile_scheduler_metadata.shape == (66, 8)
+    assert policy == "batch_invariant" or int(plan.num_splits[-1]) > 3, "the case must split a request"
+    workspace = torch.empty(many.workspace_bytes(compiled, problem, policy), dtype=torch.uint8)
+    many.launch(compiled, problem, operands._replace(workspace=workspace), plan)
+    golden = attention.decode(
+        q, operands.kv_cache, operands.block_table, operands.cache_seqlens, softmax_scale=0.05, d_v=512,
+        is_causal=True, with_bounds=True,
+    )  # fmt: skip
+    budget.check(out, operands.lse, golden, dtype=torch.bfloat16).require()
 
 
 def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: decode.FewRows) -> None:

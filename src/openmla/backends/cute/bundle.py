@@ -17,8 +17,9 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,14 @@ from typing import Any, Protocol
 
 from openmla.backends.base import Verdict
 from openmla.backends.cute import diskcache
-from openmla.backends.cute.toolchain import ARCH, MANIFEST, MANIFEST_FORMAT, CompiledObject, link_bundle
+from openmla.backends.cute.toolchain import (
+    ARCH,
+    MANIFEST,
+    MANIFEST_FORMAT,
+    CompiledObject,
+    link_bundle,
+    write_manifest,
+)
 from openmla.core import env
 from openmla.core.errors import CompileError, ConfigError
 
@@ -103,6 +111,42 @@ def serve(family: str, config: Variant, build: Callable[[Path], CompiledObject])
 def loaded() -> dict[str, str]:
     """Function name -> source, of everything loaded in this process."""
     return {name: found.source for (_, name), found in sorted(_served.items())}
+
+
+def build(
+    out: Path,
+    families: Mapping[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]],
+    progress: Callable[[str], None],
+) -> Path:
+    """Compile every variant of `families` into a bundle folder, on a machine with the DSL and no GPU.
+
+    Args:
+        out: folder for one library per family and the manifest; made if need be.
+        families: name -> (variants, function that compiles one variant into a folder).
+        progress: called with one line per variant.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        CompileError: a tool is missing, the compiler refused, or a kernel spills registers.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = out / MANIFEST
+    total, done = sum(len(variants) for variants, _ in families.values()), 0
+    for family, (variants, compile_one) in families.items():
+        with tempfile.TemporaryDirectory(prefix="openmla-bundle-") as scratch:
+            compiled = []
+            for config in variants:
+                compiled.append(compile_one(config, Path(scratch)))
+                done += 1
+                used = compiled[-1].resources
+                progress(f"[{done}/{total}] {config.name}: {used.registers} registers, {used.spills} spills")
+                if used.spills:
+                    raise CompileError(f"{config.name} spills registers ({used.spills}); a bundle holds no such kernel")
+            library = link_bundle([each.object_path for each in compiled], out / f"{family}.so")
+            manifest = write_manifest(out, family, library, {c.name: c.as_dict() for c in variants}, compiled)
+    return manifest
 
 
 @cache

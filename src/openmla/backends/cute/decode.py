@@ -8,15 +8,16 @@ on the host, so a CUDA graph holds all of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
 from openmla.backends.base import DecodeOperands, DecodePlan, Verdict, require
 from openmla.backends.cute import bundle
+from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 from openmla.core.faults import fault_word
@@ -38,11 +39,72 @@ class ScheduleVariant:
         return asdict(self)
 
 
-def build_schedule(folder: Path) -> CompiledObject:
+@dataclass(frozen=True)
+class CombineVariant:
+    """The merge of partials: dtype of out, and columns of one row that a CTA takes."""
+
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    columns: int = 512
+
+    @property
+    def name(self) -> str:
+        """Exported function name."""
+        return f"combine_{self.dtype}_{self.columns}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the bundle's manifest."""
+        return asdict(self)
+
+
+SCHEDULE_VARIANTS = (ScheduleVariant(),)
+COMBINE_VARIANTS = tuple(CombineVariant(dtype, columns) for dtype in ("bf16", "fp16") for columns in (512, 128))
+
+
+def build_schedule(config: ScheduleVariant, folder: Path) -> CompiledObject:
     """Compile the device plan. Needs the DSL, no GPU."""
     from openmla.backends.cute import schedule
 
-    return compile_kernel(schedule.DecodePlan(), schedule.fake_arguments(), ScheduleVariant().name, out_dir=folder)
+    return compile_kernel(schedule.DecodePlan(), schedule.fake_arguments(), config.name, out_dir=folder)
+
+
+def build_combine(config: CombineVariant, folder: Path) -> CompiledObject:
+    """Compile one variant of the merge. Needs the DSL, no GPU."""
+    import cutlass
+
+    from openmla.backends.cute import combine
+
+    element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
+    code = combine.Combine(element, config.columns)
+    return compile_kernel(code, combine.fake_arguments(element), config.name, out_dir=folder)
+
+
+def build_few_rows(config: small.Config, folder: Path) -> CompiledObject:
+    """Compile one variant of decode_dense_small. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_dense_small.launch import build
+
+    return build(config, folder)
+
+
+def build_many_rows(config: large.Config, folder: Path) -> CompiledObject:
+    """Compile one variant of decode_dense. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_dense.launch import build
+
+    return build(config, folder)
+
+
+# What an ahead-of-time bundle holds: family -> (its variants, how to compile one).
+FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]] = {
+    "schedule": (SCHEDULE_VARIANTS, build_schedule),
+    "combine": (COMBINE_VARIANTS, build_combine),
+    small.FAMILY: (small.VARIANTS, build_few_rows),
+    large.FAMILY: (large.VARIANTS, build_many_rows),
+}
+
+
+def _serve(family: str, config: Any) -> Any:
+    """The launchable function of one variant."""
+    build = FAMILIES[family][1]
+    return bundle.serve(family, config, lambda folder: build(config, folder)).function
 
 
 class PlanOptions(NamedTuple):
@@ -62,6 +124,7 @@ class Compiled:
     options: PlanOptions
     decode: Any
     schedule: Any
+    combine: Any = None  # for families that leave partials
 
 
 def supports_bulk_copies(problem: DecodeProblem) -> Verdict:
@@ -87,8 +150,7 @@ class FewRows:
         verdict = Verdict((*own.reasons, *supports_bulk_copies(problem).reasons))
         if not verdict:
             return verdict
-        needed = ((small.FAMILY, small.configs(problem, target)[0]), ("schedule", ScheduleVariant()))
-        return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
+        return _available((small.FAMILY, small.configs(problem, target)[0]), ("schedule", ScheduleVariant()))
 
     def configs(self, problem: DecodeProblem, target: Target) -> Sequence[small.Config]:
         """Variants, best first."""
@@ -96,12 +158,8 @@ class FewRows:
 
     def compile(self, problem: DecodeProblem, config: small.Config, target: Target) -> Compiled:
         """Load both functions, compiling what neither bundle nor cache has."""
-        from openmla.backends.cute.decode_dense_small import launch
-
         options = PlanOptions(small.num_parts(problem, target), small.BLOCK_TOKENS, small.OVERHEAD_BLOCKS, 1)
-        decode = bundle.serve(small.FAMILY, config, lambda folder: launch.build(config, folder))
-        schedule = bundle.serve("schedule", ScheduleVariant(), build_schedule)
-        return Compiled(config, options, decode.function, schedule.function)
+        return Compiled(config, options, _serve(small.FAMILY, config), _serve("schedule", ScheduleVariant()))
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Plan on the device; the counters of the merge start at zero here and every launch leaves them so."""
@@ -132,6 +190,82 @@ class FewRows:
         )  # fmt: skip
         if direct is not operands:
             operands.out.copy_(direct.out)
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """`decode_dense`: from 33 query rows per KV head on; leaves partials, which the combine kernel merges."""
+
+    op: str = field(default="decode", init=False)
+    backend: str = field(default="cute", init=False)
+    name: str = field(default=large.FAMILY, init=False)
+
+    def supports(self, problem: DecodeProblem, target: Target) -> Verdict:
+        """The family's own rules, then those of bulk copies, then whether its code can be had here."""
+        own = large.supports(problem, target)
+        verdict = Verdict((*own.reasons, *supports_bulk_copies(problem).reasons))
+        if not verdict:
+            return verdict
+        return _available(
+            (large.FAMILY, large.configs(problem, target)[0]),
+            ("schedule", ScheduleVariant()),
+            ("combine", _combine_variant(problem)),
+        )
+
+    def configs(self, problem: DecodeProblem, target: Target) -> Sequence[large.Config]:
+        """Variants, best first."""
+        return large.configs(problem, target)
+
+    def compile(self, problem: DecodeProblem, config: large.Config, target: Target) -> Compiled:
+        """Load the three functions, compiling what neither bundle nor cache has."""
+        options = PlanOptions(large.num_parts(problem, target), large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, 1)
+        combine = _serve("combine", _combine_variant(problem))
+        schedule = _serve("schedule", ScheduleVariant())
+        return Compiled(config, options, _serve(large.FAMILY, config), schedule, combine)
+
+    def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
+        """Plan on the device."""
+        return plan_on_device(compiled, problem, cache_seqlens, policy)
+
+    def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
+        """fp32 partials of every slot that a plan can use."""
+        return 4 * sum(math.prod(shape) for shape in self._partials(compiled, problem, policy == "batch_invariant"))
+
+    def _partials(
+        self, compiled: Compiled, problem: DecodeProblem, has_chunks: bool
+    ) -> tuple[tuple[int, int, int], tuple[int, int]]:
+        slots = problem.batch + compiled.options.num_parts
+        if has_chunks:
+            slots = problem.batch * max(-(-problem.max_pages * problem.page_size // CHUNK_TOKENS), 1)
+        rows = problem.s_q * problem.h_q
+        return (slots, rows, large.D_V), (slots, rows)
+
+    def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
+        """The kernel, then the merge of the requests that it had to split."""
+        from openmla.backends.cute.decode_dense.launch import launch
+
+        out_accum, lse2_accum = carve(operands.workspace, *self._partials(compiled, problem, plan.chunk_blocks > 0))
+        direct = with_aligned_out(operands)
+        launch(
+            compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
+            s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal,
+        )  # fmt: skip
+        compiled.combine(
+            out_accum, lse2_accum, plan.num_splits, direct.out, direct.lse, lse2_accum[0], problem.h_kv, 0
+        )  # fmt: skip
+        if direct is not operands:
+            operands.out.copy_(direct.out)
+
+
+def _combine_variant(problem: DecodeProblem) -> CombineVariant:
+    """Narrow columns where whole rows would leave SMs idle: fewer rows than four per SM of an H100."""
+    dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
+    return CombineVariant(dtype, 128 if problem.batch * problem.s_q * problem.h_q < 4 * 132 else 512)
+
+
+def _available(*needed: tuple[str, Any]) -> Verdict:
+    """Whether every function of a call can be had here."""
+    return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
 
 
 def plan_on_device(compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
@@ -168,3 +302,4 @@ def carve(workspace: torch.Tensor | None, *shapes: tuple[int, ...]) -> list[torc
 
 
 FEW_ROWS = FewRows()
+MANY_ROWS = ManyRows()
