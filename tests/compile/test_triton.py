@@ -140,9 +140,10 @@ def within_limits(found: Any, problem: Any, choice: Any, target: str, most: int,
 
 # What each may spill (bytes of stack; registers on AMD): the compiler of Triton 3.9. Limits may only shrink.
 DECODE_CASES = [
-    pytest.param("h100_sxm", {}, 192, id="h100-128-heads"),
+    pytest.param("h100_sxm", {}, 0, id="h100-128-heads"),
     pytest.param("h100_sxm", {"h_q": 16}, 0, id="h100-16-heads"),
-    pytest.param("h100_sxm", {"s_q": 2, "is_causal": True, "has_sink": True}, 480, id="h100-causal"),
+    pytest.param("h100_sxm", {"layout": "bf16_512"}, 192, id="h100-without-rope"),
+    pytest.param("h100_sxm", {"s_q": 2, "is_causal": True, "has_sink": True}, 272, id="h100-causal"),
     pytest.param("h100_sxm", {"layout": "fp8_656", "h_q": 16}, 64, id="h100-bytes"),
     pytest.param("a100_sxm", {"layout": "fp16_576"}, 0, id="a100-fp16"),
     pytest.param("a100_sxm", {"h_q": 16, "page_size": 3, "is_varlen": True, "window": 100}, 64, id="a100-odd-pages"),
@@ -157,7 +158,10 @@ def test_decode(target, options, most, recorded, tmp_path):
     found = compiled(recorder, target)
     within_limits(found, problem, choice, target, most, tmp_path)
     if target == "h100_sxm" and choice.block_m >= 64:
-        assert "wgmma.mma_async" in found.asm["ptx"]
+        # Columns of k in steps of 16, and 64 keys: twice the first number where both warpgroups make all scores.
+        once = problem.d_qk // 16 + choice.block_n // 16
+        loops = 2 if problem.is_causal else 1
+        assert found.asm["ptx"].count("wgmma.mma_async") == once * loops
     if target != "mi300x" and not problem.layout.is_quantised:
         assert "cp.async" in found.asm["ptx"], "tiles must not pass through registers"
 
@@ -181,9 +185,9 @@ def run_sparse(target: str, recorded: dict[str, Recorder], **options: Any) -> tu
 
 
 SPARSE_CASES = [
-    pytest.param("h100_sxm", {"layout": "bf16_576"}, 64, id="h100-plain"),
+    pytest.param("h100_sxm", {"layout": "bf16_576"}, 0, id="h100-plain"),
     pytest.param("h100_sxm", {"layout": "fp8_656"}, 0, id="h100-fp8_656"),
-    pytest.param("h100_sxm", {"layout": "fp8_584"}, 24, id="h100-fp8_584"),
+    pytest.param("h100_sxm", {"layout": "fp8_584"}, 8, id="h100-fp8_584"),
     pytest.param("h100_sxm", {"layout": "fp8_528_mx"}, 0, id="h100-fp8_528_mx"),
     pytest.param("h100_sxm", {"layout": "fp4_288"}, 0, id="h100-fp4_288"),
     pytest.param("a100_sxm", {"layout": "fp8_656", "h_q": 16}, 64, id="a100-fp8_656"),

@@ -52,6 +52,17 @@ def test_every_layout(layout, machine, judged):
     )
 
 
+@pytest.mark.parametrize("changes", [{}, {"d_qk": 32}, {"softmax_scale": 0.0, "h_kv": 2}, {"layout": "fp8_656"}])
+def test_scores_kept_apart(changes, machine, judged, monkeypatch):
+    """The form of the tile that Hopper gets; here it is the same arithmetic in another order of blocks."""
+    from openmla.backends.triton import launch
+
+    monkeypatch.setattr(launch, "keeps_scores_apart", lambda config, problem, target: True)
+    machine(4)
+    sizes = {"d_qk": 576, "d_v": 512, "seqlens_q": (1,), "seqlens_k": (40,)} if "layout" in changes else {}
+    judged(case_of(has_sink=True, **{**changes, **sizes}))
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 16, 32, 61])
 @pytest.mark.parametrize("h_kv", [1, 2])
 def test_page_sizes(page_size, h_kv, machine, judged):

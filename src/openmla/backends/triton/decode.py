@@ -124,8 +124,8 @@ def load_page(table, start, length, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N:
 @triton.jit
 def attend_range(
     q_latent, q_rope, kv_ptr, table, low, high, turn, step, begin, end, hull_begin, hull_end, num_pages, kv_page_stride,
-    sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, MIXED: tl.constexpr, LAYOUT: tl.constexpr,
-    DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+    LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """KV tiles low to high - 1, of which those from `turn` on stand `step` tiles further; returns state and strays.
 
@@ -150,7 +150,7 @@ def attend_range(
         if MIXED:
             seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
         peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED, DIMS
+            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED, APART, DIMS
         )  # fmt: skip
     return peak, mass, acc, strays
 
@@ -159,8 +159,8 @@ def attend_range(
 def attend_piece(
     q_latent, q_rope, kv_ptr, table, first_block, end_block, token, token_low, token_high, count, length, num_pages,
     kv_page_stride, sign, scale2, strays, KV_ROW_STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    IS_MIXED: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    IS_MIXED: tl.constexpr, APART: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(out [BLOCK_M, D_LATENT], lse2 [BLOCK_M], strays) of the rows over KV tiles first_block to end_block - 1.
 
@@ -183,14 +183,14 @@ def attend_piece(
         inner_high = tl.maximum(tl.minimum(low_end // BLOCK_N, high), inner_low)
     peak, mass, acc, strays = attend_range(
         q_latent, q_rope, kv_ptr, table, inner_low, inner_high, inner_high, 0, begin, end, hull_begin, hull_end,
-        num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, False, LAYOUT, DIMS,
+        num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, False, APART, LAYOUT, DIMS,
         PAGE_SIZE, BLOCK_N,
     )  # fmt: skip
     if IS_MIXED:
         inner = inner_high - inner_low
         peak, mass, acc, strays = attend_range(
             q_latent, q_rope, kv_ptr, table, low, high - inner, inner_low, inner, begin, end, hull_begin, hull_end,
-            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, True, LAYOUT, DIMS,
+            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, True, APART, LAYOUT, DIMS,
             PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
     out, lse2 = finish(peak, mass, acc, scale2)
@@ -234,10 +234,12 @@ def decode_kernel(
     lse_batch_stride, lse_token_stride, lse_head_stride,
     Q_HEAD_STRIDE: tl.constexpr, KV_ROW_STRIDE: tl.constexpr, OUT_HEAD_STRIDE: tl.constexpr, IS_FLAT: tl.constexpr,
     H_KV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr, IS_MIXED: tl.constexpr,
-    IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, APART: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr,
     PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """See the module. GROUP = h_q / h_kv; IS_MIXED: rows of a tile may see different keys; COMPUTE: dtype of the dots."""
+    """See the module. GROUP = h_q / h_kv; IS_MIXED: rows of a tile may see different keys; COMPUTE: dtype of the
+    products; APART: see `fold_tile`; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
+    """
     tile = tl.program_id(0) % tiles
     kv_head = tl.program_id(0) // tiles
     metadata = metadata_ptr + tl.program_id(1) * 8
@@ -273,7 +275,7 @@ def decode_kernel(
                 q_latent.to(COMPUTE), q_rope.to(COMPUTE), kv_ptr + tl.cast(kv_head, tl.int64) * kv_head_stride,
                 table_ptr + tl.cast(request, tl.int64) * table_stride, first_block, end_block, token, token_low,
                 token_high, count, length, num_pages, kv_page_stride, sign, scale2, strays, KV_ROW_STRIDE, IS_CAUSAL,
-                WINDOW, IS_MIXED, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
+                WINDOW, IS_MIXED, APART, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if splits == 1:
                 if HAS_SINK:

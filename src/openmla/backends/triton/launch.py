@@ -20,6 +20,7 @@ from openmla.backends.triton.config import (
     Config,
     dims,
     is_wide,
+    keeps_scores_apart,
     num_parts,
     sparse_splits,
     stored_rows,
@@ -60,6 +61,7 @@ def make_ready(problem: AnyProblem, config: Config, target: Target) -> Ready:
     common: dict[str, Any] = {"H_KV": problem.h_kv, "GROUP": group, "HAS_SINK": has_sink, "DIMS": dims(problem)}
     constants = common | {
         "COMPUTE": tl.float32 if is_wide(problem) else _ELEMENT[problem.dtype],
+        "APART": keeps_scores_apart(config, problem, target),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }

@@ -40,7 +40,7 @@ def selection_length(length_ptr, topk, fault_ptr, is_reporter, HAS_LENGTH: tl.co
 @triton.jit
 def attend_selection(
     q_latent, q_rope, kv_ptr, indices, topk, length, split, num_slots, kv_page_stride, sign, scale2,
-    peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, APART: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A split's stretch of one index list (pointer `indices`); returns state and strays."""
@@ -61,7 +61,7 @@ def attend_selection(
         if DIMS[3] > 0:
             rope = load_rope(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
         peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, False, DIMS
+            q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, False, APART, DIMS
         )  # fmt: skip
     return peak, mass, acc, strays
 
@@ -103,11 +103,13 @@ def selected_kernel(
     extra_length_token_stride, out_batch_stride, out_token_stride, out_head_stride, lse_batch_stride, lse_token_stride,
     lse_head_stride,
     KV_ROW_STRIDE: tl.constexpr, EXTRA_ROW_STRIDE: tl.constexpr, H_KV: tl.constexpr, GROUP: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr,
-    COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    COMPUTE: tl.constexpr, APART: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     EXTRA_LAYOUT: tl.constexpr, EXTRA_PAGE_SIZE: tl.constexpr, EXTRA_HAS_LENGTH: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """See the module. GROUP = h_q / h_kv; EXTRA_LAYOUT None: one cache; DIMS = (d_qk, d_v, D_LATENT, D_ROPE)."""
+    """See the module. GROUP = h_q / h_kv; COMPUTE: dtype of the products; APART: see `fold_tile`; EXTRA_LAYOUT None:
+    one cache; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
+    """
     split = tl.program_id(1)
     tile = tl.program_id(0) % tiles
     kv_head = tl.program_id(0) // tiles % H_KV
@@ -135,7 +137,7 @@ def selected_kernel(
     indices = indices_ptr + batch * indices_batch_stride + place * indices_token_stride + lead * indices_head_stride
     peak, mass, acc, strays = attend_selection(
         q_latent, q_rope, kv_ptr + lead * kv_head_stride, indices, topk, length, split, num_slots, kv_page_stride,
-        sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
+        sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, APART, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
     )  # fmt: skip
     if EXTRA_LAYOUT is not None:
         length = selection_length(
@@ -145,7 +147,7 @@ def selected_kernel(
         indices = extra_indices_ptr + batch * extra_indices_batch_stride + place * extra_indices_token_stride
         peak, mass, acc, strays = attend_selection(
             q_latent, q_rope, extra_kv_ptr, indices, extra_topk, length, split, extra_num_slots, extra_page_stride,
-            sign, scale2, peak, mass, acc, strays, EXTRA_ROW_STRIDE, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
+            sign, scale2, peak, mass, acc, strays, EXTRA_ROW_STRIDE, APART, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
             BLOCK_N,
         )  # fmt: skip
     stray = tl.max(strays, 0)

@@ -36,27 +36,57 @@ def load_queries(row, valid, DIMS: tl.constexpr):
 
 
 @triton.jit
-def fold_tile(
-    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED: tl.constexpr, DIMS: tl.constexpr
-):
-    """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
-
-    seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
-    a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
-    """
-    # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
-    scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-    if DIMS[3] > 0:
-        scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
+def weigh(scores, seen, sign, scale2, peak, mass, dtype: tl.constexpr):
+    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile."""
     scores = tl.where(seen, scores * sign, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2((scores - shift[:, None]) * scale2)
     rescale = tl.exp2((peak - shift) * scale2)
-    mass = mass * rescale + tl.sum(weights, 1)
+    return higher, mass * rescale + tl.sum(weights, 1), rescale, weights.to(dtype)
+
+
+@triton.jit
+def unused_tile(peak, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] fp32 of no meaning. Not a constant, which the compiler would keep in shared memory."""
+    return peak[:, None] + tl.zeros((1, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def fold_tile(
+    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED: tl.constexpr, APART: tl.constexpr,
+    DIMS: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
+
+    seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
+    a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
+
+    APART hides from the compiler that the product with v needs the scores: each is made inside a condition that always
+    holds. It would else give both of Hopper's warpgroups the same rows, and have each of them compute all scores.
+    """
+    # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
+    BLOCK_N: tl.constexpr = latent.shape[0]
+    if APART:
+        higher, rescale = peak, peak
+        if scale2 > 0:
+            scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+        else:
+            scores = unused_tile(peak, BLOCK_N)
+        if sign < 2.0:  # another condition, or both blocks become one
+            if DIMS[3] > 0:
+                scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
+            higher, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, latent.dtype)
+        else:
+            weights = unused_tile(peak, BLOCK_N).to(latent.dtype)
+    else:
+        scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+        if DIMS[3] > 0:
+            scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
+        higher, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, latent.dtype)
     if MIXED:
         latent = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
-    acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * rescale[:, None], input_precision="ieee")
+    acc = tl.dot(weights, latent, acc=acc * rescale[:, None], input_precision="ieee")
     return higher, mass, acc
 
 
