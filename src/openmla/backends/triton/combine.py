@@ -68,7 +68,11 @@ def write_orphans(
     tl.atomic_or(fault_ptr, CU_SEQLENS_NOT_MONOTONE, mask=is_bad, sem="relaxed")
 
 
-@triton.jit
+# Numbers that differ from call to call; compiled anew for each that is 1 or a multiple of 16, a server would wait.
+_FREE = ["batch", "total_q", "s_q", "lse_batch_stride", "lse_token_stride", "lse_head_stride"]
+
+
+@triton.jit(do_not_specialize=_FREE)
 def combine_kernel(
     out_accum_ptr,  # [slots, rows, d_v] fp32
     lse_accum_ptr,  # [slots, rows] fp32, base 2

@@ -214,7 +214,11 @@ def row_pointers(
     return pointers
 
 
-@triton.jit
+# Numbers that differ from call to call; compiled anew for each that is 1 or a multiple of 16, a server would wait.
+_FREE = ["total_q", "s_q", "capacity", "num_pages", "chunk_blocks", "tiles", "table_stride", "lse_batch_stride"]
+
+
+@triton.jit(do_not_specialize=_FREE)
 def decode_kernel(
     q_ptr,  # [batch, s_q, h_q, d_qk], or [total_q, h_q, d_qk] with IS_VARLEN and q_batch_stride 0
     kv_ptr,  # [num_pages, page_size, h_kv, row]

@@ -100,7 +100,7 @@ def find_part(
     return begin_request, begin_first, end_request, end_first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_parts", "capacity", "chunk_blocks", "overhead", "min_share"])
 def plan_kernel(
     seqlens_ptr,  # [batch] int32
     metadata_ptr,  # [num_parts, 8] int32, written

@@ -82,7 +82,11 @@ def store_rows(
     tl.store(lse_ptr + row.to(tl.int64) * lse_head_stride, lse2 * LN_2, mask=valid)
 
 
-@triton.jit
+# Numbers that differ from call to call; compiled anew for each that is 1 or a multiple of 16, a server would wait.
+_FREE = ["s_q", "tiles", "num_slots", "extra_num_slots", "lse_batch_stride", "lse_token_stride", "lse_head_stride"]
+
+
+@triton.jit(do_not_specialize=_FREE)
 def selected_kernel(
     q_ptr,  # [batch, s_q, h_q, d_qk]
     kv_ptr,  # [num_pages, page_size, h_kv, row]
