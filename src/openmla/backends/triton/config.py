@@ -53,6 +53,15 @@ _TABLE: dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]] = {
         (16, (Config(16, 32, 8, 1),)),
         (_ANY, (Config(64, 32, 8, 1), Config(32, 16, 8, 1))),
     ),
+    ("blackwell", "plain"): (
+        (16, (Config(16, 32, 4, 3, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
+        (32, (Config(32, 64, 8, 3), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
+        (_ANY, (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
+    ),
+    ("blackwell", "bytes"): (
+        (16, (Config(16, 32, 8, 1),)),
+        (_ANY, (Config(64, 32, 8, 1), Config(32, 16, 8, 1))),
+    ),
     ("ampere", "plain"): (
         (16, (Config(16, 32, 4, 3), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
         (32, (Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
@@ -71,6 +80,7 @@ _TABLE: dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]] = {
         (_ANY, (Config(32, 16, 4, 1), Config(16, 16, 4, 1))),
     ),
 }
+_LATE = {"hopper": 0, "blackwell": 2}  # tiles kept beyond the stages where products of 64 rows run on their own
 _INTERPRETED = (Config(16, 16, 1, 1),)
 # fp32 dot products run on the ordinary cores (exact, no tf32): small tiles, since neither operand nor sum is narrow.
 _WIDE: tuple[Config, ...] = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
@@ -100,7 +110,7 @@ def family(target: Target) -> str | None:
     if not target.is_cuda or not digits.isdigit() or int(digits) < 80:
         return None
     # 90 and 100 to 109 have 227 KB of shared memory; consumer cards of every generation have about 100 KB.
-    return "hopper" if int(digits) // 10 in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(int(digits) // 10, "ampere")
 
 
 def padded(columns: int) -> int:
@@ -154,8 +164,8 @@ def shared_bytes(config: Config, problem: AnyProblem, target: Target) -> int:
     """Shared memory of a tile, from above (tests/compile holds it against what the compiler says).
 
     Queries, KV tiles and weights during the loop; queries and the turned-over result after it. A loop of s stages keeps
-    s tiles for wgmma, which reads them while the next ones arrive, else s - 1; a byte layout may keep a tile and its
-    transpose. gfx942 holds queries in registers and has 64 KB, so the result is turned over in the dtype of q.
+    s - 1 tiles; where products of 64 rows read them while the next ones arrive, s on sm_90, and up to s + 2 on sm_100. A
+    byte layout may keep a tile and its transpose. gfx942 holds queries in registers and has 64 KB, so the result is turned over in the dtype of q.
     """
     itemsize = 4 if is_wide(problem) else problem.dtype.itemsize
     _, _, latent, rope = dims(problem)
@@ -165,8 +175,9 @@ def shared_bytes(config: Config, problem: AnyProblem, target: Target) -> int:
         weights = 8 * config.block_m * config.block_n  # the scores go from one block to the other as fp32, twice
     if family(target) == "cdna3":
         return max(tile * config.num_stages + weights, itemsize * config.block_m * latent)
-    has_wgmma = family(target) == "hopper" and config.block_m >= 64
-    buffers = 2 if has_bytes(problem) else max(config.num_stages - (not has_wgmma), 1)
+    late = _LATE.get(family(target) or "", -1) if config.block_m >= 64 else -1
+    kept = config.num_stages + late
+    buffers = 2 if has_bytes(problem) else max(kept, 1)
     return q + max(tile * buffers + weights, 4 * config.block_m * latent)
 
 
