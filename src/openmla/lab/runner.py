@@ -33,9 +33,6 @@ GRAPH_BELOW_US = 100.0
 # What fills the L2 of every GPU of today (H100 50 MB, B200 126 MB) and takes 0.1 ms to write.
 _FLUSH_BYTES = 256 << 20
 _MIN_ROUNDS, _MAX_ROUNDS = 10, 200
-# OpenMP threads spin for some milliseconds after their last work: on two cores, a decode that follows a matmul at once
-# was seen to take 24.7 ms instead of 18.0. Nobody's number should hold a neighbour's spinning.
-_SETTLE_SECONDS = 0.02
 
 Progress = Callable[[str], None]
 Timer = Callable[[int], float]  # round -> seconds of one call
@@ -180,9 +177,12 @@ def _timers(
 
         def on_cpu(place: int, contender: Contender) -> Timer:
             def timer(turn: int) -> float:
-                time.sleep(_SETTLE_SECONDS)
-                # Neighbours in a round take different sets: nobody finds what the one before has just loaded.
-                return clock.seconds(lambda: contender.call((turn * step + place) % num_sets), device)
+                # An untimed run first, on another set. The OpenMP threads of whoever ran before spin for 6 ms more, and
+                # a core that has idled is slow for some ms: the same decode took 10 ms back to back, 19 behind a
+                # matmul, 21 behind 0.3 s of nothing. Behind itself, everybody is measured in the same state.
+                at = turn * step + place
+                contender.call((at + 1) % num_sets)
+                return clock.seconds(lambda: contender.call(at % num_sets), device)
 
             return timer
 
