@@ -301,10 +301,11 @@ def test_contenders_take_turns_and_different_sets(monkeypatch):
     assert timing == "call"
     samples = runner._rounds(timers, 1e-9, lambda text: None)
     assert [len(each) for each in samples] == [10, 10]
-    names = [name for name, _ in order[2:]]
-    assert names[:4] == ["a", "b", "b", "a"]
-    sets = [index for _, index in order[2:]]
-    assert all(x != y for x, y in zip(sets[::2], sets[1::2], strict=True))
+    untimed, timed = order[4::2], order[5::2]  # two runs of everybody come before the rounds
+    assert [name for name, _ in untimed] == [name for name, _ in timed], "everybody runs behind itself"
+    assert [name for name, _ in timed[:4]] == ["a", "b", "b", "a"]
+    assert all(before[1] != after[1] for before, after in zip(untimed, timed, strict=True))
+    assert {index for _, index in timed} == {0, 1, 2, 3}
 
 
 # rows
