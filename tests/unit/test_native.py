@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -237,6 +238,13 @@ def test_explain_names_every_backend_and_why() -> None:
     assert {row["backend"] for row in facts["candidates"]} == {"cute", "triton", "torch"}
     for row in facts["candidates"]:
         assert row["chosen"] or row["reasons"]
+
+
+def test_a_problem_describes_what_is_unusual() -> None:
+    usual = openmla.explain("decode", target="cpu").problem
+    assert str(usual).startswith("batch=128 s_q=1")
+    assert "is_" not in str(usual)
+    assert str(dataclasses.replace(usual, is_aligned=False, is_causal=True)).endswith("is_causal=True is_aligned=False")
 
 
 def test_explain_does_not_raise_when_nobody_can() -> None:

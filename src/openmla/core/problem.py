@@ -68,9 +68,10 @@ def _describe(problem: object) -> str:
     shown = []
     for field in fields(problem):  # type: ignore[arg-type]
         value = getattr(problem, field.name)
-        if value is None or value is False or value == 0:
-            continue
+        if value is None or value is False or value == 0 or (value is True and field.default is True):
+            continue  # what is absent or as usual says nothing
         shown.append(f"{field.name}={_short(value) if isinstance(value, torch.dtype) else value}")
+    shown += [f"{f.name}=False" for f in fields(problem) if f.default is True and not getattr(problem, f.name)]  # type: ignore[arg-type]
     return " ".join(shown)
 
 
