@@ -387,9 +387,7 @@ class DecodeDense:
         pages_tiles = cfg.page_size // 64
         g_kv = cute.local_tile(c.t_kv, (64, 64), (None, None, c.kv_head, None))  # [64, 64, row tile, column tile, page]
         boxes = cute.group_modes(cute.flat_divide(c.s_ring, (64, 64))[None, None, 0, None, None], 0, 2)
-        s_kv, g_kv = cpasync.tma_partition(
-            c.tma_kv, 0, cute.make_layout(1), boxes, cute.group_modes(g_kv, 0, 2)
-        )
+        s_kv, g_kv = cpasync.tma_partition(c.tma_kv, 0, cute.make_layout(1), boxes, cute.group_modes(g_kv, 0, 2))
         policy, everyone = Int64(EVICT_FIRST), cutlass.Int16((1 << cfg.cluster) - 1)
         valid = c.valid
         slot, phase, piece = Int32(0), Int32(1), Int32(0)
@@ -612,7 +610,15 @@ class DecodeDense:
         return slot, phase
 
     @cute.jit
-    def exponential(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, x: cutlass.Constexpr, l0: Float32, l1: Float32):
+    def exponential(
+        self,
+        c: cutlass.Constexpr,
+        s: cutlass.Constexpr,
+        acc: cute.Tensor,
+        x: cutlass.Constexpr,
+        l0: Float32,
+        l1: Float32,
+    ):
         """One probability, 2^(score - reference), added to its row's sum."""
         probabilities = s.probabilities
         value = cute.math.exp2(acc[x], fastmath=True)
@@ -731,9 +737,7 @@ class DecodeDense:
         return slot, phase, m0, m1, l0, l1
 
     @cute.jit
-    def reference(
-        self, c: cutlass.Constexpr, dist: cute.Tensor, m0: Float32, m1: Float32, l0: Float32, l1: Float32
-    ):
+    def reference(self, c: cutlass.Constexpr, dist: cute.Tensor, m0: Float32, m1: Float32, l0: Float32, l1: Float32):
         """Move the reference of a row when a score exceeds it by 2^8; leave score - reference in `dist`.
 
         The reference is one of the scores, scaled and rounded like all: the difference of the largest is exactly 0,
@@ -759,9 +763,7 @@ class DecodeDense:
         return m0, m1, l0, l1, f0, f1, need
 
     @cute.jit
-    def mask(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, piece: Int32, j: Int32, count: Int32
-    ):
+    def mask(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, piece: Int32, j: Int32, count: Int32):
         """Scores of keys that a row does not see become -inf: selected, so that a NaN there does not matter."""
         index = piece % PIECES
         lim0, lim1 = count, count
@@ -903,7 +905,9 @@ class DecodeDense:
         count = c.valid[slot]
         zero = cute.make_rmem_tensor(4, Int32)
         zero.fill(0)
-        words = cute.make_tensor(cute.recast_ptr(c.s_ring.iterator, None, Int32), cute.make_layout((4, 1024, self.config.slots)))
+        words = cute.make_tensor(
+            cute.recast_ptr(c.s_ring.iterator, None, Int32), cute.make_layout((4, 1024, self.config.slots))
+        )
         for box in cutlass.range_constexpr(4):
             where = slot if box < 2 else slot1
             chunk = count * 8 + c.thread
