@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from openmla.kv.cache import PagedKVCache as PagedKVCache
     from openmla.ops.native import decode as decode
     from openmla.ops.native import plan as plan
-    from openmla.ops.native import prefill as prefill
     from openmla.ops.native import sparse_decode as sparse_decode
     from openmla.ops.native import sparse_prefill as sparse_prefill
     from openmla.ops.native import workspace_bytes as workspace_bytes
+    from openmla.ops.prefill import prefill as prefill
 
 __version__ = "0.1.0.dev0"
 
@@ -35,7 +35,7 @@ _HOME = {
     "explain": "openmla.backends",
     "kv_layout": "openmla.core.layout",
     "plan": "openmla.ops.native",
-    "prefill": "openmla.ops.native",
+    "prefill": "openmla.ops.prefill",
     "sparse_decode": "openmla.ops.native",
     "sparse_prefill": "openmla.ops.native",
     "workspace_bytes": "openmla.ops.native",

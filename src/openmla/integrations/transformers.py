@@ -28,6 +28,7 @@ import torch
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.kv.cache import PagedKVCache
 from openmla.ops import native
+from openmla.ops.prefill import prefill
 
 NAME = "openmla"  # of the attention implementation; a name with "flash" in it would be taken for FlashAttention
 
@@ -203,7 +204,7 @@ class PagedModel:
         expand = self._stock_expand[self._attentions.index(module)]
         q, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, *expand(latent, rope)))
         offsets = torch.arange(0, batch * s_q + 1, s_q, dtype=torch.int32, device=q.device)
-        run = partial(native.prefill, softmax_scale=scale, is_causal=True, backend=self.backend)
+        run = partial(prefill, softmax_scale=scale, is_causal=True, backend=self.backend)
         out, lse = run(q, key, value, offsets, offsets, s_q, s_q)
         if self.observe is not None:
             self.observe(

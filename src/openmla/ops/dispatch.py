@@ -6,19 +6,24 @@ tensor that a rule looks at. A call whose signature was seen goes straight to th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from openmla.backends import select
 from openmla.backends.base import Kernel
 from openmla.core import env, faults
-from openmla.core.errors import ProblemError
+from openmla.core.errors import ProblemError, UnsupportedError
+from openmla.core.layout import KVLayout
 from openmla.core.problem import Problem
 from openmla.core.target import Target
+
+LseBase = Literal["e", "2"]
+LOG2_E = 1.4426950408889634
 
 # A signature holds shapes; a server with ever-changing shapes must not grow without bound.
 _MAX_REMEMBERED = 8192
@@ -85,6 +90,35 @@ def launch(prepared: Prepared, operands: Any, plan: Any = None) -> None:
         found = faults.check_errors(operands.out.device)
         if found:
             raise ProblemError(prepared.problem.op, [faults.MEANING[fault] for fault in found])
+
+
+def device_of(q: Any) -> torch.device:
+    """Device of a query; the CPU where it is no tensor, so that the problem's own check can say what is wrong."""
+    return q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
+
+
+def scale_of(softmax_scale: float | None, d_qk: int) -> float:
+    """The scale in force."""
+    return 1.0 / math.sqrt(d_qk) if softmax_scale is None else float(softmax_scale)
+
+
+def check_lse_base(op: str, base: str) -> None:
+    """Raises ProblemError unless base is "e" or "2"."""
+    if base not in ("e", "2"):
+        raise ProblemError(op, [f"lse_base must be 'e' (natural) or '2', got {base!r}"])
+
+
+def layout_name(layout: KVLayout | str | None) -> str | None:
+    """A layout as a graph stores it. Raises UnsupportedError for one that its name does not determine."""
+    if not isinstance(layout, KVLayout):
+        return layout
+    if layout.is_quantised or layout.d_v == min(layout.d_qk, 512):
+        return layout.name
+    raise UnsupportedError(
+        "a compiled graph stores a KV layout by its name",
+        {"torch.compile": ("this KVLayout differs from the one its name stands for; call eagerly",)},
+        str(layout),
+    )
 
 
 def check_out(

@@ -27,6 +27,7 @@ from openmla.core.errors import ConfigError, PlanMismatchError, ProblemError
 from openmla.core.layout import KVLayout, kv_layout
 from openmla.core.target import Target
 from openmla.ops import native
+from openmla.ops.prefill import prefill
 from openmla.split.schedule import Policy, plan_decode
 
 __all__ = [
@@ -429,7 +430,7 @@ def flash_attn_varlen_func(
     """
     if dropout_p != 0.0:
         raise ProblemError("flash_attn_varlen_func", [f"dropout_p must be 0.0: dropout is not built, got {dropout_p}"])
-    out, lse = native.prefill(
+    out, lse = prefill(
         q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale=softmax_scale,
         is_causal=causal, backend=backend,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The operations as torch.library ops, for `torch.compile` and `torch.export`.
 
 Eager calls never come through here: the dispatcher costs about 3 us a call and buys nothing there. The native
-functions come here only while a graph is being traced. Fakes state shapes, dtypes and devices, so a graph traces on a
+functions come here, by name, only while a graph is being traced; `openmla.ops` has registered them by then. Fakes state shapes, dtypes and devices, so a graph traces on a
 machine that cannot run the kernels.
 """
 
@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from openmla.core.errors import UnsupportedError
-from openmla.core.layout import KVLayout
-from openmla.ops import native
+from openmla.ops import native, prefill
 
 _LIBRARY = torch.library.Library("openmla", "DEF")
 
@@ -40,72 +38,6 @@ _LIBRARY.define(
     "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float? softmax_scale, bool is_causal, str? backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
-
-
-def _layout_name(layout: KVLayout | str | None) -> str | None:
-    if isinstance(layout, KVLayout):
-        if layout.is_quantised or layout.d_v == min(layout.d_qk, 512):
-            return layout.name
-        raise UnsupportedError(
-            "a compiled graph stores a KV layout by its name",
-            {"torch.compile": ("this KVLayout differs from the one its name stands for; call eagerly",)},
-            str(layout),
-        )
-    return layout
-
-
-# --- what the native functions call while a graph is traced ---------------------------------------------------------
-
-
-def trace_decode(
-    q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
-    softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None, attn_sink: torch.Tensor | None, kv_layout: KVLayout | str | None, policy: str,
-    return_lse: bool, lse_base: str, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """`openmla.decode` as one node of a graph."""
-    out, lse = torch.ops.openmla.decode(
-        q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-        attn_sink, _layout_name(kv_layout), policy, lse_base, backend,
-    )  # fmt: skip
-    return out, lse if return_lse else None
-
-
-def trace_sparse_decode(
-    q: torch.Tensor, kv_cache: torch.Tensor, indices: torch.Tensor, kv_layout: KVLayout | str | None, d_v: int,
-    softmax_scale: float | None, topk_length: torch.Tensor | None, attn_sink: torch.Tensor | None,
-    extra_kv_cache: torch.Tensor | None, extra_indices: torch.Tensor | None, extra_topk_length: torch.Tensor | None,
-    extra_kv_layout: KVLayout | str | None, return_lse: bool, lse_base: str, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """`openmla.sparse_decode` as one node of a graph."""
-    out, lse = torch.ops.openmla.sparse_decode(
-        q, kv_cache, indices, _layout_name(kv_layout), d_v, softmax_scale, topk_length, attn_sink, extra_kv_cache,
-        extra_indices, extra_topk_length, _layout_name(extra_kv_layout), lse_base, backend,
-    )  # fmt: skip
-    return out, lse if return_lse else None
-
-
-def trace_sparse_prefill(
-    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, d_v: int, softmax_scale: float | None,
-    topk_length: torch.Tensor | None, attn_sink: torch.Tensor | None, lse_base: str, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`openmla.sparse_prefill` as one node of a graph."""
-    out, max_logits, lse = torch.ops.openmla.sparse_prefill(
-        q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, lse_base, backend
-    )
-    return out, max_logits, lse
-
-
-def trace_prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None, is_causal: bool, lse_base: str,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`openmla.prefill` as one node of a graph."""
-    out, lse = torch.ops.openmla.prefill(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
-    )
-    return out, lse * 1.4426950408889634 if lse_base == "2" else lse
 
 
 # --- what runs, and what it looks like ------------------------------------------------------------------------------
@@ -201,8 +133,8 @@ for _name, _run, _fake in (
     ("decode", _run_decode, _fake_decode),
     ("sparse_decode", _run_sparse_decode, _fake_sparse_decode),
     ("sparse_prefill", _run_sparse_prefill, _fake_sparse_prefill),
-    ("prefill", native.prefill_forward, _fake_prefill),
-    ("prefill_backward", native.prefill_backward, _fake_prefill_backward),
+    ("prefill", prefill.prefill_forward, _fake_prefill),
+    ("prefill_backward", prefill.prefill_backward, _fake_prefill_backward),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"openmla::{_name}", _fake, lib=_LIBRARY)

@@ -9,9 +9,8 @@ masked in the kernel and reported by `openmla.check_errors()`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +18,6 @@ from openmla.backends.base import (
     DecodeKernel,
     DecodeOperands,
     DecodePlan,
-    PrefillOperands,
     SparseDecodeOperands,
     SparsePrefillOperands,
 )
@@ -28,15 +26,12 @@ from openmla.core.errors import PlanMismatchError, ProblemError
 from openmla.core.layout import KVLayout
 from openmla.core.problem import (
     DecodeProblem,
-    PrefillProblem,
     SparseDecodeProblem,
     SparsePrefillProblem,
 )
 from openmla.ops import dispatch
+from openmla.ops.dispatch import LOG2_E, LseBase
 from openmla.split.schedule import POLICIES, Policy
-
-LseBase = Literal["e", "2"]
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +128,7 @@ def _prepare_decode(
             q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
         ),
-        _device(q),
+        dispatch.device_of(q),
         backend,
     )  # fmt: skip
 
@@ -145,11 +140,6 @@ def _is_positive(softmax_scale: float | None) -> bool:
 def _check_policy(policy: str) -> None:
     if policy not in POLICIES:
         raise ProblemError("decode", [f"policy must be one of {', '.join(POLICIES)}, got {policy!r}"])
-
-
-def _check_lse_base(op: str, base: str) -> None:
-    if base not in ("e", "2"):
-        raise ProblemError(op, [f"lse_base must be 'e' (natural) or '2', got {base!r}"])
 
 
 def decode(
@@ -216,14 +206,13 @@ def decode(
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
     if torch.compiler.is_compiling() and out is None and plan is None and workspace is None:
-        from openmla.ops.library import trace_decode
-
-        return trace_decode(
+        traced, traced_lse = torch.ops.openmla.decode(
             q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-            attn_sink, kv_layout, policy, return_lse, lse_base, backend,
+            attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend,
         )  # fmt: skip
+        return traced, traced_lse if return_lse else None
     _check_policy(policy)
-    _check_lse_base("decode", lse_base)
+    dispatch.check_lse_base("decode", lse_base)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
         attn_sink, kv_layout, backend,
@@ -231,7 +220,7 @@ def decode(
     problem: DecodeProblem = prepared.problem
     result, lse = _outputs("decode", q, problem.d_v, out, (q, kv_cache, block_table, cache_seqlens, attn_sink))
     operands = DecodeOperands(
-        q, kv_cache, block_table, cache_seqlens, _scale(softmax_scale, problem.d_qk), result, lse,
+        q, kv_cache, block_table, cache_seqlens, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse,
         faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device, plan.policy if plan else policy),
     )  # fmt: skip
     dispatch.launch(prepared, operands, _pieces(plan, prepared, cache_seqlens, policy))
@@ -298,16 +287,6 @@ def workspace_bytes(
     return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
 
 
-def _device(q: Any) -> torch.device:
-    if not isinstance(q, torch.Tensor):
-        return torch.device("cpu")  # the problem's own check says what is wrong
-    return q.device
-
-
-def _scale(softmax_scale: float | None, d_qk: int) -> float:
-    return 1.0 / math.sqrt(d_qk) if softmax_scale is None else float(softmax_scale)
-
-
 def _outputs(
     op: str, q: torch.Tensor, d_v: int, out: torch.Tensor | None, inputs: tuple[Any, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,7 +303,7 @@ def _outputs(
 def _finish_lse(lse: torch.Tensor, return_lse: bool, base: LseBase) -> torch.Tensor | None:
     if not return_lse:
         return None
-    return lse.mul_(_LOG2_E) if base == "2" else lse
+    return lse.mul_(LOG2_E) if base == "2" else lse
 
 
 def sparse_decode(
@@ -380,13 +359,12 @@ def sparse_decode(
         Source: DeepSeek-V3.2 sparse attention as in deepseek-ai/FlashMLA, sparse decoding.
     """
     if torch.compiler.is_compiling() and out is None:
-        from openmla.ops.library import trace_sparse_decode
-
-        return trace_sparse_decode(
-            q, kv_cache, indices, kv_layout, d_v, softmax_scale, topk_length, attn_sink, extra_kv_cache, extra_indices,
-            extra_topk_length, extra_kv_layout, return_lse, lse_base, backend,
+        traced, traced_lse = torch.ops.openmla.sparse_decode(
+            q, kv_cache, indices, dispatch.layout_name(kv_layout), d_v, softmax_scale, topk_length, attn_sink,
+            extra_kv_cache, extra_indices, extra_topk_length, dispatch.layout_name(extra_kv_layout), lse_base, backend,
         )  # fmt: skip
-    _check_lse_base("sparse_decode", lse_base)
+        return traced, traced_lse if return_lse else None
+    dispatch.check_lse_base("sparse_decode", lse_base)
     tensors = (q, kv_cache, indices, topk_length, attn_sink, extra_kv_cache, extra_indices, extra_topk_length)
     prepared = dispatch.prepare(
         ("sparse_decode", *map(dispatch.signature, tensors), d_v, kv_layout, extra_kv_layout, softmax_scale),
@@ -395,7 +373,7 @@ def sparse_decode(
             extra_kv_cache=extra_kv_cache, extra_indices=extra_indices, extra_topk_length=extra_topk_length,
             extra_layout=extra_kv_layout, softmax_scale=softmax_scale,
         ),
-        _device(q),
+        dispatch.device_of(q),
         backend,
     )  # fmt: skip
     problem: SparseDecodeProblem = prepared.problem
@@ -403,7 +381,7 @@ def sparse_decode(
     dispatch.launch(
         prepared,
         SparseDecodeOperands(
-            q, kv_cache, indices, _scale(softmax_scale, problem.d_qk), result, lse, faults.fault_word(q.device),
+            q, kv_cache, indices, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse, faults.fault_word(q.device),
             topk_length, attn_sink, extra_kv_cache, extra_indices, extra_topk_length,
         ),
     )  # fmt: skip
@@ -453,19 +431,18 @@ def sparse_prefill(
         Source: sparse prefill of deepseek-ai/FlashMLA.
     """
     if torch.compiler.is_compiling() and out is None:
-        from openmla.ops.library import trace_sparse_prefill
-
-        return trace_sparse_prefill(
+        traced, traced_logits, traced_lse = torch.ops.openmla.sparse_prefill(
             q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, lse_base, backend
         )  # fmt: skip
-    _check_lse_base("sparse_prefill", lse_base)
+        return traced, traced_logits, traced_lse
+    dispatch.check_lse_base("sparse_prefill", lse_base)
     tensors = (q, kv, indices, topk_length, attn_sink)
     prepared = dispatch.prepare(
         ("sparse_prefill", *map(dispatch.signature, tensors), d_v, softmax_scale),
         lambda: SparsePrefillProblem.from_tensors(
             q, kv, indices, d_v=d_v, topk_length=topk_length, attn_sink=attn_sink, softmax_scale=softmax_scale
         ),
-        _device(q),
+        dispatch.device_of(q),
         backend,
     )
     problem: SparsePrefillProblem = prepared.problem
@@ -479,122 +456,10 @@ def sparse_prefill(
     dispatch.launch(
         prepared,
         SparsePrefillOperands(
-            q, kv, indices, _scale(softmax_scale, problem.d_qk), out, max_logits, lse, faults.fault_word(q.device),
+            q, kv, indices, dispatch.scale_of(softmax_scale, problem.d_qk), out, max_logits, lse, faults.fault_word(q.device),
             topk_length, attn_sink,
         ),
     )  # fmt: skip
     if lse_base == "2":
-        return out, max_logits.mul_(_LOG2_E), lse.mul_(_LOG2_E)
+        return out, max_logits.mul_(LOG2_E), lse.mul_(LOG2_E)
     return out, max_logits, lse
-
-
-def prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float | None = None,
-    is_causal: bool = False,
-    lse_base: LseBase = "e",
-    backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Varlen multi-head attention over expanded K and V (192/128 in DeepSeek-V3): prefill and training. Differentiable.
-
-    out[i, h] = softmax_j(softmax_scale * <q[i, h], k[j, g]>) @ v[j, g],  j over i's own sequence, g = h // (h_q / h_kv)
-
-    Args:
-        q: [total_q, h_q, d_qk] bf16|fp16|fp32.
-        k: [total_k, h_kv, d_qk], dtype of q.
-        v: [total_k, h_kv, d_v], dtype of q.
-        cu_seqlens_q: [batch + 1] int32, start of each sequence in q, from 0 to total_q.
-        cu_seqlens_k: [batch + 1] int32, the same for k and v.
-        max_seqlen_q, max_seqlen_k: longest sequence of each side.
-        softmax_scale: default d_qk ** -0.5.
-        is_causal: bottom-right aligned within each sequence.
-        lse_base: "e" or "2".
-        backend: auto, cute, triton or torch; default OPENMLA_BACKEND.
-
-    Returns:
-        out: [total_q, h_q, d_v], dtype of q; 0 where a query sees no key.
-        lse: [h_q, total_q] fp32; -inf where a query sees no key. Not differentiable.
-
-    Raises:
-        ProblemError: the inputs contradict each other; lists all violations.
-        UnsupportedError: no permitted backend; lists every reason.
-
-    Notes:
-        Determinism: same inputs, same bits, forward and backward. CUDA graphs: forward safe after one warm call.
-        Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
-    """
-    if torch.compiler.is_compiling():
-        from openmla.ops.library import trace_prefill
-
-        return trace_prefill(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, lse_base, backend
-        )  # fmt: skip
-    _check_lse_base("prefill", lse_base)
-    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (q, k, v)):
-        from openmla.ops.gradient import PrefillFunction
-
-        out, lse = PrefillFunction.apply(  # type: ignore[no-untyped-call]
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
-        )  # fmt: skip
-    else:
-        out, lse = prefill_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
-        )  # fmt: skip
-    return out, lse * _LOG2_E if lse_base == "2" else lse
-
-
-def prefill_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None, is_causal: bool, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`prefill` without autograd, lse in base e."""
-    prepared = prepare_prefill(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
-    )  # fmt: skip
-    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    scale = _scale(softmax_scale, q.shape[2])
-    operands = PrefillOperands(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, lse, faults.fault_word(q.device))
-    dispatch.launch(prepared, operands)
-    return out, lse
-
-
-def prefill_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    softmax_scale: float | None, is_causal: bool, backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients (dq, dk, dv) of `prefill_forward`, in the dtypes of q, k and v. Scores are recomputed from lse."""
-    prepared = prepare_prefill(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
-    )  # fmt: skip
-    scale = _scale(softmax_scale, q.shape[2])
-    operands = PrefillOperands(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, lse, faults.fault_word(q.device))
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = prepared.kernel.launch_backward(  # type: ignore[attr-defined]
-        prepared.problem, operands, grad_out.contiguous()
-    )
-    return gradients
-
-
-def prepare_prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None, is_causal: bool, backend: str | None,
-) -> dispatch.Prepared:  # fmt: skip
-    """The checked and compiled prefill of these tensors."""
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    return dispatch.prepare(
-        ("prefill", *map(dispatch.signature, tensors), max_seqlen_q, max_seqlen_k, is_causal, softmax_scale),
-        lambda: PrefillProblem.from_tensors(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal,
-            softmax_scale=softmax_scale,
-        ),
-        _device(q),
-        backend,
-    )  # fmt: skip
