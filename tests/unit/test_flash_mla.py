@@ -193,7 +193,8 @@ def test_varlen_gradients_match_autograd_of_the_definition(is_causal: bool) -> N
     tensors = [torch.randn(n, 2, d, generator=generator) for n, d in ((12, 24), (15, 24), (15, 16))]
     grad = torch.randn(12, 2, 16, generator=generator)
     ours = [t.clone().requires_grad_() for t in tensors]
-    out, _ = flash_mla.flash_attn_varlen_func(*ours, starts_q, starts_k, 7, 8, causal=is_causal)
+    out, lse = flash_mla.flash_attn_varlen_func(*ours, starts_q, starts_k, 7, 8, causal=is_causal)
+    assert not lse.requires_grad, "a loss on lse must fail loudly, not lose its gradient"
     out.backward(grad)
     wide = [t.double().requires_grad_() for t in tensors]
     pieces = []
