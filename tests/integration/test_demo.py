@@ -17,10 +17,10 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib: pip install
 from openmla.core.errors import ConfigError, ProblemError, UnsupportedError
 from openmla.integrations.transformers import PagedModel
 from openmla.kv.cache import PagedKVCache
-from openmla.lab import demo, demo_model, report
+from openmla.lab import demo, demo_model, demo_report
 from openmla.lab.demo_serve import Watch, serve
 from openmla.lab.progress import LiveDisplay, Stages
-from openmla.lab.report import duration, render_demo_report
+from openmla.lab.demo_report import duration, render_demo_report
 from openmla.ops import native
 
 
@@ -223,7 +223,7 @@ def test_attached_model_refuses_what_it_cannot_do(model, plan) -> None:
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
+    monkeypatch.setattr(demo_report, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(ConfigError, match=r"needs jinja2; run: pip install \"openmla\[demo\]\""):
         demo.run_demo(out=tmp_path / "r.html")
 

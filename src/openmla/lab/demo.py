@@ -170,7 +170,7 @@ class DemoResult:
         return {"schema": 1, "passed": self.passed, "tokens_equal": self.tokens_equal, **asdict(self)}
 
     def __str__(self) -> str:
-        from openmla.lab.report import summary
+        from openmla.lab.demo_report import summary
 
         return summary(self)
 
@@ -197,9 +197,9 @@ def run_demo(
     Raises:
         ConfigError: a package is missing, the device is not there, or the report cannot be written; the message says what to do.
     """
-    from openmla.lab import report
+    from openmla.lab import demo_report
 
-    report.check_installed()
+    demo_report.check_installed()
     where = _device(device)
     target = Target.detect(where)
     plan, stages = scenario(quick), Stages(8 if not target.is_cuda else 9, progress)
@@ -241,7 +241,7 @@ def run_demo(
         roof=roof.as_dict(), report=os.fspath(out), stages=stages.seconds, narrow=narrow,
     )  # fmt: skip
     with stages.stage("write the report"):
-        report.render_demo_report(result, Path(out))
+        demo_report.render_demo_report(result, Path(out))
     return result
 
 

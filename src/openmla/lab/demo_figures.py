@@ -1,98 +1,13 @@
-"""Figures of the demo's report: inline SVG whose colours are CSS variables, so that one picture serves light and dark.
-
-matplotlib draws with marker colours; `_svg` replaces each with the variable it stands for, drops what a browser has no
-use for, and leaves text as text, in the font of the page.
-"""
+"""Figures of the demo's report; `openmla.lab.plot` draws them."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from openmla.lab.demo_measure import DEEPSEEK_V3_LAYERS, KVForm, Rate
 from openmla.lab.demo_serve import RequestLog, StepLog
-
-# Marker -> CSS variable. The values mean nothing but must differ, and be none that matplotlib uses by itself.
-INK, MUTED, GRID, CARD = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
-SERIES = tuple(f"#0a0c{i:02x}" for i in range(8))
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", CARD: "--card"} | {
-    marker: f"--c{i}" for i, marker in enumerate(SERIES)
-}
-_POINT = 9.5  # font size; 1 pt is about 1 px where the figure is as wide as a phone
-
-
-def _draw(size: tuple[float, float], salt: str, title: str, paint: Callable[[Any], None]) -> str:
-    """Paint on a fresh figure of `size` inches and return it as an <svg> element. `salt` keeps ids of figures apart."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.size": _POINT,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "grid.color": GRID,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_alpha(0)
-        paint(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _svg(buffer.getvalue(), salt, title)
-
-
-def _svg(text: str, salt: str, title: str) -> str:
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
-    text = re.sub(r'\bid="', f'id="{salt}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{salt}-", text)
-    for marker, variable in _VARIABLES.items():
-        text = text.replace(marker, f"var({variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def _lengths_axis(axes: Any, lengths: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    shown = [n for n in lengths if n >= 1024 or len(lengths) < 4] or list(lengths)
-    shown = [n for i, n in enumerate(shown) if len(shown) <= 4 or i % 2 == 0]
-    axes.set_xticks(shown, [_tokens(n) for n in shown])
-    axes.minorticks_off()
-    axes.set_xlabel("context length, tokens")
-    axes.grid(True, axis="y", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)
-
-
-def _end_labels(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends of lines, pushed apart where they would overlap. (x, y, name, colour), log y axis."""
-    figure = axes.figure
-    figure.canvas.draw()
-    spots = sorted(ends, key=lambda end: end[1])
-    last = -1e9
-    for x, y, name, colour in spots:
-        at = axes.transData.transform((x, y))[1]
-        place = max(at, last + 1.25 * _POINT * figure.dpi / 72)
-        last = place
-        offset = (place - at) * 72 / figure.dpi
-        axes.annotate(
-            name, (x, y), xytext=(6, offset), textcoords="offset points", color=colour, va="center", weight="bold"
-        )
+from openmla.lab.plot import GRID, MUTED, POINT, SERIES, draw, end_labels, lengths_axis, plain_log
 
 
 def _line_plot(axes: Any, sweep: Sequence[Rate], names: dict[str, str], value: Callable[[Rate], float]) -> None:
@@ -105,8 +20,8 @@ def _line_plot(axes: Any, sweep: Sequence[Rate], names: dict[str, str], value: C
         style = "--" if key == "expanded" else "-"
         axes.plot(x, y, style, color=SERIES[i], linewidth=1.8, marker="o", markersize=3.5)
         ends.append((x[-1], y[-1], name, SERIES[i]))
-    _lengths_axis(axes, sorted({rate.s_k for rate in sweep}))
-    _end_labels(axes, ends)
+    lengths_axis(axes, sorted({rate.s_k for rate in sweep}))
+    end_labels(axes, ends)
 
 
 def series_names(sweep: Sequence[Rate]) -> dict[str, str]:
@@ -123,10 +38,10 @@ def decode_time(sweep: Sequence[Rate]) -> str:
         axes = figure.add_subplot()
         axes.set_yscale("log")
         _line_plot(axes, sweep, series_names(sweep), lambda rate: rate.seconds * 1e3)
-        axes.set_title("milliseconds per step", loc="left", fontsize=_POINT, color=MUTED)
-        _plain_log(axes)
+        axes.set_title("milliseconds per step", loc="left", fontsize=POINT, color=MUTED)
+        plain_log(axes)
 
-    return _draw((4.6, 3.1), "time", "Decode time against context length", paint)
+    return draw((4.6, 3.1), "time", "Decode time against context length", paint)
 
 
 def decode_bandwidth(sweep: Sequence[Rate], read_gbps: float) -> str:
@@ -145,22 +60,14 @@ def decode_bandwidth(sweep: Sequence[Rate], read_gbps: float) -> str:
             axes.axhline(read_gbps, color=MUTED, linewidth=1, linestyle=":")
         axes.set_ylim(0, 1.12 * top)
         _line_plot(axes, absorbed, names, lambda rate: rate.gbps)
-        axes.set_title("GB/s of KV", loc="left", fontsize=_POINT, color=MUTED)
+        axes.set_title("GB/s of KV", loc="left", fontsize=POINT, color=MUTED)
 
-    return _draw((4.6, 3.1), "bandwidth", "KV bandwidth of decode against context length", paint)
+    return draw((4.6, 3.1), "bandwidth", "KV bandwidth of decode against context length", paint)
 
 
 def allowed_gbps(rate: Rate) -> float:
     """The bandwidth at 100 % of the roofline: the read rate, or what arithmetic leaves of it."""
     return rate.gbps * 100 / rate.roofline_percent
-
-
-def _plain_log(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.yaxis.set_major_locator(LogLocator(10))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.minorticks_off()
 
 
 def kv_memory(forms: Sequence[KVForm], *, is_deepseek: bool, layers: int) -> str:
@@ -178,14 +85,14 @@ def kv_memory(forms: Sequence[KVForm], *, is_deepseek: bool, layers: int) -> str
             y = [n * layers * each / unit for n in lengths]
             axes.plot(lengths, y, color=SERIES[i], linewidth=1.8)
             ends.append((lengths[-1], y[-1], form.name, SERIES[i]))
-        _lengths_axis(axes, lengths)
-        _plain_log(axes)
-        _end_labels(axes, ends)
+        lengths_axis(axes, lengths)
+        plain_log(axes)
+        end_labels(axes, ends)
         unit_name = "GiB" if is_deepseek else "MiB"
-        axes.set_title(f"{unit_name} per request", loc="left", fontsize=_POINT, color=MUTED)
+        axes.set_title(f"{unit_name} per request", loc="left", fontsize=POINT, color=MUTED)
 
     which = "DeepSeek-V3" if is_deepseek else "the demo's model"
-    return _draw((4.6, 3.1), f"kv-{is_deepseek}", f"KV memory against context length, {which}", paint)
+    return draw((4.6, 3.1), f"kv-{is_deepseek}", f"KV memory against context length, {which}", paint)
 
 
 def schedule(requests: Sequence[RequestLog], steps: Sequence[StepLog], num_pages: int) -> str:
@@ -198,7 +105,7 @@ def schedule(requests: Sequence[RequestLog], steps: Sequence[StepLog], num_pages
         _paint_pages(lower, steps, colours, num_pages)
         upper.set_xlim(-0.8, len(steps) - 0.2)
 
-    return _draw((8.2, 5.6), "schedule", "Which request was in which step and held which pages", paint)
+    return draw((8.2, 5.6), "schedule", "Which request was in which step and held which pages", paint)
 
 
 def _paint_requests(axes: Any, requests: Sequence[RequestLog], colours: dict[str, str]) -> None:
@@ -215,7 +122,7 @@ def _paint_requests(axes: Any, requests: Sequence[RequestLog], colours: dict[str
         # Inside the pale part where the text fits, else behind it.
         is_roomy = (log.left - log.joined) / last_step > 0.0098 * len(label)
         spot = (log.joined + 0.5 if is_roomy else log.left + 0.5, row)
-        axes.annotate(label, spot, xytext=(5, 0), textcoords="offset points", va="center", fontsize=_POINT - 1)
+        axes.annotate(label, spot, xytext=(5, 0), textcoords="offset points", va="center", fontsize=POINT - 1)
     axes.set_yticks(range(len(requests)), [log.name for log in requests])
     for label, log in zip(axes.get_yticklabels(), requests, strict=True):
         label.set_color(colours[log.name])
@@ -223,7 +130,7 @@ def _paint_requests(axes: Any, requests: Sequence[RequestLog], colours: dict[str
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title("requests", loc="left", fontsize=_POINT, color=MUTED)
+    axes.set_title("requests", loc="left", fontsize=POINT, color=MUTED)
 
 
 def _paint_pages(axes: Any, steps: Sequence[StepLog], colours: dict[str, str], num_pages: int) -> None:
@@ -246,4 +153,4 @@ def _paint_pages(axes: Any, steps: Sequence[StepLog], colours: dict[str, str], n
     axes.set_xlabel("step")
     axes.tick_params(length=0)
     axes.set_title("pages: colour of the holder, two colours where shared, grey where kept", loc="left",
-                   fontsize=_POINT, color=MUTED)  # fmt: skip
+                   fontsize=POINT, color=MUTED)  # fmt: skip
