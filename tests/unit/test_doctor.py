@@ -138,7 +138,7 @@ def test_a_missing_gpu_has_its_own_reason(monkeypatch, driver, cuda, state, word
 
 
 def test_a_package_whose_module_is_gone_is_noted(monkeypatch):
-    monkeypatch.setattr(doctor, "_is_importable", lambda module: False)
+    monkeypatch.setattr(doctor.env, "is_importable", lambda module: False)
     lines = {check.name: check for check in doctor._packages()}
     assert lines["matplotlib"].state == "note"
     assert "cannot be found" in lines["matplotlib"].found

@@ -236,8 +236,9 @@ def test_explain_names_every_backend_and_why() -> None:
         assert f"{backend}/" in text
     facts = openmla.explain("sparse_decode", target="h100_sxm").as_dict()
     assert {row["backend"] for row in facts["candidates"]} == {"cute", "triton", "torch"}
-    for row in facts["candidates"]:
-        assert row["chosen"] or row["reasons"]
+    chosen = [row["chosen"] for row in facts["candidates"]].index(True)
+    for row in facts["candidates"][:chosen]:  # those behind it may be able to run as well
+        assert row["reasons"]
 
 
 def test_a_problem_describes_what_is_unusual() -> None:

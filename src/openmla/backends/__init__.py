@@ -45,27 +45,22 @@ class Slot:
     attribute: str
 
 
-# These kernels are right and measured in their own harness; what stands between them and a user has not run on a GPU.
-_NOT_CONNECTED = "not connected yet: runs in its own harness on a GPU (docs/kernels), not through the operations"
-
-_NOT_ON_A_GPU = "not connected yet: right in Triton's interpreter and cross-compiled, but has not run on a GPU"
-
 # Order is preference. Third parties add theirs with `extend`.
 TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     "decode": (
-        Unbuilt("decode", "cute", "decode_dense_small", _NOT_CONNECTED),
-        Unbuilt("decode", "cute", "decode_dense", _NOT_CONNECTED),
-        Unbuilt("decode", "triton", "decode_split", _NOT_ON_A_GPU),
+        Slot("openmla.backends.cute.decode", "FEW_ROWS"),
+        Slot("openmla.backends.cute.decode", "MANY_ROWS"),
+        Slot("openmla.backends.triton", "DECODE"),
         Slot("openmla.backends.torch", "DECODE"),
     ),
     "sparse_decode": (
         Unbuilt("sparse_decode", "cute", "decode_sparse", "not built yet: token-sparse Hopper kernel in CuTe DSL"),
-        Unbuilt("sparse_decode", "triton", "decode_sparse", _NOT_ON_A_GPU),
+        Slot("openmla.backends.triton", "SPARSE_DECODE"),
         Slot("openmla.backends.torch", "SPARSE_DECODE"),
     ),
     "sparse_prefill": (
         Unbuilt("sparse_prefill", "cute", "prefill_sparse", "not built yet: sparse prefill for Hopper in CuTe DSL"),
-        Unbuilt("sparse_prefill", "triton", "prefill_sparse", _NOT_ON_A_GPU),
+        Slot("openmla.backends.triton", "SPARSE_PREFILL"),
         Slot("openmla.backends.torch", "SPARSE_PREFILL"),
     ),
     "prefill": (

@@ -1,11 +1,13 @@
-"""Every environment variable that OpenMLA reads: name, legal values, default, meaning. Nothing else reads one.
+"""What OpenMLA asks of its environment: every variable that it reads (nothing else reads one), and which packages are there.
 
-Each is only a default for an explicit argument. A malformed value raises `ConfigError`; it is never ignored.
+Each variable is only a default for an explicit argument. A malformed value raises `ConfigError`; it is never ignored.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +72,13 @@ def cache_dir() -> Path:
 def any_is_set(*foreign: str) -> bool:
     """True when one of another library's variables is set, whatever its value: something limits that library."""
     return any(name in os.environ for name in foreign)
+
+
+def is_importable(module: str) -> bool:
+    """Whether an optional package is there, without importing it."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -7,7 +7,6 @@ network, and no optional package is imported: whether it is there is asked of th
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -152,7 +151,7 @@ _PACKAGES = (
 def _packages() -> Iterable[Check]:
     for package in _PACKAGES:
         versions = [version for name in package.distributions if (version := _version(name))]
-        if _is_importable(package.module):
+        if env.is_importable(package.module):
             yield Check(
                 "packages", package.module, "ok", f"{versions[0] if versions else 'present'}; {package.purpose}"
             )
@@ -171,15 +170,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _is_importable(module: str) -> bool:
-    if module in sys.modules:
-        return sys.modules[module] is not None
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _processor() -> Iterable[Check]:

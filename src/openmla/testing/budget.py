@@ -5,7 +5,7 @@ For a row over n keys with logits s_j = softmax_scale * <q, k_j>, weights p = so
     A = sum p|v|   B = sum p^2 v^2   V1 = sum |v|   V2 = sum v^2       per column d of v
     S = max_j |softmax_scale| * sum_i |q_i||k_ji|     L = sum_j exp(s_j - max s)
     U = 2^-8 bf16, 2^-11 fp16, 2^-18 fp32             eta = half of the dtype's smallest subnormal
-    delta = 24 * 2^-24 * S + 2^-20                    a logit: fp32 dot product of 576 terms, approximate exp2
+    delta = 64 * 2^-24 * S + 2^-20                    a logit: fp32 dot product of 576 terms, approximate exp2
 
     HARD       |o - g| <= 1.01 U|g| + (1.02 U + 2 delta + sqrt(n) 2^-22) A + 2 eta (1 + V1 / L)
     RMS        rms_d(o - g) <= 1.5 (sqrt(mean_d(U^2 (g^2 + B) + eta^2 (1 + V2 / L^2))) + 2 delta rms_d(A))
@@ -32,6 +32,10 @@ from openmla.core.errors import ProblemError
 from openmla.reference.attention import Attention, Bounds
 
 RULES = ("CONTRACT", "NONFINITE", "HARD", "RMS", "LSE", "MAXL")
+
+# A random walk of 576 roundings is 24 units. Tensor cores cut off instead of rounding, so that products of one sign err
+# on one side: 41 units seen on an H100 (512 products, fp16 operands, a query that points along its key).
+_LOGIT_UNITS = 64
 
 # Unit roundoff, and half of the smallest subnormal.
 _ROUNDING: dict[torch.dtype, tuple[float, float]] = {
@@ -117,7 +121,7 @@ def check(
     findings = [Finding("CONTRACT", 0.0, "shapes and dtypes as promised")]
     findings.append(_nonfinite(out, lse, golden, max_logits))
     bounds = golden.bounds
-    delta = 24 * 2.0**-24 * bounds.S + 2.0**-20
+    delta = _LOGIT_UNITS * 2.0**-24 * bounds.S + 2.0**-20
     findings.append(_hard(out.double(), golden, bounds, delta, *_ROUNDING[dtype]))
     findings.append(_rms(out.double(), golden, bounds, delta, *_ROUNDING[dtype]))
     if lse is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import sys
@@ -69,14 +68,14 @@ _lock = threading.Lock()
 
 def availability(family: str, config: Variant) -> Verdict:
     """Whether `serve` can work here, without compiling: every reason why not."""
-    if importlib.util.find_spec("tvm_ffi") is None:
+    if not env.is_importable("tvm_ffi"):
         return Verdict(("apache-tvm-ffi is not installed: pip install 'openmla[cuda]'",))
     if _in_bundle(family, config) is not None:
         return Verdict()
     missing = [
         f"{package} is not installed: pip install 'openmla[cuda]'"
         for module, package in (("cutlass", "nvidia-cutlass-dsl"), ("triton", "triton"))
-        if importlib.util.find_spec(module) is None
+        if not env.is_importable(module)
     ]
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         missing.append("no C compiler (cc, gcc or clang) on PATH to link with")

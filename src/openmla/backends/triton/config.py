@@ -8,12 +8,12 @@ does not fit the target is passed over. Their order is reasoned, see docs/kernel
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from openmla.backends.base import Verdict, require
+from openmla.core import env
 from openmla.core.layout import KVLayout
 from openmla.core.problem import DecodeProblem, SparseDecodeProblem, SparsePrefillProblem
 from openmla.core.target import Target
@@ -88,7 +88,7 @@ _WIDE: tuple[Config, ...] = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
 
 def is_installed() -> bool:
     """True when Triton can be imported; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    return env.is_importable("triton")
 
 
 def is_interpreted() -> bool:
