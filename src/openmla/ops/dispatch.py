@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,17 +29,20 @@ LOG2_E = 1.4426950408889634
 _MAX_REMEMBERED = 8192
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """A problem that was checked, with the kernel that runs it, ready to launch."""
+    """A problem that was checked, with the kernel that runs it, ready to launch; shared by calls of one signature."""
 
     problem: Any
     target: Target
     kernel: Kernel
     compiled: Any
+    spans: tuple[int, ...] = ()  # bytes from the first to the last element of out and of each input; see check_overlap
+    workspace: dict[str, int] = field(default_factory=dict)  # policy -> bytes
 
 
 _prepared: dict[tuple[Any, ...], Prepared] = {}
+_problems: dict[Problem, Problem] = {}  # equal problems become one object: plans are checked by identity first
 _compiled: dict[tuple[Any, ...], Any] = {}
 _lock = threading.Lock()
 
@@ -78,6 +81,7 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
             _compiled[compile_key] = selection.kernel.compile(problem, selection.config, target)
         if len(_prepared) >= _MAX_REMEMBERED:
             _prepared.clear()
+        problem = _problems.setdefault(problem, problem)
         found = Prepared(problem, target, selection.kernel, _compiled[compile_key])
         _prepared[full_key] = found
     return found
@@ -122,18 +126,17 @@ def layout_name(layout: KVLayout | str | None) -> str | None:
 
 
 def check_out(
-    op: str,
-    given: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    inputs: tuple[Any, ...],
+    op: str, given: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A caller's `out`: shape, dtype, device, contiguous last dimension, and no byte shared with an input.
+    """A caller's `out`: shape, dtype, device, contiguous last dimension. Part of a signature's check.
 
     Raises:
         ProblemError: with every violation.
     """
+    if given is None:
+        return
+    if not isinstance(given, torch.Tensor):
+        raise ProblemError(op, [f"out must be a tensor or None, got {type(given).__name__}"])
     wrong = []
     if tuple(given.shape) != shape:
         wrong.append(f"out must have shape {shape}, got {tuple(given.shape)}")
@@ -143,20 +146,32 @@ def check_out(
         wrong.append(f"out must be on {device} like q, got {given.device}")
     if given.dim() and given.shape[-1] > 1 and given.stride(-1) != 1:
         wrong.append(f"out must be contiguous in its last dimension, got strides {given.stride()}")
-    if not wrong and given.numel():
-        begin, end = _extent(given)
-        for tensor in inputs:
-            if isinstance(tensor, torch.Tensor) and tensor.numel() and tensor.device == device:
-                low, high = _extent(tensor)
-                if begin < high and low < end:
-                    wrong.append("out must not overlap an input in memory; pass a tensor of its own")
-                    break
     if wrong:
         raise ProblemError(op, wrong)
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that a tensor touches."""
+def check_overlap(prepared: Prepared, out: torch.Tensor, inputs: tuple[torch.Tensor | None, ...]) -> None:
+    """A caller's `out` shares no byte with an input. Extents follow from the signature; addresses are new each call.
+
+    Raises:
+        ProblemError: it does.
+    """
+    if not prepared.spans:
+        prepared.spans = tuple(map(_span, (out, *inputs)))
+    begin = out.data_ptr()
+    end = begin + prepared.spans[0]
+    for tensor, span in zip(inputs, prepared.spans[1:], strict=True):
+        if tensor is not None and span:
+            low = tensor.data_ptr()
+            if begin < low + span and low < end:
+                raise ProblemError(
+                    prepared.problem.op, ["out must not overlap an input in memory; pass a tensor of its own"]
+                )
+
+
+def _span(tensor: torch.Tensor | None) -> int:
+    """Bytes from a tensor's first element to behind its last one."""
+    if tensor is None or not tensor.numel():
+        return 0
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()

@@ -10,7 +10,7 @@ masked in the kernel and reported by `openmla.check_errors()`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -62,9 +62,9 @@ class Plan:
     def check(self, prepared: dispatch.Prepared) -> None:
         """Raises PlanMismatchError naming every field in which a call differs from the plan's."""
         problem, kernel = prepared.problem, prepared.kernel
-        if problem == self.problem and (kernel.backend, kernel.name) == (self.backend, self.kernel):
+        if problem is self.problem and kernel.name == self.kernel and kernel.backend == self.backend:
             return
-        differing = [
+        differing = [  # none for an equal problem that is another object, which only an emptied memory leads to
             f"{field.name}: the plan has {getattr(self.problem, field.name)}, the call has {getattr(problem, field.name)}"
             for field in fields(problem)
             if getattr(problem, field.name) != getattr(self.problem, field.name)
@@ -73,6 +73,8 @@ class Plan:
             differing.append(
                 f"kernel: the plan is for {self.backend}/{self.kernel}, the call runs {kernel.backend}/{kernel.name}"
             )
+        if not differing:
+            return
         raise PlanMismatchError("decode", [*differing, "make a plan for this call with openmla.plan(...)"])
 
 
@@ -116,18 +118,25 @@ def _prepare_decode(
     q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
     softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None, attn_sink: torch.Tensor | None, kv_layout: KVLayout | str | None, backend: str | None,
+    out: torch.Tensor | None = None,
 ) -> dispatch.Prepared:  # fmt: skip
     """The checked and compiled decode of these tensors."""
-    tensors = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink)
+    tensors = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink, out)
+
+    def build() -> DecodeProblem:
+        problem = DecodeProblem.from_tensors(
+            q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
+        )  # fmt: skip
+        dispatch.check_out("decode", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
+        return problem
+
     return dispatch.prepare(
         (
             "decode", *map(dispatch.signature, tensors), d_v, is_causal, window, max_seqlen_q, kv_layout,
             type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
         ),
-        lambda: DecodeProblem.from_tensors(
-            q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
-        ),
+        build,
         dispatch.device_of(q),
         backend,
     )  # fmt: skip
@@ -215,10 +224,11 @@ def decode(
     dispatch.check_lse_base("decode", lse_base)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-        attn_sink, kv_layout, backend,
+        attn_sink, kv_layout, backend, out,
     )  # fmt: skip
     problem: DecodeProblem = prepared.problem
-    result, lse = _outputs("decode", q, problem.d_v, out, (q, kv_cache, block_table, cache_seqlens, attn_sink))
+    inputs = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink)
+    result, lse = _outputs(prepared, q, out, inputs)
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse,
         faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device, plan.policy if plan else policy),
@@ -242,7 +252,10 @@ def _workspace(
     prepared: dispatch.Prepared, given: torch.Tensor | None, device: torch.device, policy: str
 ) -> torch.Tensor | None:
     """The caller's scratch, checked, or one from PyTorch's allocator; None where the kernel needs none."""
-    needed = cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
+    needed = prepared.workspace.get(policy, -1)
+    if needed < 0:
+        needed = cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
+        prepared.workspace[policy] = needed
     if given is None:
         return torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
     wrong = []
@@ -288,15 +301,15 @@ def workspace_bytes(
 
 
 def _outputs(
-    op: str, q: torch.Tensor, d_v: int, out: torch.Tensor | None, inputs: tuple[Any, ...]
+    prepared: dispatch.Prepared, q: torch.Tensor, out: torch.Tensor | None, inputs: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` (the caller's or a new one) and a new lse [batch, h_q, s_q], or [h_q, total_q] for varlen q."""
-    shape = (*q.shape[:-1], d_v)
+    *leading, h_q, _ = q.shape
     if out is None:
-        out = q.new_empty(shape)
+        out = torch.empty((*leading, h_q, prepared.problem.d_v), dtype=q.dtype, device=q.device)
     else:
-        dispatch.check_out(op, out, shape, q.dtype, q.device, inputs)
-    heads_first = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+        dispatch.check_overlap(prepared, out, inputs)
+    heads_first = (leading[0], h_q, leading[1]) if len(leading) == 2 else (h_q, leading[0])
     return out, torch.empty(heads_first, dtype=torch.float32, device=q.device)
 
 
@@ -366,18 +379,26 @@ def sparse_decode(
         return traced, traced_lse if return_lse else None
     dispatch.check_lse_base("sparse_decode", lse_base)
     tensors = (q, kv_cache, indices, topk_length, attn_sink, extra_kv_cache, extra_indices, extra_topk_length)
-    prepared = dispatch.prepare(
-        ("sparse_decode", *map(dispatch.signature, tensors), d_v, kv_layout, extra_kv_layout, softmax_scale),
-        lambda: SparseDecodeProblem.from_tensors(
+
+    def build() -> SparseDecodeProblem:
+        problem = SparseDecodeProblem.from_tensors(
             q, kv_cache, indices, d_v=d_v, layout=kv_layout, topk_length=topk_length, attn_sink=attn_sink,
             extra_kv_cache=extra_kv_cache, extra_indices=extra_indices, extra_topk_length=extra_topk_length,
             extra_layout=extra_kv_layout, softmax_scale=softmax_scale,
+        )  # fmt: skip
+        dispatch.check_out("sparse_decode", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
+        return problem
+
+    prepared = dispatch.prepare(
+        (
+            "sparse_decode", *map(dispatch.signature, (*tensors, out)), d_v, kv_layout, extra_kv_layout, softmax_scale,
         ),
+        build,
         dispatch.device_of(q),
         backend,
     )  # fmt: skip
     problem: SparseDecodeProblem = prepared.problem
-    result, lse = _outputs("sparse_decode", q, problem.d_v, out, tensors)
+    result, lse = _outputs(prepared, q, out, tensors)
     dispatch.launch(
         prepared,
         SparseDecodeOperands(
@@ -437,20 +458,25 @@ def sparse_prefill(
         return traced, traced_logits, traced_lse
     dispatch.check_lse_base("sparse_prefill", lse_base)
     tensors = (q, kv, indices, topk_length, attn_sink)
-    prepared = dispatch.prepare(
-        ("sparse_prefill", *map(dispatch.signature, tensors), d_v, softmax_scale),
-        lambda: SparsePrefillProblem.from_tensors(
+
+    def build() -> SparsePrefillProblem:
+        problem = SparsePrefillProblem.from_tensors(
             q, kv, indices, d_v=d_v, topk_length=topk_length, attn_sink=attn_sink, softmax_scale=softmax_scale
-        ),
+        )
+        dispatch.check_out("sparse_prefill", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
+        return problem
+
+    prepared = dispatch.prepare(
+        ("sparse_prefill", *map(dispatch.signature, (*tensors, out)), d_v, softmax_scale),
+        build,
         dispatch.device_of(q),
         backend,
     )
     problem: SparsePrefillProblem = prepared.problem
-    shape = (*q.shape[:-1], problem.d_v)
     if out is None:
-        out = q.new_empty(shape)
+        out = q.new_empty((*q.shape[:-1], problem.d_v))
     else:
-        dispatch.check_out("sparse_prefill", out, shape, q.dtype, q.device, tensors)
+        dispatch.check_overlap(prepared, out, tensors)
     max_logits = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lse = torch.empty_like(max_logits)
     dispatch.launch(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -125,6 +126,7 @@ class Compiled:
     decode: Any
     schedule: Any
     combine: Any = None  # for families that leave partials
+    scratch: dict[str, Any] = field(default_factory=dict)  # policy -> shapes of partials, of this problem
 
 
 def supports_bulk_copies(problem: DecodeProblem) -> Verdict:
@@ -173,8 +175,12 @@ class FewRows:
         return 4 * (math.prod(shapes.out_accum) + math.prod(shapes.lse_accum))
 
     def _workspace(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> small.Workspace:
-        parts = compiled.options.num_parts
-        return small.workspace(problem, compiled.config, parts, cast(Policy, policy), CHUNK_TOKENS)
+        found = compiled.scratch.get(policy)
+        if found is None:
+            parts = compiled.options.num_parts
+            found = small.workspace(problem, compiled.config, parts, cast(Policy, policy), CHUNK_TOKENS)
+            compiled.scratch[policy] = found
+        return cast(small.Workspace, found)
 
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
         """One kernel."""
@@ -284,6 +290,8 @@ def plan_on_device(compiled: Compiled, problem: DecodeProblem, cache_seqlens: to
 def with_aligned_out(operands: DecodeOperands) -> DecodeOperands:
     """The operands, with a fresh `out` where the caller's does not step by the 16 bytes that wide stores need."""
     out = operands.out
+    if out.data_ptr() % 16 == 0 and out.is_contiguous():
+        return operands
     steps = [step for size, step in zip(out.shape[:-1], out.stride()[:-1], strict=True) if size > 1]
     if out.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
         return operands
@@ -293,12 +301,21 @@ def with_aligned_out(operands: DecodeOperands) -> DecodeOperands:
 def carve(workspace: torch.Tensor | None, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     """fp32 tensors side by side in the caller's bytes."""
     assert workspace is not None
-    tensors, begin = [], 0
+    rest = workspace.numel() % 4
+    floats = (workspace[:-rest] if rest else workspace).view(torch.float32)
+    tensors, begin = [], floats.storage_offset()
     for shape in shapes:
-        size = 4 * math.prod(shape)
-        tensors.append(workspace[begin : begin + size].view(torch.float32).view(shape))
+        strides, size = _strides(shape)
+        tensors.append(floats.as_strided(shape, strides, begin))
         begin += size
     return tensors
+
+
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Strides of a contiguous tensor, and its elements."""
+    steps = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return steps, math.prod(shape)
 
 
 FEW_ROWS = FewRows()
