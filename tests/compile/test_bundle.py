@@ -26,10 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def only_the_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with the bundle and without a compiler."""
-    real = bundle.importlib.util.find_spec
-    monkeypatch.setattr(
-        bundle.importlib.util, "find_spec", lambda name: None if name in ("cutlass", "triton") else real(name)
-    )
+    real = bundle.env.is_importable
+    monkeypatch.setattr(bundle.env, "is_importable", lambda name: name not in ("cutlass", "triton") and real(name))
     monkeypatch.setattr(bundle, "_load", lambda library, name: (library, name))
     monkeypatch.setattr(bundle, "_served", {})
     monkeypatch.setenv("OPENMLA_AOT_DIR", str(folder))
@@ -73,6 +71,15 @@ def test_the_same_name_with_another_configuration_is_not_served(only_the_bundle:
         name = "combine_bf16_128"
 
     assert not bundle.availability("combine", replace(Renamed("bf16", 128), columns=64))
+
+
+def test_a_bundle_of_other_sources_is_not_served(only_the_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "source_hash", lambda: "of a later version")
+    variant = decode.CombineVariant("bf16", 128)
+    (reason,) = bundle.availability("combine", variant).reasons
+    assert f"the bundle at {only_the_bundle} was built from other sources" in reason
+    with pytest.raises(CompileError, match="built from other sources"):
+        bundle.serve("combine", variant, _never)
 
 
 def test_a_changed_library_is_refused(only_the_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

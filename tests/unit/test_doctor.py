@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from openmla import backends
+from openmla.backends.cute.toolchain import source_hash
 from openmla.core import env
 from openmla.observe import doctor
 from openmla.observe.doctor import Check
@@ -94,13 +95,25 @@ def test_cache_folder_that_cannot_be_written_is_a_note(tmp_path, monkeypatch):
     assert "OPENMLA_CACHE_DIR" in line.fix
 
 
+MANIFEST = '{"format": 1, "families": {"d": {"arch": "sm_90a", "sources": "HASH", "functions": {"f": {}}}}}'
+
+
 @pytest.mark.parametrize(
     ("manifest", "state", "words"),
     [
         (None, "problem", "no readable manifest.json"),
         ("[]", "problem", "no readable manifest.json"),
         ('{"format": 99, "families": {}}', "problem", "format 99"),
-        ('{"format": 1, "families": {"d": {"arch": "sm_90a", "functions": {"f": {}}}}}', "ok", "1 of d for sm_90a"),
+        (
+            MANIFEST.replace("HASH", source_hash()),
+            "ok",
+            "1 of d for sm_90a",
+        ),
+        (
+            MANIFEST.replace("HASH", "other"),
+            "problem",
+            "built from other sources",
+        ),
     ],
 )
 def test_bundle_is_read_and_judged(tmp_path, manifest, state, words):

@@ -297,7 +297,7 @@ def test_contenders_take_turns_and_different_sets(monkeypatch):
     def noting(name):
         return Contender(name, "ceiling", "", "", lambda index: order.append((name, index)))
 
-    timing, timers = runner._timers([noting("a"), noting("b")], 4, torch.device("cpu"), True, False)
+    timing, timers = runner._timers([noting("a"), noting("b")], [None, None], 4, torch.device("cpu"), True, False)
     assert timing == "call"
     samples = runner._rounds(timers, 1e-9, lambda text: None)
     assert [len(each) for each in samples] == [10, 10]

@@ -25,6 +25,7 @@ import torch
 
 import openmla
 from openmla import backends
+from openmla.backends.cute import bundle
 from openmla.backends.cute.toolchain import MANIFEST, MANIFEST_FORMAT
 from openmla.core import env
 from openmla.core.errors import ConfigError
@@ -274,6 +275,9 @@ def _bundle(folder: Path) -> Check:
         return Check(
             "settings", "kernel bundle", "problem", f"format {form}, this version reads {MANIFEST_FORMAT}", fix
         )
+    if any(map(bundle.is_outdated, manifest["families"].values())):
+        fix = f"write it anew with `openmla compile --out {folder}`"
+        return Check("settings", "kernel bundle", "problem", f"{folder} was built from other sources; not used", fix)
     return Check("settings", "kernel bundle", "ok", f"{', '.join(sorted(families)) or 'empty'}; in {folder}")
 
 

@@ -5,8 +5,9 @@
     served.source                   # "bundle" or "jit", and in `served.origin` the file it was loaded from
 
 A bundle is a folder written by `openmla compile`: shared libraries and a manifest that names, for each function, the
-configuration it was compiled for. A function is used only if the whole configuration agrees, and a library only if
-its SHA-256 is the manifest's.
+configuration it was compiled for. A function is used only if the whole configuration agrees and the bundle was built
+from this version's sources (the arguments of a compiled function are those of the Python that calls it), and a library
+only if its SHA-256 is the manifest's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from openmla.backends.cute.toolchain import (
     MANIFEST_FORMAT,
     CompiledObject,
     link_bundle,
+    source_hash,
     write_manifest,
 )
 from openmla.core import env
@@ -83,6 +85,8 @@ def availability(family: str, config: Variant) -> Verdict:
         return Verdict()
     where = env.AOT_DIR.read()
     bundle = f"the bundle at {where} has no {config.name}" if where else "OPENMLA_AOT_DIR names no bundle"
+    if where and is_outdated(_manifest(where).get("families", {}).get(family, {})):
+        bundle = f"the bundle at {where} was built from other sources: write it anew with `openmla compile`"
     return Verdict((f"{config.name} must be compiled and cannot be: {'; '.join(missing)}; {bundle}",))
 
 
@@ -148,6 +152,11 @@ def build(
     return manifest
 
 
+def is_outdated(entry: Mapping[str, Any]) -> bool:
+    """Whether a family of a manifest was built from other sources than those that run now."""
+    return bool(entry) and entry.get("sources") != source_hash()
+
+
 @cache
 def _manifest(folder: str) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
@@ -170,7 +179,7 @@ def _in_bundle(family: str, config: Variant) -> tuple[Path, str] | None:
         return None
     entry = _manifest(folder).get("families", {}).get(family, {})
     function = entry.get("functions", {}).get(config.name)
-    if entry.get("arch") != ARCH or function is None or function["config"] != config.as_dict():
+    if entry.get("arch") != ARCH or function is None or function["config"] != config.as_dict() or is_outdated(entry):
         return None
     return Path(folder) / entry["library"], entry["sha256"]
 
@@ -213,22 +222,12 @@ def _cache_key(family: str, config: Variant) -> str:
             "schema": _CACHE_SCHEMA,
             "family": family,
             "config": config.as_dict(),
-            "sources": _source_hash(),
+            "sources": source_hash(),
             "arch": ARCH,
             "python": list(sys.version_info[:2]),
             "versions": {name: _version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")},
         }
     )
-
-
-@cache
-def _source_hash() -> str:
-    """SHA-256 over every source file of this backend: kernels share parts, so any change may change any kernel."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _version(distribution: str) -> str:

@@ -25,6 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,7 @@ def write_manifest(
         "library": library.name,
         "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
         "arch": ARCH,
+        "sources": source_hash(),
         "versions": {name: _version(name) for name in ("openmla", "nvidia-cutlass-dsl", "apache-tvm-ffi")},
         "functions": {
             item.name: {"config": dict(configs[item.name]), "resources": asdict(item.resources)} for item in compiled
@@ -261,6 +263,16 @@ def write_manifest(
     }
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return path
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 over every source file of this backend: kernels share parts, so any change may change any kernel."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(distribution: str) -> str:
