@@ -215,26 +215,89 @@ def _demo(args: argparse.Namespace) -> int:
 
 # bench
 
+_SWEEPS = {
+    "batch": "requests",
+    "s_q": "query tokens per request",
+    "h_q": "query heads",
+    "h_kv": "KV heads",
+    "s_k": "keys per request",
+    "d_qk": "columns of a key",
+    "d_v": "columns of a value",
+    "dtype": "bf16, fp16, fp32",
+    "layout": "plain or a byte layout such as fp8_656",
+    "page_size": "tokens per page",
+    "lengths": "fixed, varlen",
+    "policy": "balanced, batch_invariant",
+    "cache": "cold, warm",
+}
+
 
 def _add_bench(verbs: Any) -> None:
-    parser = _verb(verbs, "bench", _bench, "measure a suite: gate, then everybody in turn, rows as JSONL")
-    parser.add_argument("--suite", default="smoke", metavar="NAME|PATH", help="default: smoke")
+    parser = _verb(verbs, "bench", _bench, "measure a suite or a sweep: gate, then everybody in turn, rows as JSONL")
+    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
     parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches, such as '*hq16*'")
+    _add_sweep(parser)
     parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
     parser.add_argument(
         "--peer", action="append", metavar="NAME", help="repeatable; none for no peer; default: the suite's"
     )
     parser.add_argument("--seconds", type=_seconds, default=1.5, help="per contender and case; default: 1.5")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    _add_device(parser)
     parser.add_argument("--out", type=Path, metavar="ROWS.jsonl", help="append rows to this file")
     parser.add_argument("--list", action="store_true", help="print the case names and stop")
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "sweep", "instead of a suite: every combination of the values given, such as --s-k 1k..32k --h-q 16,128"
+    )
+    for name, meaning in _SWEEPS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=_choices, metavar="A,B,..", help=meaning)
+    group.add_argument("--causal", action="store_true", help="queries are the last tokens and see no later key")
+
+
+def _choices(text: str) -> list[int | str]:
+    """`1,4,16`, `1k..32k` (doubling) or words; k is 1024."""
+    found: list[int | str] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        if dots:
+            low, high = _number(first), _number(last)
+            if not isinstance(low, int) or not isinstance(high, int) or low < 1:
+                raise argparse.ArgumentTypeError(f"a range is two numbers such as 1k..32k, got {part!r}")
+            while low <= high:
+                found.append(low)
+                low *= 2
+        else:
+            found.append(_number(part))
+    return found
+
+
+def _number(text: str) -> int | str:
+    text = text.strip()
+    digits = text[:-1] if text.endswith("k") else text
+    return int(digits) * (1024 if text.endswith("k") else 1) if digits.isdecimal() else text
+
+
+def _chosen_cases(args: argparse.Namespace, default: str = "smoke") -> tuple[Any, Any]:
+    """(suite, cases) of the command line. Raises ConfigError for a suite and a sweep at once."""
     from openmla.lab import suite as suites
 
-    suite = suites.load(args.suite)
-    cases = suite.matching(args.case)
+    choices: dict[str, Any] = {name: getattr(args, name) for name in _SWEEPS if getattr(args, name) is not None}
+    if args.causal:
+        choices["is_causal"] = True
+    if choices and args.suite:
+        raise ConfigError(f"--suite {args.suite} holds its own cases; leave out {', '.join(choices)}, or the suite")
+    suite = suites.sweep(choices, ("sdpa",)) if choices else suites.load(args.suite or default)
+    return suite, suite.matching(args.case)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    suite, cases = _chosen_cases(args)
     if args.list:
         names = [case.name for case in cases]
         _print_json({"schema": _JSON_SCHEMA, "suite": suite.name, "cases": names}) if args.json else print(
@@ -244,30 +307,50 @@ def _bench(args: argparse.Namespace) -> int:
     return _bench_cases(args, suite, cases)
 
 
-def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
+def _known_backends(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The backends asked for, default OPENMLA_BACKEND. Raises ConfigError for an unknown one."""
     from openmla.backends import BACKENDS
     from openmla.core import env
-    from openmla.core.target import Target
-    from openmla.lab import peers, runner, store, table
 
-    for name in args.backend or ():
+    for name in names or ():
         if name not in ("auto", *BACKENDS):
             raise ConfigError(f"unknown backend {name!r}; use one of: auto, {', '.join(BACKENDS)}")
+    return tuple(names or (env.BACKEND.read(),))
+
+
+def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
+    from openmla.core.target import Target
+    from openmla.lab import bars, peers, progress, runner, store, table
+
+    backends = _known_backends(args.backend)
     chosen = None if args.peer is None else tuple(name for name in args.peer if name != "none")
     unknown = [name for name in chosen or () if name not in peers.PEERS]
     if unknown:
         raise ConfigError(f"unknown peer {unknown[0]!r}; use one of: {', '.join(peers.PEERS)}, none")
-    options = runner.Options(tuple(args.backend or (env.BACKEND.read(),)), chosen, args.seconds)
+    options = runner.Options(backends, chosen, args.seconds)
     results = []
-    for result in runner.run(suite, cases, options, Target.detect(args.device), _say):
-        results.append(result)
-        if args.out:
-            store.append(args.out, result.rows)
-        if not args.json:
-            print(table.case_table(result), end="\n\n", flush=True)
+    with progress.on_stderr() as say:
+        for result in runner.run(suite, cases, options, Target.detect(args.device), say):
+            results.append(result)
+            if args.out:
+                store.append(args.out, result.rows)
+            if not args.json:
+                print(table.case_table(result), end="\n\n", flush=True)
+    rows = [row for result in results for row in result.rows]
+    judged = bars.judge(suite.bars, [case.name for case in suite.cases], rows)
     if args.json:
-        _print_json({"schema": _JSON_SCHEMA, "suite": suite.name, "results": [each.as_dict() for each in results]})
-    return 1 if any(each.wrong for each in results) else 0
+        _print_json(
+            {
+                "schema": _JSON_SCHEMA,
+                "suite": suite.name,
+                "results": [each.as_dict() for each in results],
+                "bars": [each.as_dict() for each in judged],
+            }
+        )
+    elif judged:
+        print(bars.table_text(judged))
+    is_missed = any(each.verdict == "missed" for each in judged)
+    return 1 if is_missed or any(each.wrong for each in results) else 0
 
 
 # verify

@@ -39,6 +39,7 @@ def check(case: Case, inputs: DecodeInputs, out: torch.Tensor | None, lse: torch
         inputs.cache_seqlens[chosen],
         softmax_scale=inputs.softmax_scale,
         d_v=case.d_v,
+        layout=case.kv_layout,
         is_causal=case.is_causal,
         with_bounds=True,
     )

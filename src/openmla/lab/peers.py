@@ -2,7 +2,10 @@
 
     sdpa       gather the pages, then torch's scaled_dot_product_attention, in the fastest of several honest forms
     eager      gather the pages, then matmul + softmax + matmul
+    flex       gather the pages, then torch's FlexAttention, compiled
     flash_mla  DeepSeek's kernels, or SGLang's fork of them, where that package is installed
+    fa3        FlashAttention 3 with its `qv` argument (package fa3-fwd, or FlashAttention's hopper build)
+    flashinfer FlashInfer's BatchMLAPagedAttentionWrapper
     matmul     ceiling: the two matrix products alone, keys contiguous beforehand, nothing else
     gemm       ceiling: one large square product in the case's dtype, timed in turn with the others
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,14 +58,18 @@ class Refusal:
     reason: str
 
 
+def problem_of(case: Case, inputs: DecodeInputs) -> DecodeProblem:
+    """The Problem that a case asks with these inputs."""
+    return DecodeProblem.from_tensors(
+        inputs.q, inputs.kv_cache, inputs.block_table, inputs.cache_seqlens, d_v=case.d_v, layout=case.kv_layout,
+        is_causal=case.is_causal,
+    )  # fmt: skip
+
+
 def backend(case: Case, sets: Sets, target: Target, name: str) -> Contender | Refusal:
     """Our own operation through its public entry, plan made beforehand as a server does once per step."""
-    first = sets[0]
-    problem = DecodeProblem.from_tensors(
-        first.q, first.kv_cache, first.block_table, first.cache_seqlens, d_v=case.d_v, is_causal=case.is_causal
-    )
     try:
-        chosen = select(problem, target, name)
+        chosen = select(problem_of(case, sets[0]), target, name)
     except UnsupportedError as error:
         mine = [f"{kernel}: {'; '.join(why)}" for kernel, why in error.reasons.items() if kernel.startswith(name)]
         return Refusal(name, " | ".join(mine) or error.headline)
@@ -69,7 +77,7 @@ def backend(case: Case, sets: Sets, target: Target, name: str) -> Contender | Re
         openmla.plan(
             each.q, each.kv_cache, each.block_table, each.cache_seqlens,
             d_v=case.d_v, is_causal=case.is_causal, policy=case.policy,  # type: ignore[arg-type]
-            backend=chosen.kernel.backend,
+            kv_layout=case.kv_layout, backend=chosen.kernel.backend,
         )
         for each in sets
     ]  # fmt: skip
@@ -80,7 +88,8 @@ def backend(case: Case, sets: Sets, target: Target, name: str) -> Contender | Re
         x = sets[i]
         return openmla.decode(
             x.q, x.kv_cache, x.block_table, x.cache_seqlens, d_v=case.d_v, softmax_scale=x.softmax_scale,
-            is_causal=case.is_causal, plan=plans[i], out=outs[i], backend=chosen.kernel.backend,
+            is_causal=case.is_causal, kv_layout=case.kv_layout, plan=plans[i], out=outs[i],
+            backend=chosen.kernel.backend,
         )  # fmt: skip
 
     return Contender(chosen.kernel.backend, "backend", chosen.kernel.name, str(chosen.config), call)
@@ -145,18 +154,19 @@ def _all_or_each(
 
 
 def _fastest(who: str, kernel: str, ways: dict[str, Callable[[int], Result]], device: torch.device) -> Contender:
-    """The contender in the form that is fastest on the first input set."""
+    """The contender in the form that is fastest on the first input set, among those that run."""
     times: dict[str, float] = {}
+    failed: list[str] = []
     for name, call in ways.items():
         try:
             times[name] = best_seconds(lambda call=call: call(0), device, budget=0.1)  # type: ignore[misc]
-        except torch.OutOfMemoryError:
-            continue
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            failed.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     if not times:
-        raise MemoryError(f"no form of {who} fits into this device's memory")
+        raise RuntimeError(f"no form of {who} runs; {'; '.join(failed)}")
     best = min(times, key=times.__getitem__)
     kind: Literal["peer", "ceiling"] = "ceiling" if who == "matmul" else "peer"
-    return Contender(who, kind, kernel, f"{best} (fastest of {len(ways)})", ways[best])
+    return Contender(who, kind, kernel, f"{best} (fastest of {len(times)})", ways[best])
 
 
 def _sdpa(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
@@ -274,10 +284,129 @@ def _flash_mla(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
     return Contender("flash_mla", "peer", "flash_mla_with_kvcache", version, call)
 
 
+# FlexAttention's compiled form wants a CUDA device or a C++ compiler, and its first call compiles for seconds.
+def _flex(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if case.is_causal and case.s_q > 1:
+        return Refusal("flex", "its causal mask would have to be rebuilt per batch; not written")
+    if case.lengths == "varlen":
+        return Refusal("flex", "a batch of uneven lengths would compile once per request; not written")
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        out: torch.Tensor = compiled(q, k, k[..., : case.d_v], scale=sets[0].softmax_scale)
+        return out
+
+    ways = {"batched": _all_or_each(case, sets, attend)["batched"]}
+    return _fastest("flex", "gather + torch.compile(flex_attention)", ways, sets[0].device)
+
+
+def _import(names: Sequence[str], fix: str) -> tuple[Any, str]:
+    """(the first module of these that can be imported, "") or (None, why not)."""
+    why = ""
+    for name in names:
+        try:
+            return importlib.import_module(name), ""
+        except (ImportError, OSError) as error:
+            why = why or f"cannot be imported ({error}); {fix}"
+    return None, why
+
+
+def _fa3(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
+    rules = (
+        (target.arch == "sm_90a", f"it is for sm_90a, this is {target.arch}"),
+        (case.dtype in ("bf16", "fp16"), f"it takes bf16 and fp16, the case is {case.dtype}"),
+        ((case.d_qk, case.d_v) == (576, 512), f"its qv takes 576/512, the case is {case.d_qk}/{case.d_v}"),
+    )
+    broken = [why for holds, why in rules if not holds]
+    module, why = _import(("fa3_fwd_interface", "flash_attn_interface"), "pip install --no-deps fa3-fwd")
+    if broken or module is None:
+        return Refusal("fa3", "; ".join([*broken, *([why] if why else [])]))
+    options: dict[str, Any] = {
+        "softmax_scale": sets[0].softmax_scale,
+        "causal": case.is_causal,
+        "return_softmax_lse": True,
+    }
+    d_v = case.d_v
+
+    def paged(i: int) -> Result:
+        x = sets[i]
+        out, lse, *_ = module.flash_attn_with_kvcache(
+            x.q[..., d_v:], x.kv_cache[..., d_v:], x.kv_cache[..., :d_v], qv=x.q[..., :d_v],
+            cache_seqlens=x.cache_seqlens, page_table=x.block_table, **options,
+        )  # fmt: skip
+        return out, lse
+
+    # Contiguous keys, gathered beforehand and not timed: what a server without pages has. It is given that advantage.
+    forms: dict[str, Callable[[int], Result]] = {"pages": paged}
+    padded = case.batch * max(sets[0].lengths) * case.h_kv * case.d_qk * 2 * len(sets)
+    if padded <= _MOST_CONTIGUOUS:
+        keys = [_gather(x).transpose(1, 2).contiguous() for x in sets]
+
+        def contiguous(i: int) -> Result:
+            x, k = sets[i], keys[i]
+            out, lse, *_ = module.flash_attn_with_kvcache(
+                x.q[..., d_v:], k[..., d_v:], k[..., :d_v], qv=x.q[..., :d_v], cache_seqlens=x.cache_seqlens, **options
+            )
+            return out, lse
+
+        forms["contiguous keys"] = contiguous
+    return _fastest("fa3", "flash_attn_with_kvcache(qv=)", forms, sets[0].device)
+
+
+_MOST_CONTIGUOUS = 12 << 30  # bytes of the copies; a larger batch runs on its pages
+
+
+def _flashinfer(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
+    rules = (
+        (target.is_cuda, f"it is for NVIDIA GPUs, this is {target.arch}"),
+        (case.dtype in ("bf16", "fp16"), f"it takes bf16 and fp16, the case is {case.dtype}"),
+        (case.h_kv == 1, f"its MLA has one KV head, the case has {case.h_kv}"),
+        ((case.d_qk, case.d_v) == (576, 512), f"it takes 576/512, the case is {case.d_qk}/{case.d_v}"),
+    )
+    broken = [why for holds, why in rules if not holds]
+    module, why = _import(("flashinfer.mla",), "pip install flashinfer-python")
+    if broken or module is None:
+        return Refusal("flashinfer", "; ".join([*broken, *([why] if why else [])]))
+    pages = [-(-length // case.page_size) for length in sets[0].lengths]
+    total_pages = sum(pages)
+    begin = torch.tensor([0, *itertools.accumulate(pages)], dtype=torch.int32)
+    runs = []
+    for x in sets:
+        # The plan reads lengths on the host; made once, as for the others, and reused by every call.
+        wrapper = module.BatchMLAPagedAttentionWrapper(
+            torch.empty(256 << 20, dtype=torch.int8, device=x.device), backend="auto"
+        )
+        table = torch.cat([x.block_table[r, :count] for r, count in enumerate(pages)])
+        assert table.numel() == total_pages
+        wrapper.plan(
+            torch.arange(case.batch + 1, dtype=torch.int32) * case.s_q, begin, table,
+            torch.tensor(x.lengths, dtype=torch.int32), case.h_q, case.d_v, case.d_qk - case.d_v, case.page_size,
+            case.is_causal, x.softmax_scale, case.torch_dtype, case.torch_dtype,
+        )  # fmt: skip
+        # Two caches, as its users keep them; split here, not timed.
+        q, kv = x.q.flatten(0, 1), x.kv_cache[:, :, 0]
+        split = [
+            t.contiguous() for t in (q[..., : case.d_v], q[..., case.d_v :], kv[..., : case.d_v], kv[..., case.d_v :])
+        ]
+        runs.append((wrapper, split))
+
+    def call(i: int) -> Result:
+        wrapper, split = runs[i]
+        return wrapper.run(*split).view(case.batch, case.s_q, case.h_q, case.d_v), None
+
+    version = version_of("flashinfer-python") or "from source"
+    return Contender("flashinfer", "peer", "BatchMLAPagedAttentionWrapper", version, call)
+
+
 PEERS: dict[str, Callable[[Case, Sets, Target], Contender | Refusal]] = {
     "sdpa": _sdpa,
     "eager": _eager,
+    "flex": _flex,
     "flash_mla": _flash_mla,
+    "fa3": _fa3,
+    "flashinfer": _flashinfer,
     "matmul": _matmul,
     "gemm": _gemm,
 }
@@ -287,9 +416,11 @@ def peer(case: Case, sets: Sets, target: Target, name: str) -> Contender | Refus
     """The peer of that name, ready, or its reason. Raises ConfigError for a name that nobody has."""
     if name not in PEERS:
         raise ConfigError(f"unknown peer {name!r}; use one of: {', '.join(PEERS)}")
+    if case.layout != "plain" and name != "gemm":
+        return Refusal(name, f"reads plain caches here, the case has the layout {case.layout}")
     try:
         return PEERS[name](case, sets, target)
-    except (MemoryError, RuntimeError, AssertionError) as error:
+    except (MemoryError, RuntimeError, AssertionError, ImportError, TypeError) as error:
         return Refusal(
             name, f"failed to start: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )

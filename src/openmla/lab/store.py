@@ -26,7 +26,16 @@ from openmla.core.target import Target
 
 # 1: gate first; interleaved at single-call granularity; cold: rotated inputs (CPU) or flushed L2 (GPU); median, p20, p80.
 PROTOCOL = 1
-PACKAGES = ("triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "sgl-flash-mla", "flash-mla", "transformers")
+PACKAGES = (
+    "triton",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+    "sgl-flash-mla",
+    "flash-mla",
+    "fa3-fwd",
+    "flashinfer-python",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,12 @@
     h_q = [16, 128]                   # a list is a choice: the case is repeated for every combination
     s_k = 4096
 
+    [[bar]]                           # optional: what the rows of this suite are held against (openmla.lab.bars)
+    name = "one request of 4k tokens"
+    cases = ["decode-b1-*-sk4096-*"]  # shell patterns of case names
+    value = "median_us"
+    at_most = 10.0
+
 Every key has one legal type and range, checked on load with file, case number and key in the message, because a
 misspelt key that silently meant "default" would publish a number for another problem.
 """
@@ -16,6 +22,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import re
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +33,7 @@ from typing import Any
 import torch
 
 from openmla.core.errors import ConfigError
+from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,6 +48,7 @@ _RULES: dict[str, tuple[object, ...] | range | type] = {
     "d_qk": range(1, 2049),
     "d_v": range(1, 2049),
     "dtype": tuple(DTYPES),
+    "layout": ("plain", *BYTE_LAYOUT_NAMES),
     "page_size": range(1, 65_537),
     "lengths": ("fixed", "varlen"),
     "is_causal": bool,
@@ -66,6 +75,7 @@ class Case:
     d_qk: int = 576
     d_v: int = 512
     dtype: str = "bf16"
+    layout: str = "plain"  # elements of `dtype`, or the name of a byte layout
     page_size: int = 64
     lengths: str = "fixed"
     is_causal: bool = False
@@ -81,6 +91,7 @@ class Case:
         extra = {
             f"hkv{self.h_kv}": self.h_kv != 1,
             f"d{self.d_qk}x{self.d_v}": (self.d_qk, self.d_v) != (576, 512),
+            self.layout: self.layout != "plain",
             f"p{self.page_size}": self.page_size != 64,
             self.lengths: self.lengths != "fixed",
             "causal": self.is_causal,
@@ -91,8 +102,13 @@ class Case:
         return "-".join([shape, *(part for part, shown in extra.items() if shown)])
 
     @property
+    def kv_layout(self) -> str | None:
+        """What the operations take as `kv_layout=`: None for plain elements."""
+        return None if self.layout == "plain" else self.layout
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of q, KV and out."""
+        """The dtype of q and out, and of a plain KV cache."""
         return DTYPES[self.dtype]
 
     def draw_lengths(self) -> list[int]:
@@ -104,6 +120,35 @@ class Case:
         return [min(max(int(value), self.s_q), 2 * self.s_k) for value in drawn.tolist()]
 
 
+BAR_VALUES = {
+    "ratio": "the fastest peer's time over ours",
+    "gemm": "our TFLOP/s over those of the square product timed in turn",
+    "read": "our GB/s over the measured read bandwidth",
+    "median_us": "our median time",
+    "policy_cost": "our time over the same case's under the policy balanced, less 1",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise about the rows of a suite: `value` of every case (or their geometric mean) is at least, or at most."""
+
+    name: str
+    cases: tuple[str, ...]  # shell patterns
+    value: str  # a key of BAR_VALUES
+    limit: float
+    is_floor: bool  # True: at least `limit`
+    over: str = "each"  # or "geomean"
+
+    def holds(self, value: float) -> bool:
+        """True when a value keeps the promise."""
+        return value >= self.limit if self.is_floor else value <= self.limit
+
+    def covers(self, case: str) -> bool:
+        """True for the cases it is about."""
+        return any(fnmatch.fnmatchcase(case, pattern) for pattern in self.cases)
+
+
 @dataclass(frozen=True)
 class Suite:
     """The cases of one file, in its order."""
@@ -113,6 +158,7 @@ class Suite:
     cases: tuple[Case, ...]
     peers: tuple[str, ...] = ()
     path: Path = field(default=Path(), compare=False)
+    bars: tuple[Bar, ...] = ()
 
     def matching(self, pattern: str | None) -> tuple[Case, ...]:
         """Cases whose name matches a shell pattern (`*hq16*`). Raises ConfigError when none does."""
@@ -163,7 +209,7 @@ def load(name_or_path: str) -> Suite:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    legal = ("description", "peers", "defaults", "case")
+    legal = ("description", "peers", "defaults", "case", "bar")
     wrong = [f"unknown key {key!r}; legal: {', '.join(legal)}" for key in raw if key not in legal]
     defaults = raw.get("defaults", {})
     if not isinstance(defaults, dict):
@@ -184,9 +230,78 @@ def load(name_or_path: str) -> Suite:
             cases += list(_expand({**defaults, **entry}, where, wrong))
     names = [case.name for case in cases]
     wrong += [f"{name} appears {names.count(name)} times" for name in sorted({n for n in names if names.count(n) > 1})]
+    bars = [_bar(entry, f"bar {number}", names, wrong) for number, entry in enumerate(raw.get("bar", []), 1)]
     if wrong:
         raise ConfigError(f"{path}: " + "\n  ".join([f"{len(wrong)} problem(s)", *wrong]))
-    return Suite(path.stem, str(raw.get("description", "")), tuple(cases), tuple(peers), path)
+    kept = tuple(bar for bar in bars if bar)
+    return Suite(path.stem, str(raw.get("description", "")), tuple(cases), tuple(peers), path, kept)
+
+
+def sweep(choices: Mapping[str, Any], peers: tuple[str, ...] = ()) -> Suite:
+    """A suite made on the spot: every combination of the given values; what is not given has its default.
+
+    Raises ConfigError naming each key and value that is not legal.
+    """
+    entry = {"batch": 1, "s_k": 4096, "layout": "plain", **choices}
+    wrong = list(_wrong_keys(entry, "sweep"))
+    cases: list[Case] = []
+    layouts = entry["layout"] if isinstance(entry["layout"], list) else [entry["layout"]]
+    for layout in layouts if not wrong else ():
+        # A byte layout has its own number of columns.
+        own = {} if layout == "plain" else {"d_qk": kv_layout(layout).d_qk, "d_v": kv_layout(layout).d_v}
+        cases += _expand({**own, **entry, "layout": layout}, "sweep", wrong)
+    if wrong:
+        raise ConfigError("\n  ".join([f"{len(wrong)} problem(s)", *wrong]))
+    return Suite("sweep", "made on the command line", tuple(cases), peers)
+
+
+_NAME = re.compile(
+    r"(?P<op>decode)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
+    r"(-hkv(?P<h_kv>\d+))?(-d(?P<d_qk>\d+)x(?P<d_v>\d+))?"
+    rf"(-(?P<layout>{'|'.join(sorted(BYTE_LAYOUT_NAMES, key=len, reverse=True))}))?"
+    r"(-p(?P<page_size>\d+))?(-(?P<lengths>varlen))?(?P<is_causal>-causal)?(-(?P<policy>batch_invariant))?"
+    r"(-(?P<cache>warm))?(-seed(?P<seed>\d+))?"
+)
+
+
+def parse(name: str) -> Case | None:
+    """The case of that name, the inverse of `Case.name`; None when it is no such name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    given: dict[str, Any] = {key: value for key, value in match.groupdict().items() if value is not None}
+    for each in fields(Case):
+        if each.type == "int" and each.name in given:
+            given[each.name] = int(given[each.name])
+    given["is_causal"] = "is_causal" in given
+    return Case(**given)
+
+
+def _bar(entry: object, where: str, names: list[str], wrong: list[str]) -> Bar | None:
+    """One [[bar]] table, or None after recording what is wrong with it."""
+    before = len(wrong)
+    if not isinstance(entry, dict):
+        wrong.append(f"{where}: must be a table, got {entry!r}")
+        return None
+    legal = ("name", "cases", "value", "at_least", "at_most", "over")
+    wrong += [f"{where}: unknown key {key!r}; legal: {', '.join(legal)}" for key in entry if key not in legal]
+    patterns, value, over = entry.get("cases"), entry.get("value"), entry.get("over", "each")
+    limits = [entry[key] for key in ("at_least", "at_most") if key in entry]
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(each, str) for each in patterns):
+        wrong.append(f"{where}: cases must be a list of patterns, got {patterns!r}")
+    else:
+        unused = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+        wrong += [f"{where}: no case matches {pattern!r}" for pattern in unused]
+    if value not in BAR_VALUES:
+        wrong.append(f"{where}: value must be one of {', '.join(BAR_VALUES)}, got {value!r}")
+    if over not in ("each", "geomean"):
+        wrong.append(f"{where}: over must be each or geomean, got {over!r}")
+    if len(limits) != 1 or not isinstance(limits[0], (int, float)) or isinstance(limits[0], bool):
+        wrong.append(f"{where}: needs one number, at_least or at_most")
+    if len(wrong) > before:
+        return None
+    name = str(entry.get("name", value))
+    return Bar(name, tuple(entry["cases"]), str(value), float(limits[0]), "at_least" in entry, str(over))
 
 
 def _wrong_keys(entry: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -241,5 +356,15 @@ def _expand(entry: Mapping[str, Any], where: str, wrong: list[str]) -> Iterator[
             wrong.append(f"{where}: h_q={case.h_q} is not a multiple of h_kv={case.h_kv}")
         elif case.d_v > case.d_qk:
             wrong.append(f"{where}: d_v={case.d_v} exceeds d_qk={case.d_qk}; V is the first d_v columns of the key")
+        elif case.layout != "plain" and (case.d_qk, case.d_v, case.h_kv) != _columns(case.layout):
+            wrong.append(
+                f"{where}: layout {case.layout} has (d_qk, d_v, h_kv) = {_columns(case.layout)}, "
+                f"got {(case.d_qk, case.d_v, case.h_kv)}"
+            )
         else:
             yield case
+
+
+def _columns(layout: str) -> tuple[int, int, int]:
+    found = kv_layout(layout)
+    return (found.d_qk, found.d_v, 1)

@@ -10,6 +10,7 @@ import torch
 
 from openmla.core.target import Target
 from openmla.lab.suite import Case
+from openmla.reference import quant
 
 DISTRIBUTION = "0.1 * randn, pages in random order"
 
@@ -21,7 +22,7 @@ _MEMORY_LIMIT = 2 << 30
 
 @dataclass(frozen=True, eq=False)
 class DecodeInputs:
-    """One set. kv_cache [num_pages, page_size, h_kv, d_qk]; table entries behind a request's last page are 0."""
+    """One set. kv_cache [num_pages, page_size, h_kv, d_qk elements or the bytes of a layout]; table entries behind a request's last page are 0."""
 
     q: torch.Tensor
     kv_cache: torch.Tensor
@@ -53,9 +54,11 @@ def decode_inputs(case: Case, device: torch.device, index: int = 0) -> DecodeInp
     for request, count in enumerate(pages):
         table[request, :count] = order[begin : begin + count]
         begin += count
+    q = randn(case.batch, case.s_q, case.h_q, case.d_qk)
+    kv_cache = randn(num_pages, case.page_size, case.h_kv, case.d_qk)
     return DecodeInputs(
-        q=randn(case.batch, case.s_q, case.h_q, case.d_qk),
-        kv_cache=randn(num_pages, case.page_size, case.h_kv, case.d_qk),
+        q=q,
+        kv_cache=kv_cache if case.kv_layout is None else quant.quantise(kv_cache, case.kv_layout),
         block_table=table,
         cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=device),
         lengths=lengths,
