@@ -181,8 +181,8 @@ class Operator:
     def plan(self) -> None:
         case = self.case
         capacity = self.x.max_pages * case.page
-        self.planner(self.x.lengths, self.metadata, self.num_splits, self.faults, capacity, case.unit, case.overhead, case.share,
-                     self.chunk_blocks)  # fmt: skip
+        self.planner(self.x.lengths, self.metadata, self.num_splits, self.faults, capacity, case.unit, case.overhead,
+                     case.overhead, case.share, self.chunk_blocks)  # fmt: skip
 
     def run(self) -> None:
         x, case = self.x, self.case
@@ -283,15 +283,16 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
         lengths = [rng.choice((0, -3, rng.randint(0, top), rng.randint(0, top), top)) for _ in range(batch)]
         capacity = rng.choice((top, max(top // 2, 64)))
         parts, overhead, share = rng.choice((1, 2, 66, 132, 264)), rng.randint(0, 6), rng.randint(1, 3)
+        merge = rng.choice((0, 1, 20, 100))
         policy, chunk = rng.choice(("balanced", "batch_invariant")), rng.choice((64, 256, 4096))
         metadata = torch.full((parts, 8), -7, dtype=torch.int32, device="cuda")
         num_splits = torch.full((batch + 1,), -7, dtype=torch.int32, device="cuda")
         faults = torch.zeros(1, dtype=torch.int32, device="cuda")
         fns["decode_plan"](torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, faults, capacity, 64,
-                           overhead, share, chunk // 64 if policy == "batch_invariant" else 0)  # fmt: skip
+                           overhead, merge, share, chunk // 64 if policy == "batch_invariant" else 0)  # fmt: skip
         plan = plan_decode([min(x, capacity) for x in lengths], parts, policy=policy, overhead_blocks=overhead,
-                           min_share_blocks=share, chunk_tokens=chunk)  # fmt: skip
-        where = f"round {index}: {policy} batch={batch} parts={parts} overhead={overhead} share={share} chunk={chunk}"
+                           merge_blocks=merge, min_share_blocks=share, chunk_tokens=chunk)  # fmt: skip
+        where = f"round {index}: {policy} batch={batch} parts={parts} overhead={overhead} merge={merge} share={share} chunk={chunk}"
         assert torch.equal(metadata.cpu(), plan.tile_scheduler_metadata()), f"metadata differs, {where}"
         assert torch.equal(num_splits.cpu(), plan.num_splits_tensor()), f"num_splits differs, {where}"
         expected = 2 * any(x < 0 for x in lengths) + 4 * any(x > capacity for x in lengths)

@@ -29,12 +29,13 @@ LOG2_E = 1.4426950408889634
 
 def _plan_function(
     cache_seqlens: torch.Tensor, metadata: torch.Tensor, num_splits: torch.Tensor, fault: torch.Tensor, capacity: int,
-    block_tokens: int, overhead: int, min_share: int, chunk_blocks: int,
+    block_tokens: int, overhead: int, merge: int, min_share: int, chunk_blocks: int,
 ) -> None:  # fmt: skip
     lengths = [min(max(n, 0), capacity) for n in cache_seqlens.tolist()]
     plan = plan_decode(
         lengths, metadata.shape[0], policy="batch_invariant" if chunk_blocks else "balanced", block_tokens=block_tokens,
-        overhead_blocks=overhead, min_share_blocks=min_share, chunk_tokens=(chunk_blocks or 64) * block_tokens,
+        overhead_blocks=overhead, merge_blocks=merge, min_share_blocks=min_share,
+        chunk_tokens=(chunk_blocks or 64) * block_tokens,
     )  # fmt: skip
     metadata.copy_(plan.tile_scheduler_metadata())
     num_splits.copy_(plan.num_splits_tensor())

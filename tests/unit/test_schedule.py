@@ -46,11 +46,14 @@ def draw(pick: random.Random) -> tuple[list[int], int, dict[str, int]]:
     batch = pick.choice((0, 1, 1, 2, 3, 5, 9, 20, 40))
     longest = pick.choice((1, 64, 65, 1000, 10_000, 200_000))
     lengths = [pick.choice((0, 1, 63, 64, 65, longest, pick.randint(0, longest))) for _ in range(batch)]
+    if pick.random() < 0.25:  # about equal: whole requests are nearly even
+        lengths = [longest - pick.randint(0, longest // 10) for _ in range(batch)]
     if batch and pick.random() < 0.1:
         lengths[0] = pick.choice((-1, -(2**31), 2**31 - 1))
     options = {
         "block_tokens": pick.choice((1, 16, 64, 64, 128)) if longest <= 1000 else 64,
         "overhead_blocks": pick.choice((0, 1, 5, 5, 20)),
+        "merge_blocks": pick.choice((None, 0, 1, 20, 100)),
     }
     if max(lengths, default=0) > 2**30:
         options["block_tokens"] = 64
@@ -88,9 +91,13 @@ def test_parts_cost_about_the_same(chunk, seeds_of):
         cost = [0] * num_parts
         for piece in plan.pieces():
             cost[piece.part] += overhead + piece.end_block - piece.begin_block
-        # Even share of all work, plus the head of one piece that cutting adds, plus one head that could not be cut.
+        merge = overhead if options["merge_blocks"] is None else options["merge_blocks"]
+        is_split = plan.num_pieces > plan.batch
+        # Even share of all work, plus the head of one piece that cutting adds, plus what the merge that whole requests
+        # save would cost, or one head that could not be cut.
         fair = -(-sum(max(count + overhead, 1) for count in plan.blocks) // num_parts)
-        assert max(cost) <= fair + 2 * overhead + 1, f"--case-seed={seed} {lengths} {num_parts} {options} {cost}"
+        slack = overhead if is_split else max(merge, overhead)
+        assert max(cost) <= fair + overhead + slack + 1, f"--case-seed={seed} {lengths} {num_parts} {options} {cost}"
 
 
 @given(st.lists(st.integers(0, 40_000), min_size=1, max_size=12), st.integers(1, 140), st.integers(1, 140), st.data())
@@ -135,12 +142,57 @@ def test_one_long_request_uses_every_part():
 
 
 @pytest.mark.parametrize(
+    ("parts", "merge", "tokens", "is_varlen", "even", "whole", "times_whole"),
+    [
+        (66, 20, 4096, False, 139, 138, 1),
+        (66, 20, 16384, False, 512, 522, 1),
+        (66, 20, 32768, False, 1008, 1034, 0),
+        (66, 20, 4096, True, 141, 222, 0),
+        (33, 40, 4096, False, 273, 276, 1),
+        (33, 40, 16384, False, 1018, 1044, 1),
+        (33, 40, 4096, True, 277, 346, 1),
+    ],
+)
+def test_the_cheaper_of_whole_requests_and_even_cuts_is_chosen(
+    parts, merge, tokens, is_varlen, even, whole, times_whole
+):
+    """The table of the module's docstring."""
+    pick = random.Random(1)
+    evens, wholes, chosen = [], [], 0
+    for _ in range(20 if is_varlen else 1):
+        lengths = [max(1, int(pick.gauss(tokens, tokens / 2))) if is_varlen else tokens for _ in range(128)]
+        plan = plan_decode(lengths, parts, merge_blocks=10**6)
+        cost = [0] * parts
+        for piece in plan.pieces():
+            cost[piece.part] += 5 + piece.end_block - piece.begin_block
+        evens.append(-(-(sum(plan.blocks) + 127 * 5) // parts) + 5)
+        wholes.append(max(cost))
+        is_whole = plan_decode(lengths, parts, merge_blocks=merge).num_pieces == 128
+        assert is_whole == (wholes[-1] <= evens[-1] + merge)
+        chosen += is_whole
+    assert (round(sum(evens) / len(evens)), round(sum(wholes) / len(wholes)), chosen) == (even, whole, times_whole)
+
+
+def test_few_requests_are_split_whatever_a_merge_costs():
+    plan = plan_decode([4096] * 4, 66, merge_blocks=10**6)
+    assert len({piece.part for piece in plan.pieces()}) > 60
+
+
+def test_whole_requests_give_every_part_a_request_where_they_are_equal():
+    plan = plan_decode([4096] * 128, 66, merge_blocks=20)
+    sizes = [end - begin + 1 for begin, end, *_ in plan.parts]
+    assert sorted(set(sizes)) == [1, 2] and sizes.count(1) == 4
+    assert sum(sizes) == 128
+
+
+@pytest.mark.parametrize(
     ("arguments", "rule"),
     [
         ({"num_parts": 0}, "num_parts"),
         ({"num_parts": 1, "policy": "fair"}, "policy"),
         ({"num_parts": 1, "block_tokens": 0}, "block_tokens"),
         ({"num_parts": 1, "overhead_blocks": -1}, "overhead_blocks"),
+        ({"num_parts": 1, "merge_blocks": -1}, "merge_blocks"),
         ({"num_parts": 1, "chunk_tokens": 100}, "chunk_tokens"),
         ({"num_parts": 1, "chunk_tokens": 32}, "chunk_tokens"),
     ],

@@ -53,7 +53,7 @@ def search(batch: int, is_before) -> int:
     return left
 
 
-def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, min_share, chunk_blocks):
+def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, merge, min_share, chunk_blocks):
     """(metadata rows, num_splits, faults) as the kernel computes them."""
     batch, faults = len(lengths), 0
     blocks, widths = [], []
@@ -74,7 +74,22 @@ def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, min_share, 
     line = line_end - overhead
     cuts = min(max(line // min_share, 1), num_parts)
     share = (line + cuts - 1) // cuts
-    is_whole = chunk_blocks == 0 and batch <= num_parts and longest <= share + overhead
+    is_one_each = batch <= num_parts
+    slack = overhead if is_one_each else merge
+    is_whole = chunk_blocks == 0 and longest <= share + slack
+
+    def whole_before(part):
+        bound = 2 * part * line_end
+        left = search(batch, lambda r: ((ends[r - 1] if r else 0) + ends[r]) * cuts < bound)
+        return left if part < cuts else batch
+
+    if is_whole and not is_one_each:
+        busiest = 0
+        for part in range(cuts):
+            begin, end = whole_before(part), whole_before(part + 1)
+            if begin < end:
+                busiest = max(busiest, ends[end - 1] - (ends[begin - 1] if begin else 0))
+        is_whole = busiest <= share + overhead + merge
 
     def cuts_before(position):
         return ((position - overhead) * cuts + line - 1) // line
@@ -97,8 +112,11 @@ def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, min_share, 
     for part in range(num_parts):
         row = [0, -1, 0, 0, 0]
         if is_whole:
-            if part < batch:
-                row = [part, part, 0, blocks[part], 0]
+            begin, end = part, part + 1 if part < batch else batch
+            if not is_one_each:
+                begin, end = whole_before(part), whole_before(part + 1)
+            if begin < end:
+                row = [begin, end - 1, 0, blocks[end - 1], 0]
         else:
             low = high = 0
             if chunk_blocks > 0:
@@ -128,7 +146,14 @@ def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, min_share, 
     return rows, num_splits, faults
 
 
-LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 700), st.integers(0, 40_000)), min_size=0, max_size=40)
+LENGTHS = st.one_of(
+    st.lists(st.one_of(st.just(0), st.integers(-3, 700), st.integers(0, 40_000)), min_size=0, max_size=40),
+    st.lists(
+        st.integers(3000, 3600), min_size=0, max_size=80
+    ),  # more requests than parts, about equal: they stay whole
+)
+MERGE = st.sampled_from((0, 1, 5, 20, 100))
+PARTS = st.one_of(st.integers(1, 20), st.integers(1, 140))
 
 
 def same(lengths, num_parts, **options):
@@ -139,6 +164,7 @@ def same(lengths, num_parts, **options):
         policy=policy,
         block_tokens=options["block_tokens"],
         overhead_blocks=options["overhead"],
+        merge_blocks=options["merge"],
         min_share_blocks=options["min_share"],
         chunk_tokens=(options["chunk_blocks"] or 1) * options["block_tokens"],
     )
@@ -152,10 +178,11 @@ def same(lengths, num_parts, **options):
 @settings(max_examples=150, deadline=None)
 @given(
     lengths=LENGTHS,
-    num_parts=st.integers(1, 140),
+    num_parts=PARTS,
     capacity=st.sampled_from((64, 5_000, 1 << 30)),
     block_tokens=st.sampled_from((8, 16, 64)),
     overhead=st.integers(0, 6),
+    merge=MERGE,
     min_share=st.integers(1, 4),
     chunk_blocks=st.sampled_from((0, 0, 1, 5, 64)),
 )
@@ -166,8 +193,9 @@ def test_emulated_device_plan_equals_python(lengths, num_parts, **options):
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=LENGTHS.filter(len),
-    num_parts=st.integers(1, 140),
+    num_parts=PARTS,
     overhead=st.integers(0, 6),
+    merge=MERGE,
     min_share=st.integers(1, 4),
     chunk_blocks=st.sampled_from((0, 0, 3)),
 )
@@ -205,6 +233,8 @@ def test_even_cuts_are_even():
     assert max(loads.values()) - min(loads.values()) <= 2
 
 
-def test_equal_requests_that_fit_the_parts_stay_whole():
-    plan = plan_decode([4096] * 128, 132, overhead_blocks=1)
+@pytest.mark.parametrize("num_parts", [132, 66, 33, 32])
+def test_equal_requests_that_nearly_fit_stay_whole(num_parts):
+    plan = same([4096] * 128, num_parts, capacity=4096, block_tokens=64, overhead=5, merge=20, min_share=1,
+                chunk_blocks=0)  # fmt: skip
     assert plan.num_pieces == 128

@@ -13,9 +13,28 @@ The plan's device form is the one that FlashMLA introduced, so that code which s
 
 A request of length 0 has one piece, of zero blocks, so that its output rows are written by somebody.
 
+Splitting has a price for the whole batch, `merge_blocks`: fp32 partials out and back, and their merge. In the model
+T = busiest part + merge, in blocks of 64 tokens, a batch of 128 has (varlen: lengths from N(s, s / 2), mean of 20 draws;
+mixed: the best plan that splits some requests only, its merge in proportion, found by trying every makespan):
+
+    rows  parts  s      lengths   even + merge  whole  mixed  chosen
+     128     66   4096  fixed         139 + 20    138    138  whole
+     128     66  16384  fixed         512 + 20    522    522  whole
+     128     66  32768  fixed        1008 + 20   1034   1028  even
+     128     66   4096  varlen        141 + 20    222    157  even
+     256     33   4096  fixed         273 + 40    276    276  whole
+     256     33  16384  fixed        1018 + 40   1044   1044  whole
+     256     33   4096  varlen        277 + 40    346    303  even (whole in 1 draw of 20)
+
+Mixed plans would gain 2 to 4 % at 4096 varlen and at most 1 % from 8192 on, but their cuts depend on one another: a
+serial pass. There are none. Whole requests sorted by length would give 153 and 286 at 4096 varlen, but a part is
+a stretch of consecutive requests.
+
 Policies
-    balanced         equal cost per part: cost = blocks + `overhead_blocks` per piece (pipeline fill and epilogue);
-                     one whole request per part where splitting would gain less than `overhead_blocks`.
+    balanced         cost of a part = blocks + `overhead_blocks` per piece (pipeline fill and epilogue). Whole requests
+                     where the busiest part then costs at most `merge_blocks` more than an even one (`overhead_blocks`
+                     where there are no more requests than parts: parts would idle, and little is merged); else even
+                     cuts.
     batch_invariant  requests are cut at multiples of `chunk_blocks` and nowhere else: which pieces a request has
                      depends on its own length only, so a row's bits do not depend on its batch mates.
 """
@@ -25,7 +44,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import torch
@@ -99,6 +118,7 @@ def plan_decode(
     policy: Policy = "balanced",
     block_tokens: int = 64,
     overhead_blocks: int = 5,
+    merge_blocks: int | None = None,
     min_share_blocks: int = 1,
     chunk_tokens: int = 4096,
 ) -> SplitPlan:
@@ -110,6 +130,8 @@ def plan_decode(
         policy: `balanced` or `batch_invariant` (module docstring).
         block_tokens: tokens per KV block, the unit of cutting.
         overhead_blocks: cost of starting one piece, in blocks (`balanced`). FlashMLA uses 5.
+        merge_blocks: cost of splitting requests, in blocks (`balanced`): more requests than parts stay whole where the
+            busiest part then costs at most this much more than an even one. None: overhead_blocks.
         min_share_blocks: use fewer parts rather than giving one less than this on average (`balanced`).
         chunk_tokens: piece length of `batch_invariant`, a multiple of block_tokens.
 
@@ -127,6 +149,8 @@ def plan_decode(
         wrong.append(f"chunk_tokens must be a positive multiple of block_tokens={block_tokens}, got {chunk_tokens}")
     if overhead_blocks < 0:
         wrong.append(f"overhead_blocks must be at least 0, got {overhead_blocks}")
+    if merge_blocks is not None and merge_blocks < 0:
+        wrong.append(f"merge_blocks must be at least 0, got {merge_blocks}")
     if min_share_blocks < 1:
         wrong.append(f"min_share_blocks must be at least 1, got {min_share_blocks}")
     if wrong:
@@ -134,27 +158,53 @@ def plan_decode(
     blocks = tuple(-(-max(int(length), 0) // block_tokens) for length in cache_seqlens)
     if policy == "batch_invariant":
         return _fixed_chunks(blocks, num_parts, block_tokens, chunk_tokens // block_tokens)
-    return _balanced(blocks, num_parts, block_tokens, overhead_blocks, min_share_blocks)
+    merge = overhead_blocks if merge_blocks is None else merge_blocks
+    return _balanced(blocks, num_parts, block_tokens, overhead_blocks, merge, min_share_blocks)
 
 
-def _balanced(blocks: tuple[int, ...], num_parts: int, block_tokens: int, overhead: int, min_share: int) -> SplitPlan:
-    """Even cuts of a virtual timeline: every cut has a closed form, so a GPU computes all parts at once.
+def _balanced(
+    blocks: tuple[int, ...], num_parts: int, block_tokens: int, overhead: int, merge: int, min_share: int
+) -> SplitPlan:
+    """Whole requests where that is nearly even, else even cuts. Each part has a closed form: a GPU does all at once."""
+    if not blocks:
+        return SplitPlan("balanced", block_tokens, 0, blocks, (_EMPTY_PART,) * num_parts, (0,))
+    ends = list(accumulate(max(count + overhead, 1) for count in blocks))  # where each request ends on the line
+    line = ends[-1] - overhead  # without the first head
+    cuts = min(num_parts, max(line // min_share, 1))
+    dealt = _whole_requests(ends, num_parts, cuts)
+    busiest = max(ends[end - 1] - (ends[begin - 1] if begin else 0) for begin, end in dealt if begin < end)
+    if busiest <= -(-line // cuts) + overhead + (merge if len(blocks) > num_parts else overhead):
+        whole = [(begin, end - 1, 0, blocks[end - 1], 0) if begin < end else _EMPTY_PART for begin, end in dealt]
+        return SplitPlan("balanced", block_tokens, 0, blocks, tuple(whole), tuple(range(len(blocks) + 1)))
+    parts, pieces = _even_cuts(blocks, ends, cuts, overhead)
+    parts += [_EMPTY_PART] * (num_parts - cuts)
+    return SplitPlan("balanced", block_tokens, 0, blocks, tuple(parts), (0, *accumulate(pieces)))
+
+
+def _whole_requests(ends: list[int], num_parts: int, cuts: int) -> list[tuple[int, int]]:
+    """[begin, end) of the requests of each part: one each where they suffice, else even cuts moved to the nearest end.
+
+    The cut of part p stands at p / cuts of the line; a request belongs to the part in which its middle lies.
+    """
+    batch, line = len(ends), ends[-1]
+    if batch <= num_parts:
+        return [(min(part, batch), min(part + 1, batch)) for part in range(num_parts)]
+    middles = [begin + end for begin, end in pairwise((0, *ends))]  # doubled
+    bounds = [bisect_left(middles, part * 2 * line, key=lambda middle: middle * cuts) for part in range(cuts + 1)]
+    return [*pairwise(bounds), *[(batch, batch)] * (num_parts - cuts)]
+
+
+def _even_cuts(
+    blocks: tuple[int, ...], ends: list[int], cuts: int, overhead: int
+) -> tuple[list[tuple[int, int, int, int, int]], list[int]]:
+    """Parts, and pieces per request, of even cuts of a virtual timeline.
 
     Request i occupies `overhead + blocks[i]` units (its head, then its blocks); a request without blocks occupies
     at least one, so that some part owns it. Part p takes the stretch [cut[p], cut[p + 1]) of that line and with it
     the blocks that lie inside. A part that starts in the middle of a request pays a head that is not on the line,
     the first part pays one that is: leaving the first head out before cutting evenly makes all parts cost the same.
     """
-    if not blocks:
-        return SplitPlan("balanced", block_tokens, 0, blocks, (_EMPTY_PART,) * num_parts, (0,))
-    ends = list(accumulate(max(count + overhead, 1) for count in blocks))  # where each request ends on the line
     line = ends[-1] - overhead  # without the first head
-    cuts = min(num_parts, max(line // min_share, 1))
-    share = -(-line // cuts)
-    if len(blocks) <= num_parts and max(blocks) <= share + overhead:  # splitting would cost more than it evens out
-        whole = tuple((index, index, 0, count, 0) for index, count in enumerate(blocks))
-        empty = (_EMPTY_PART,) * (num_parts - len(blocks))
-        return SplitPlan("balanced", block_tokens, 0, blocks, whole + empty, tuple(range(len(blocks) + 1)))
 
     def cut(part: int) -> int:
         return 0 if part == 0 else overhead + part * line // cuts
@@ -181,8 +231,7 @@ def _balanced(blocks: tuple[int, ...], num_parts: int, block_tokens: int, overhe
         end_block = min(high - first[end_request], blocks[end_request])
         begin_split = part - cuts_before(first[begin_request] + 1) + 1 if begin_block else 0
         parts.append((begin_request, end_request, begin_block, end_block, begin_split))
-    parts += [_EMPTY_PART] * (num_parts - cuts)
-    return SplitPlan("balanced", block_tokens, 0, blocks, tuple(parts), (0, *accumulate(pieces)))
+    return parts, pieces
 
 
 def _fixed_chunks(blocks: tuple[int, ...], num_parts: int, block_tokens: int, chunk: int) -> SplitPlan:

@@ -114,6 +114,7 @@ class PlanOptions(NamedTuple):
     num_parts: int
     block_tokens: int
     overhead_blocks: int
+    merge_blocks: int
     min_share_blocks: int
 
 
@@ -160,7 +161,8 @@ class FewRows:
 
     def compile(self, problem: DecodeProblem, config: small.Config, target: Target) -> Compiled:
         """Load both functions, compiling what neither bundle nor cache has."""
-        options = PlanOptions(small.num_parts(problem, target), small.BLOCK_TOKENS, small.OVERHEAD_BLOCKS, 1)
+        overhead = small.OVERHEAD_BLOCKS  # also of the merge, which this kernel does itself
+        options = PlanOptions(small.num_parts(problem, target), small.BLOCK_TOKENS, overhead, overhead, 1)
         return Compiled(config, options, _serve(small.FAMILY, config), _serve("schedule", ScheduleVariant()))
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
@@ -224,7 +226,8 @@ class ManyRows:
 
     def compile(self, problem: DecodeProblem, config: large.Config, target: Target) -> Compiled:
         """Load the three functions, compiling what neither bundle nor cache has."""
-        options = PlanOptions(large.num_parts(problem, target), large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, 1)
+        parts, merge = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
+        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, merge, 1)
         combine = _serve("combine", _combine_variant(problem))
         schedule = _serve("schedule", ScheduleVariant())
         return Compiled(config, options, _serve(large.FAMILY, config), schedule, combine)
@@ -282,7 +285,8 @@ def plan_on_device(compiled: Compiled, problem: DecodeProblem, cache_seqlens: to
     chunk_blocks = CHUNK_TOKENS // options.block_tokens if policy == "batch_invariant" else 0
     compiled.schedule(
         cache_seqlens, metadata, num_splits, fault_word(device), problem.max_pages * problem.page_size,
-        options.block_tokens, options.overhead_blocks, options.min_share_blocks, chunk_blocks,
+        options.block_tokens, options.overhead_blocks, options.merge_blocks,
+        options.min_share_blocks, chunk_blocks,
     )  # fmt: skip
     return DecodePlan(metadata, num_splits, chunk_blocks)
 

@@ -5,8 +5,9 @@ the work here is one prefix sum over requests and two binary searches per part. 
 
     1. lengths -> blocks (clamped to the capacity of the block table, faults reported), widths, their prefix sum and
        maximum: a scan over warps, 512 requests at a time, kept in shared memory (at most `MAX_BATCH` requests);
-    2. pieces per request in closed form, their prefix sum -> num_splits;
-    3. one thread per part: its two cuts, the requests that hold them, its first split.
+    2. whether requests stay whole: the busiest part if they do, by one binary search per cut and a maximum;
+    3. pieces per request in closed form, their prefix sum -> num_splits;
+    4. one thread per part: its two cuts, the requests that hold them, its first split.
 
 Outputs are read by the kernels of every layer until the lengths change: `metadata` int32 [num_parts, 8] and `num_splits`
 int32 [batch + 1], as in `openmla.split.schedule`.
@@ -44,14 +45,16 @@ class DecodePlan:
         capacity: Int32,  # tokens that the block table can address
         block_tokens: Int32,
         overhead: Int32,
+        merge: Int32,
         min_share: Int32,
         chunk_blocks: Int32,
         stream: cuda.CUstream,
     ):
         """Write `metadata` and `num_splits`."""
         self.kernel(
-            cache_seqlens, metadata, num_splits, fault_word, capacity, block_tokens, overhead, min_share, chunk_blocks
-        ).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
+            cache_seqlens, metadata, num_splits, fault_word, capacity, block_tokens, overhead, merge, min_share,
+            chunk_blocks,
+        ).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
 
     @cute.jit
     def scan(self, value: Int32, totals: cute.Tensor) -> Int32:
@@ -94,6 +97,22 @@ class DecodePlan:
         head = overhead if overhead > 0 else Int32(1)
         return end - (count if count > 0 else head)
 
+    @cute.jit
+    def whole_before(self, ends: cute.Tensor, batch: Int32, part: Int32, cuts: Int32, line: Int32) -> Int32:
+        """How many requests the parts before `part` take when none is split: those whose middle lies before its cut."""
+        bound = Int64(2 * part) * Int64(line)
+        left = Int32(0)
+        right = batch
+        while left < right:
+            middle = (left + right) // 2
+            end = ends[middle]
+            begin = ends[middle - 1] if middle > 0 else Int32(0)
+            if (Int64(begin) + Int64(end)) * Int64(cuts) < bound:
+                left = middle + 1
+            else:
+                right = middle
+        return left if part < cuts else batch
+
     @cute.kernel
     def kernel(
         self,
@@ -104,10 +123,11 @@ class DecodePlan:
         capacity: Int32,
         block_tokens: Int32,
         overhead: Int32,
+        merge: Int32,
         min_share: Int32,
         chunk_blocks: Int32,
     ):
-        """The three steps of the module docstring, one after the other."""
+        """The four steps of the module docstring, one after the other."""
         tid, _, _ = cute.arch.thread_idx()
         batch = cute.size(cache_seqlens)
         num_parts = metadata.shape[0]
@@ -157,9 +177,24 @@ class DecodePlan:
         wanted = wanted if wanted > 1 else Int32(1)
         cuts = wanted if wanted < num_parts else num_parts
         share = (line + cuts - 1) // cuts
-        is_whole = (chunk_blocks == 0) & (batch <= num_parts) & (longest <= share + overhead)
 
-        # 2. pieces of each request
+        # 2. one request per part where they suffice; else deal them only if the longest alone does not forbid it
+        is_one_each = batch <= num_parts
+        slack = overhead if is_one_each else merge
+        is_whole = (chunk_blocks == 0) & (longest <= share + slack)
+        if is_whole and not is_one_each:
+            busiest = Int32(0)
+            for part in cutlass.range(tid, cuts, THREADS, unroll=1):
+                begin = self.whole_before(ends, batch, part, cuts, carry)
+                end = self.whole_before(ends, batch, part + 1, cuts, carry)
+                if begin < end:
+                    low = ends[begin - 1] if begin > 0 else Int32(0)
+                    load = ends[end - 1] - low
+                    busiest = load if load > busiest else busiest
+            busiest = self.largest(busiest, totals)
+            is_whole = busiest <= share + overhead + merge
+
+        # 3. pieces of each request
         if tid == 0:
             num_splits[0] = Int32(0)
         if chunk_blocks > 0 or is_whole:
@@ -188,7 +223,7 @@ class DecodePlan:
                 cute.arch.sync_threads()
                 total = carry_box[0]
 
-        # 3. the parts
+        # 4. the parts
         for part in cutlass.range(tid, num_parts, THREADS, unroll=1):
             begin_request = Int32(0)
             end_request = Int32(-1)
@@ -196,10 +231,15 @@ class DecodePlan:
             end_block = Int32(0)
             begin_split = Int32(0)
             if is_whole:
-                if part < batch:
-                    begin_request = part
-                    end_request = part
-                    end_block = blocks[part]
+                begin = part
+                end = part + 1 if part < batch else batch
+                if not is_one_each:
+                    begin = self.whole_before(ends, batch, part, cuts, carry)
+                    end = self.whole_before(ends, batch, part + 1, cuts, carry)
+                if begin < end:
+                    begin_request = begin
+                    end_request = end - 1
+                    end_block = blocks[end_request]
             else:
                 low = Int32(0)
                 high = Int32(0)
@@ -277,6 +317,6 @@ def fake_arguments() -> list[Any]:
         fake_tensor(Int32, (None, 8), align=16),
         fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (1,), align=4),
-        Int32(64), Int32(64), Int32(5), Int32(1), Int32(0),
+        Int32(64), Int32(64), Int32(5), Int32(5), Int32(1), Int32(0),
         fake_stream(),
     ]  # fmt: skip

@@ -170,7 +170,7 @@ def plan(problem: DecodeProblem, ready: Ready, cache_seqlens: torch.Tensor, poli
     with _on(device):
         plan_kernel[(ready.parts + 1,)](
             cache_seqlens, metadata, num_splits, problem.batch, ready.parts, _capacity(problem), chunk,
-            OVERHEAD_TOKENS // block, 1, BLOCK_TOKENS=block, num_warps=4,
+            OVERHEAD_TOKENS // block, OVERHEAD_TOKENS // block, 1, BLOCK_TOKENS=block, num_warps=4,
         )  # fmt: skip
     return DecodePlan(metadata, num_splits, chunk)
 

@@ -1,7 +1,8 @@
 """`openmla.split.schedule.plan_decode` on the device: no host sync, safe inside a CUDA graph, the same plan.
 
 A part's cuts have a closed form once the length of the whole line is known, so no program waits for another: each walks
-over the lengths twice (once for the line, once to see which requests its own cuts hit), 1024 requests at a time.
+over the lengths, 1024 requests at a time: once for the line, once for the busiest part if requests stayed whole (where
+the longest request allows that), once to see which requests its own cuts hit.
 Program p < num_parts writes row p of the metadata, program num_parts writes num_splits. Lengths are clamped here and
 reported by the decode kernel.
 """
@@ -18,7 +19,7 @@ REQUESTS = tl.constexpr(1024)  # per step
 def load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS: tl.constexpr):
     """(request, exists, KV blocks) of REQUESTS requests, int32."""
     request = base + tl.arange(0, REQUESTS)
-    exists = request < batch
+    exists = (request >= 0) & (request < batch)
     length = tl.load(seqlens_ptr + request, mask=exists, other=0)
     length = tl.minimum(tl.maximum(length, 0), capacity)
     return request, exists, (length + BLOCK_TOKENS - 1) // BLOCK_TOKENS
@@ -49,6 +50,56 @@ def place_on_line(blocks, end, width, chunk_blocks, overhead):
 def cuts_before(position, overhead, cuts, line):
     """How many of the cuts 0, 1, ... lie before a position that is past the first head."""
     return ((position - overhead) * cuts + line - 1) // line
+
+
+@triton.jit
+def part_of_whole(middle, cuts, line):
+    """The part that takes a request when none is split: the one in which its middle lies. middle: begin + end."""
+    return tl.minimum(middle * cuts // (2 * line), cuts - 1)
+
+
+@triton.jit
+def larger(a, b):
+    """Maximum, for scans."""
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def busiest_of_whole(seqlens_ptr, batch, capacity, overhead, cuts, line, BLOCK_TOKENS: tl.constexpr):
+    """Units of the busiest part when no request is split: the furthest end of a request behind its part's begin."""
+    carry = tl.zeros((), tl.int64)
+    part_begin = tl.zeros((), tl.int64)
+    busiest = tl.zeros((), tl.int64)
+    for base in range(0, batch, REQUESTS):
+        _, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
+        _, had, blocks_before = load_blocks(seqlens_ptr, base - 1, batch, capacity, BLOCK_TOKENS)
+        width = line_width(blocks, exists, 0, overhead)
+        width_before = line_width(blocks_before, had, 0, overhead)
+        end = carry + tl.cumsum(width, 0)
+        begin = end - width
+        is_first = part_of_whole(begin + end, cuts, line) != part_of_whole(2 * begin - width_before, cuts, line)
+        begins = tl.associative_scan(tl.where(is_first & exists, begin, part_begin), 0, larger)
+        busiest = tl.maximum(busiest, tl.max(tl.where(exists, end - begins, 0), 0))
+        part_begin = tl.max(begins, 0)
+        carry += tl.sum(width, 0)
+    return busiest
+
+
+@triton.jit
+def requests_of_whole(seqlens_ptr, batch, capacity, overhead, part, cuts, line, BLOCK_TOKENS: tl.constexpr):
+    """(first request, last request) of a part when no request is split."""
+    carry = tl.zeros((), tl.int64)
+    begin_request = tl.zeros((), tl.int32)
+    end_request = tl.zeros((), tl.int32) - 1
+    for base in range(0, batch, REQUESTS):
+        _, exists, blocks = load_blocks(seqlens_ptr, base, batch, capacity, BLOCK_TOKENS)
+        width = line_width(blocks, exists, 0, overhead)
+        end = carry + tl.cumsum(width, 0)
+        owner = part_of_whole(2 * end - width, cuts, line)
+        begin_request += tl.sum((exists & (owner < part)).to(tl.int32), 0)
+        end_request += tl.sum((exists & (owner <= part)).to(tl.int32), 0)
+        carry += tl.sum(width, 0)
+    return begin_request, end_request
 
 
 @triton.jit
@@ -100,12 +151,12 @@ def find_part(
     return begin_request, begin_first, end_request, end_first
 
 
-@triton.jit(do_not_specialize=["batch", "num_parts", "capacity", "chunk_blocks", "overhead", "min_share"])
+@triton.jit(do_not_specialize=["batch", "num_parts", "capacity", "chunk_blocks", "overhead", "merge", "min_share"])
 def plan_kernel(
     seqlens_ptr,  # [batch] int32
     metadata_ptr,  # [num_parts, 8] int32, written
     num_splits_ptr,  # [batch + 1] int32, written
-    batch, num_parts, capacity, chunk_blocks, overhead, min_share,
+    batch, num_parts, capacity, chunk_blocks, overhead, merge, min_share,
     BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """See the module; arguments as in `plan_decode`, chunk_blocks 0 selects `balanced`."""
@@ -119,7 +170,11 @@ def plan_kernel(
     line = total - overhead  # without the first head
     cuts = tl.minimum(num_parts, tl.maximum(line // min_share, 1))
     share = (line + cuts - 1) // cuts
-    is_whole = (chunk_blocks == 0) & (batch <= num_parts) & (longest <= share + overhead)
+    is_one_each = batch <= num_parts
+    is_whole = (chunk_blocks == 0) & (longest <= share + tl.where(is_one_each, overhead, merge))
+    if is_whole & (batch > num_parts):
+        busiest = busiest_of_whole(seqlens_ptr, batch, capacity, overhead, cuts, total, BLOCK_TOKENS)
+        is_whole = busiest <= share + overhead + merge
     line = tl.maximum(line, 1)
     if part == num_parts:
         write_num_splits(
@@ -134,8 +189,13 @@ def plan_kernel(
         begin_request, begin_first, end_request, end_first = find_part(
             seqlens_ptr, batch, capacity, chunk_blocks, overhead, low, high, BLOCK_TOKENS
         )  # fmt: skip
-        begin_request = tl.where(is_whole, part, begin_request).to(tl.int32)
-        end_request = tl.where(is_whole, part, end_request).to(tl.int32)
+        if is_whole:
+            if is_one_each:
+                begin_request, end_request = part.to(tl.int32), part.to(tl.int32)
+            else:
+                begin_request, end_request = requests_of_whole(
+                    seqlens_ptr, batch, capacity, overhead, part, cuts, total, BLOCK_TOKENS
+                )  # fmt: skip
         is_empty = (begin_request > end_request) | (begin_request >= batch) | ((low >= high) & ~is_whole)
         length = tl.load(seqlens_ptr + end_request, mask=~is_empty, other=0)
         blocks = (tl.minimum(tl.maximum(length, 0), capacity) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
