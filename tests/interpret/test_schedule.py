@@ -74,6 +74,18 @@ def test_whole_requests_of_more_than_one_step(lengths, merge):
     assert torch.equal(metadata, expected.tile_scheduler_metadata())
 
 
+def test_turns_to_whole_requests_at_the_same_price():
+    lengths = [random.Random(i).randint(300, 360) for i in range(67)]
+    whole = []
+    for merge in range(40):
+        expected = plan_decode(lengths, 12, block_tokens=BLOCK, merge_blocks=merge)
+        metadata, splits = device_plan(lengths, 12, 0, 5, merge)
+        assert torch.equal(splits, expected.num_splits_tensor()), merge
+        assert torch.equal(metadata, expected.tile_scheduler_metadata()), merge
+        whole.append(expected.num_pieces == len(lengths))
+    assert not whole[0] and whole[-1]
+
+
 def test_lengths_are_clamped():
     expected = plan_decode([0, 64, 64], 4, block_tokens=BLOCK)
     metadata, splits = device_plan([-9, 64, 2**31 - 1], 4, 0, 5, capacity=64)

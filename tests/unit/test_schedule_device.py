@@ -214,6 +214,13 @@ def test_every_block_is_in_exactly_one_piece(lengths, num_parts, **options):
     assert [sum(splits[:r]) for r in range(plan.batch + 1)] == list(plan.num_splits)
 
 
+def test_turns_to_whole_requests_at_the_same_price():
+    lengths = [1200 + 97 * index % 250 for index in range(67)]
+    options = {"capacity": 1 << 20, "block_tokens": 16, "overhead": 5, "min_share": 1, "chunk_blocks": 0}
+    whole = [same(lengths, 12, merge=merge, **options).num_pieces == len(lengths) for merge in range(160)]
+    assert not whole[0] and whole[-1]
+
+
 @pytest.mark.parametrize("batch", [511, 512, 513, 1500])
 def test_scan_carries_over_rounds(batch):
     values = [(7 * index) % 13 for index in range(batch)]
