@@ -1,0 +1,168 @@
+"""How the token-sparse decode kernel can be built, and which problems it takes. No DSL import.
+
+The shared-memory plan (bytes, d_qk 576): ring 2 tiles x 4 units x 16,384 (64 keys x 128 columns), RoPE 8,192, Q 9 x 8,192,
+P 2 x 8,192, barriers and exchange below 2,048: 231,424 of 232,448.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from openmla.backends.base import Verdict, require
+from openmla.core.layout import kv_layout
+from openmla.core.problem import SparseDecodeProblem
+from openmla.core.target import Target
+
+FAMILY = "decode_sparse"
+BLOCK_ROWS = 64  # query heads per CTA: one wgmma M
+BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
+OVERHEAD_BLOCKS = 5  # of a piece: filling the pipeline, epilogue, and its share of the merge
+MAX_BATCH = 4096  # what the device plan keeps in shared memory
+D_V = 512
+SLICE_BYTES = 64 * 128  # 64 keys x 64 bf16 columns
+SMEM_LIMIT = 232_448
+MAX_CACHE_BYTES = 2**36 - 16  # offsets are 32-bit counts of 16 bytes, and the last one means "no key"
+
+
+# Which keys and columns a producer lane handles; traced into the kernel, and run by the tests.
+
+
+def lane_key(lane: Any) -> Any:
+    """A lane's key within each group of four."""
+    return 2 * (lane // 16) + lane // 4 % 2
+
+
+def lane_chunk(lane: Any) -> Any:
+    """A lane's 16 bytes within the 128 bytes of codes of a key and unit."""
+    return 4 * (lane // 8 % 2) + lane % 4
+
+
+def lane_rope_chunk(lane: Any) -> Any:
+    """A lane's 16 bytes within a key's 128 bytes of RoPE."""
+    return 2 * (lane % 4) + lane // 8 % 2
+
+
+def unit_place(warp: Any, lane: Any) -> Any:
+    """Byte of a unit (two slices of 64 keys x 128 bytes, 128-byte swizzle) of a lane's first key and eight columns.
+
+    The next eight columns are at `place ^ 16`.
+    """
+    key = lane_key(lane)
+    return (lane // 8 % 2) * SLICE_BYTES + (16 * warp + key) * 128 + ((2 * (lane % 4)) ^ key) * 16
+
+
+def rope_place(warp: Any, lane: Any) -> Any:
+    """Byte of the RoPE slice of a lane's first key."""
+    key = lane_key(lane)
+    return (16 * warp + key) * 128 + (lane_rope_chunk(lane) ^ key) * 16
+
+
+def of_key(place: Any, i: int) -> Any:
+    """The place of a lane's key i (0 to 3; four keys apart) from that of its first."""
+    return (place + 512 * i) ^ (64 * (i % 2))
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where the parts of a key lie, for the producers. Bytes from the beginning of the key's row.
+
+    Attributes:
+        d_qk: columns.
+        row_bytes: from one key to the next within a page.
+        scale_place: of the first scale.
+        scale_words: 32-bit words of scales that a lane holds: half of a key's.
+        rope_place: of 64 bf16 columns that are key but not value; 0 where there are none.
+    """
+
+    d_qk: int
+    row_bytes: int
+    scale_place: int
+    scale_words: int
+    rope_place: int
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether there is a ninth slice of 64 columns."""
+        return self.rope_place > 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """One compiled variant. Any head count, page size, topk and number of query tokens.
+
+    Attributes:
+        layout: of the cache, `openmla.core.layout`.
+        gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may be
+            multiplied; -1 when all are issued, -2 when all are complete.
+        load_late: the loads two units ahead leave when a unit has been handed over, not while it is converted: whether
+            the fence before the hand-over waits for them is the question.
+    """
+
+    layout: str = "fp8_656"
+    gate_left: int = -1
+    gate_right: int = -2
+    load_late: bool = True
+
+    @property
+    def bytes(self) -> Bytes:
+        """The layout as the producers read it."""
+        layout = kv_layout(self.layout)
+        rope = layout.d_quant + layout.scale_bytes if layout.d_qk > D_V else 0
+        return Bytes(layout.d_qk, layout.bytes_per_token, layout.d_quant, 2, rope)
+
+    @property
+    def name(self) -> str:
+        """Exported function name; the digest stands for the fields of the schedule."""
+        schedule = {key: value for key, value in self.as_dict().items() if key != "layout"}
+        digest = hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{FAMILY}_{self.layout}_{digest}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the bundle's manifest."""
+        return asdict(self)
+
+
+LAYOUTS = ("fp8_656",)
+VARIANTS: tuple[Config, ...] = tuple(Config(layout) for layout in LAYOUTS)
+"""What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
+
+
+def row_blocks(problem: SparseDecodeProblem) -> int:
+    """64-head blocks of one query token."""
+    return -(-problem.h_q // BLOCK_ROWS)
+
+
+def requests(problem: SparseDecodeProblem) -> tuple[int, int]:
+    """(requests, query tokens of each) as the plan sees them; tokens of a varlen batch are requests of one token."""
+    return (problem.total_q, 1) if problem.is_varlen else (problem.batch, problem.s_q)
+
+
+def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
+    """May this kernel run the problem here? Every reason against it."""
+    batch, s_q = requests(problem)
+    cache_bytes = problem.num_pages * problem.layout.page_bytes(problem.page_size)
+    return require(
+        (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
+        (problem.layout.name in LAYOUTS, f"reads {', '.join(LAYOUTS)} caches, this one is {problem.layout}"),
+        (problem.dtype == torch.bfloat16, f"takes bf16 queries, got {problem.dtype}"),
+        (1 <= batch <= MAX_BATCH, f"takes 1 to {MAX_BATCH} requests (varlen: tokens), got {batch}"),
+        (1 <= s_q <= 65_535, f"takes 1 to 65535 query tokens per request, got {s_q}"),
+        (problem.topk >= 1, "needs at least one index per query token"),
+        (cache_bytes <= MAX_CACHE_BYTES, f"takes caches of up to {MAX_CACHE_BYTES} bytes, got {cache_bytes}"),
+        (problem.extra is None, "reads one cache: extra_kv_cache has no path yet"),
+    )
+
+
+def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
+    """The variant that runs the problem. Call only where `supports` is true."""
+    return (Config(problem.layout.name),)
+
+
+def num_parts(problem: SparseDecodeProblem, target: Target) -> int:
+    """Parts of the plan: each takes row_blocks * s_q CTAs, one per SM."""
+    return max(target.num_sms // (row_blocks(problem) * requests(problem)[1]), 1)

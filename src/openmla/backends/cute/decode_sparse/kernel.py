@@ -1,0 +1,875 @@
+"""Token-sparse MLA decode over a quantised cache: bound by the tensor cores, with the dequantisation hidden behind them.
+
+Computes
+    For every query row (token, head) and the keys j that the token's `indices` name (see `Bytes` in config.py for how a
+    key is stored; its value is its first 512 columns):
+    k_j = bf16(code * scale)    s_j = scale_log2 * <q, k_j>    p_j = 2^(s_j - m)
+    out = sum_j p_j k_j[:512] / sum_j p_j    lse = m + log2 sum_j p_j    out *= 1 / (1 + e^(sink - lse)) with a sink
+
+Shapes
+    q [batch, s_q, h_q, d_qk], kv bytes of pages, indices [batch, s_q, topk], out [batch, s_q, h_q, 512]. A CTA takes 64
+    heads of query token s of every request in its part of the plan: a stretch of the line of 64-key tiles, in pieces of
+    one request each.
+
+Schedule (512 threads; time runs down; one tile of 64 keys per turn)
+    producers (4 warps)                scores (warpgroup 0)              values left | right (warpgroups 1 | 2)
+    ring of two tiles, 4 units each    S(j) = Q K(j)^T, 36 wgmmas as     wait for P(j-1), rescale O if told to
+    unit = 64 keys x 128 columns:        the units come: 0, 2, 1, 3,
+      16 B of codes per lane and key     RoPE
+      are loaded two units ahead       all issued   -> gate left         left begins P(j-1) V(j-1)
+      code * scale -> bf16 -> ring     all complete -> gate right        right begins P(j-1) V(j-1)
+    RoPE: cp.async, no registers       maximum, exponentials, P(j) out   each quarter of V read: its unit is free
+    indices three tiles ahead, rows
+      into L2 two tiles ahead
+    While P(j-1) V(j-1) runs, the scores warpgroup makes P(j) and the producers fill the units that come free; then S(j+1)
+    has the tensor cores for itself. A warp only handles its own 16 keys of every tile: producers never wait for each other.
+
+Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
+    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 96 scores, 160 values, 96 producers
+    (x 128 = 65,536), no spills.
+
+Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_sparse_protocol.py)
+    full[unit]           producers -> scores (and, through P, values)   4 warps
+    empty[unit]          values -> producers                            4 warps of the half that reads it
+    rope_full/empty      producers -> scores / back                     4 / 4 warps
+    q_full/empty         copy engine -> scores / back                   1 + bytes / 4 warps
+    p_full/empty[2]      scores -> values / back                        4 / 8 warps
+    go[half, 2]          scores -> values: the gates                    4 warps
+    sum_full/empty       scores -> values: 1 / row sums                 4 / 8 warps
+    piece_full/empty[8]  first producer warp -> everybody / back        1 / 15 warps
+
+Sources
+    Gates, split of O and lazy rescale: decode_dense. Producer warps that dequantise for the others: FlashMLA's FP8 kernel,
+    which exchanges dequantised halves between two CTAs; here every CTA dequantises its own tiles.
+
+Deep dive: docs/kernels/decode_sparse.md
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+
+from openmla.backends.cute.decode_sparse.config import (
+    SLICE_BYTES,
+    Config,
+    lane_chunk,
+    lane_key,
+    lane_rope_chunk,
+    of_key,
+    rope_place,
+    unit_place,
+)
+
+THREADS = 512
+REGS_SCORES, REGS_VALUES, REGS_PRODUCERS = 96, 160, 96  # x 128 threads = 65,536
+UNIT_BYTES = 2 * SLICE_BYTES
+UNITS = 8  # two tiles of four
+ORDER = (0, 2, 1, 3)  # in which the values warpgroups free the units of a tile, so in which they are filled and read
+PIECES = 8  # descriptors; the indices are three tiles ahead, which may be three pieces
+EVICT_FIRST = 0x12F0000000000000
+LN2 = 0.6931471805599453
+LOG2_E = 1.4426950408889634
+FAULT_INDEX, FAULT_LENGTH = 8, 16
+NO_ROW = -1  # offset of a key that is not there
+# A finite start for the running maximum: -inf would make -inf - -inf where a row has seen no key.
+NO_MAXIMUM = -1.0e30
+# Rescale O only when a score exceeds the reference by 2^8: P stays below 256, exact enough in bf16.
+LAZY_LOG2 = 8.0
+
+# Fields of a piece descriptor: tiles (-1 ends the list), request, first tile, position in the index list where the piece
+# ends, slot of its partial result (-1: none).
+TILES, REQUEST, FIRST_BLOCK, STOP, SPLIT_SLOT = range(5)
+FIELDS = 8
+
+
+class Scope:
+    """Names that the warp roles share. Opaque to the tracer, which would thread a SimpleNamespace through every branch."""
+
+    def __init__(self, **names: Any) -> None:
+        self.__dict__.update(names)
+
+
+class DecodeSparse:
+    """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.bytes = config.bytes
+        self.smem_bytes = 0
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # bf16 [batch, s_q, h_q, d_qk]
+        kv: cute.Tensor,  # int32 [num_pages, words of a page]
+        indices: cute.Tensor,  # int32 [batch, s_q, topk]
+        topk_length: cute.Tensor,  # int32 [batch, s_q]; read only with has_length
+        lengths: cute.Tensor,  # int32 [batch]: positions of the index lists that the plan was made for
+        metadata: cute.Tensor,  # int32 [num_parts, 8]
+        num_splits: cute.Tensor,  # int32 [batch + 1]
+        sink: cute.Tensor,  # fp32 [h_q]; read only with has_sink
+        out: cute.Tensor,  # bf16 [batch, s_q, h_q, 512]
+        lse: cute.Tensor,  # fp32 [batch, h_q, s_q], natural log
+        out_accum: cute.Tensor,  # fp32 [slots, s_q * h_q, 512]
+        lse2_accum: cute.Tensor,  # fp32 [slots, s_q * h_q], base 2
+        fault_word: cute.Tensor,  # int32 [1]
+        page_size: Int32,
+        chunk_blocks: Int32,  # 0, or the piece length of batch_invariant
+        has_length: Int32,
+        has_sink: Int32,
+        scale_log2: Float32,  # softmax_scale * log2(e)
+        stream: cuda.CUstream,
+    ):
+        d_qk, dtype = self.bytes.d_qk, cutlass.BFloat16
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+
+        def tiled(*shape: int) -> Any:
+            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+        ring_layout, rope_layout, p_layout = tiled(64, 128, UNITS), tiled(64, 64, 1), tiled(64, 64, 2)
+        q_layout = tiled(64, d_qk)
+
+        def mma(n: int, b_major: Any) -> Any:
+            return sm90.make_trivial_tiled_mma(
+                dtype, dtype, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, n), warpgroup.OperandSource.SMEM
+            )
+
+        qk_first = mma(64, OperandMajorMode.K)  # overwrites S, the others add to it
+        qk = mma(64, OperandMajorMode.K)
+        pv = mma(128, OperandMajorMode.MN)
+        # head | column | token | request
+        q_rows = cute.make_tensor(q.iterator, cute.select(q.layout, [2, 3, 1, 0]))
+        tma_q, t_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q_rows, tiled(64, 64), (64, 64))
+
+        @cute.struct
+        class Storage:
+            full: cute.struct.MemRange[Int64, UNITS]
+            empty: cute.struct.MemRange[Int64, UNITS]
+            rope_full: cute.struct.MemRange[Int64, 1]
+            rope_empty: cute.struct.MemRange[Int64, 1]
+            q_full: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 1]
+            p_full: cute.struct.MemRange[Int64, 2]
+            p_empty: cute.struct.MemRange[Int64, 2]
+            go: cute.struct.MemRange[Int64, 5]  # the last one is nobody's: see `gate`
+            sum_full: cute.struct.MemRange[Int64, 1]
+            sum_empty: cute.struct.MemRange[Int64, 1]
+            piece_full: cute.struct.MemRange[Int64, PIECES]
+            piece_empty: cute.struct.MemRange[Int64, PIECES]
+            piece: cute.struct.MemRange[Int32, FIELDS * PIECES]
+            plan: cute.struct.MemRange[Int32, 4]
+            valid: cute.struct.MemRange[Int32, 4 * 4]
+            need: cute.struct.MemRange[Int32, 2 * 4]
+            factor: cute.struct.MemRange[Float32, 2 * 64]
+            inverse: cute.struct.MemRange[Float32, 64]
+            ring: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(ring_layout)], 1024]
+            rope: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(rope_layout)], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(p_layout)], 1024]
+
+        self.storage = Storage
+        self.smem_bytes = Storage.size_in_bytes()
+        self.kernel(
+            tma_q, t_q, kv, indices, topk_length, lengths, metadata, num_splits, sink, out, lse, out_accum, lse2_accum,
+            fault_word, page_size, chunk_blocks, has_length, has_sink, scale_log2, qk_first, qk, pv,
+            ring_layout, rope_layout, q_layout, p_layout,
+        ).launch(
+            grid=[cute.ceil_div(q.shape[2], 64), q.shape[1], metadata.shape[0]],
+            block=[THREADS, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        t_q: cute.Tensor,
+        kv: cute.Tensor,
+        indices: cute.Tensor,
+        topk_length: cute.Tensor,
+        lengths: cute.Tensor,
+        metadata: cute.Tensor,
+        num_splits: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        out_accum: cute.Tensor,
+        lse2_accum: cute.Tensor,
+        fault_word: cute.Tensor,
+        page_size: Int32,
+        chunk_blocks: Int32,
+        has_length: Int32,
+        has_sink: Int32,
+        scale_log2: Float32,
+        qk_first: cute.TiledMma,
+        qk: cute.TiledMma,
+        pv: cute.TiledMma,
+        ring_layout: cute.ComposedLayout,
+        rope_layout: cute.ComposedLayout,
+        q_layout: cute.ComposedLayout,
+        p_layout: cute.ComposedLayout,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        m_block, token, part = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        store = SmemAllocator().allocate(self.storage)
+        pointer = lambda name: getattr(store, name).data_ptr()  # noqa: E731
+        c = Scope(
+            **{name: pointer(name) for name in (
+                "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
+                "sum_empty", "piece_full", "piece_empty",
+            )},
+            piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
+            plan=store.plan.get_tensor(cute.make_layout(4)),
+            valid=store.valid.get_tensor(cute.make_layout((4, 4))),
+            need=store.need.get_tensor(cute.make_layout((4, 2))),
+            factor=store.factor.get_tensor(cute.make_layout((64, 2))),
+            inverse=store.inverse.get_tensor(cute.make_layout(64)),
+            s_ring=store.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner),
+            s_rope=store.rope.get_tensor(rope_layout.outer, swizzle=rope_layout.inner),
+            s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
+            s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
+            ring_base=store.ring.data_ptr().toint(), rope_base=store.rope.data_ptr().toint(),
+            tma_q=tma_q, t_q=t_q, kv=kv, indices=indices, topk_length=topk_length, lengths=lengths, metadata=metadata,
+            num_splits=num_splits, sink=sink, out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum,
+            fault_word=fault_word, page_size=page_size, chunk_blocks=chunk_blocks, has_length=has_length,
+            has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2], qk_first=qk_first, qk=qk, pv=pv,
+            m_block=m_block, token=token, part=part, thread=tidx % 128, warp=warp_idx % 4, lane=cute.arch.lane_idx(),
+            warp_idx=warp_idx,
+        )  # fmt: skip
+
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for pointer_, count, copies in (
+                    (c.full, 4, UNITS),
+                    (c.empty, 4, UNITS),
+                    (c.rope_full, 4, 1),
+                    (c.rope_empty, 4, 1),
+                    (c.q_full, 1, 1),
+                    (c.q_empty, 4, 1),
+                    (c.p_full, 4, 2),
+                    (c.p_empty, 8, 2),
+                    (c.go, 4, 5),
+                    (c.sum_full, 4, 1),
+                    (c.sum_empty, 8, 1),
+                    (c.piece_full, 1, PIECES),
+                    (c.piece_empty, 12 + 3, PIECES),  # math warps and the other producers
+                ):
+                    for i in range(copies):
+                        cute.arch.mbarrier_init(pointer_ + i, count)
+            cpasync.prefetch_descriptor(tma_q)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(REGS_SCORES)
+            self.scores(c)
+        elif warp_idx < 12:
+            cute.arch.setmaxregister_increase(REGS_VALUES)
+            self.values(c)
+        else:
+            cute.arch.setmaxregister_decrease(REGS_PRODUCERS)
+            self.produce(c)
+
+    # ------------------------------------------------------------------ small steps that several roles share
+
+    @cute.jit
+    def arrive(self, barrier: cutlass.Constexpr):
+        """One arrival of this warp."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def next_piece(self, c: cutlass.Constexpr, piece: Int32):
+        """Tiles of a piece, once its descriptor is there."""
+        cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+        return cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    # ------------------------------------------------------------------ plan and Q: the first producer warp
+
+    @cute.jit
+    def begin_plan(self, c: cutlass.Constexpr):
+        """Where this part's stretch begins: request, tile, split."""
+        if c.lane == 0:
+            meta, plan = c.metadata, c.plan
+            plan[0], plan[1], plan[2] = meta[c.part, 0], meta[c.part, 2], meta[c.part, 4]
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def describe(self, c: cutlass.Constexpr, piece: Int32):
+        """Write the descriptor of the next piece of this part's stretch of the line, or of its end."""
+        fields, plan, meta = c.piece, c.plan, c.metadata
+        index = piece % PIECES
+        cute.arch.mbarrier_wait(c.piece_empty + index, ((piece // PIECES) & 1) ^ 1)
+        if c.lane == 0:
+            request, block, split = plan[0], plan[1], plan[2]
+            last = cutlass.min(meta[c.part, 1], c.lengths.shape[0] - 1)
+            tiles = Int32(-1)
+            if request <= last:
+                length = cutlass.min(cutlass.max(c.lengths[request], 0), c.indices.shape[2])
+                end = (length + 63) // 64
+                if request == meta[c.part, 1]:
+                    end = cutlass.min(end, meta[c.part, 3])
+                own = c.indices.shape[2]
+                if c.has_length != 0:
+                    asked = c.topk_length[request, c.token]
+                    own = cutlass.min(cutlass.max(asked, 0), own)
+                    if (own != asked) & (c.m_block == 0):
+                        cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_LENGTH))
+                step = c.chunk_blocks if c.chunk_blocks > 0 else cutlass.max(end - block, 1)
+                count = cutlass.min(end - block, step)
+                first_slot = c.num_splits[request]
+                is_split = c.num_splits[request + 1] - first_slot > 1
+                fields[REQUEST, index] = request
+                fields[FIRST_BLOCK, index] = block
+                fields[STOP, index] = cutlass.min((block + count) * 64, own)
+                fields[SPLIT_SLOT, index] = first_slot + split if is_split else Int32(-1)
+                # A token with a shorter list than its request's longest skips tiles; an empty piece is one masked tile.
+                tiles = cutlass.max(cutlass.min(count, (own + 63) // 64 - block), 1)
+                block += step
+                split += 1
+                if block >= end:
+                    request += 1
+                    block, split = Int32(0), Int32(0)
+                plan[0], plan[1], plan[2] = request, block, split
+            fields[TILES, index] = tiles
+        self.arrive(c.piece_full + index)
+
+    @cute.jit
+    def load_q(self, c: cutlass.Constexpr, piece: Int32):
+        """This CTA's 64 heads of the piece's query token, when the scores of the piece before are complete."""
+        tile = cute.local_tile(c.t_q, (64, 64), (c.m_block, None, c.token, c.piece[REQUEST, piece % PIECES]))
+        boxes = cute.group_modes(cute.flat_divide(c.s_q, (64, 64))[None, None, 0, None], 0, 2)
+        s_q, g_q = cpasync.tma_partition(c.tma_q, 0, cute.make_layout(1), boxes, cute.group_modes(tile, 0, 2))
+        slices = self.bytes.d_qk // 64
+        cute.arch.mbarrier_wait(c.q_empty, (piece & 1) ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, slices * SLICE_BYTES)
+        for x in cutlass.range_constexpr(slices):
+            cute.copy(
+                c.tma_q, g_q[None, x], s_q[None, x], tma_bar_ptr=c.q_full, cache_policy=Int64(EVICT_FIRST)
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------ producers
+
+    @cute.jit
+    def produce(self, c: cutlass.Constexpr):
+        """This warp's 16 keys of every tile, from the cache into the ring.
+
+        A lane handles one of every four keys, and sixteen columns of each unit: 128 contiguous bytes per key and load,
+        and the eight lanes of a store phase hit all 32 banks (config.py says which lane takes what).
+        """
+        lane = c.lane
+        s = Scope(
+            key=lane_key(lane), chunk=lane_chunk(lane), place=unit_place(c.warp, lane), is_lead=c.warp_idx == 12,
+            rope_chunk=lane_rope_chunk(lane), rope_place=rope_place(c.warp, lane),
+        )  # fmt: skip
+        raw = [cute.make_rmem_tensor(16, Int32) for _ in range(2)]  # two units of codes
+        offsets = cute.make_rmem_tensor(4, Int32)  # of this lane's four keys, in 16 bytes
+        scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
+        later_scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
+
+        if s.is_lead:
+            self.begin_plan(c)
+            self.describe(c, Int32(0))
+        tiles = self.next_piece(c, Int32(0))
+        if s.is_lead & (tiles > 0):
+            self.load_q(c, Int32(0))
+        # Of the tiles to come: where the indices are read; tile j + 1's offset of lane's key; tile j + 2's index.
+        at_piece, at_tile, at_tiles = Int32(0), Int32(0), tiles
+        index0, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
+        index1, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
+        index2, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
+        offset = self.locate(c, index0)
+        self.load_scales(c, offset, scales)
+        self.note_valid(c, Int32(0), offset)
+        self.spread(s, offset, offsets)
+        for p in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(4):
+                self.load_codes(c, s, offsets[i], ORDER[p], i, raw[p])
+        offset = self.locate(c, index1)
+        self.prefetch(c, offset)
+
+        turn, piece = Int32(0), Int32(0)
+        while tiles > 0:
+            for _ in cutlass.range(tiles, unroll=1):
+                self.load_scales(c, offset, later_scales)
+                further = self.locate(c, index2)
+                self.prefetch(c, further)
+                index2, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
+                base, phase = 4 * (turn & 1), ((turn >> 1) & 1) ^ 1
+                for p in cutlass.range_constexpr(4):
+                    if const_expr(p == 2):
+                        if const_expr(self.bytes.has_rope):
+                            cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
+                            self.load_rope(c, s, offsets)
+                        self.spread(s, offset, offsets)
+                        self.note_valid(c, turn + 1, offset)
+                    unit = base + ORDER[p]
+                    cute.arch.mbarrier_wait(c.empty + unit, phase)
+                    for i in cutlass.range_constexpr(4):
+                        self.store_unit(c, s, raw[p % 2], scales, unit, ORDER[p], i)
+                        if const_expr(not self.config.load_late):
+                            self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
+                    # The tensor cores read the ring through the async proxy.
+                    cute.arch.fence_view_async_shared()
+                    self.arrive(c.full + unit)
+                    if const_expr(self.config.load_late):
+                        for i in cutlass.range_constexpr(4):
+                            self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
+                if const_expr(self.bytes.has_rope):
+                    cute.arch.inline_ptx("cp.async.wait_all;")
+                    cute.arch.fence_view_async_shared()
+                    self.arrive(c.rope_full)
+                for x in cutlass.range_constexpr(self.bytes.scale_words):
+                    scales[x] = later_scales[x]
+                offset = further
+                turn += 1
+            if c.warp_idx != 12:
+                self.arrive(c.piece_empty + piece % PIECES)
+            piece += 1
+            tiles = self.next_piece(c, piece)
+            if s.is_lead & (tiles > 0):
+                self.load_q(c, piece)
+
+    @cute.jit
+    def next_index(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, tile: Int32, tiles: Int32
+    ):  # fmt: skip
+        """The index of key `lane % 16` of this warp in the tile at (piece, tile), and the tile after it."""
+        index = Int32(-1)
+        if tiles > 0:
+            where = piece % PIECES
+            position = (c.piece[FIRST_BLOCK, where] + tile) * 64 + 16 * c.warp + c.lane % 16
+            if position < c.piece[STOP, where]:
+                index = c.indices[c.piece[REQUEST, where], c.token, position]
+            tile += 1
+            if tile == tiles:
+                piece += 1
+                tile = Int32(0)
+                if s.is_lead:
+                    self.describe(c, piece)
+                tiles = self.next_piece(c, piece)
+        return index, piece, tile, tiles
+
+    @cute.jit
+    def locate(self, c: cutlass.Constexpr, index: Int32):
+        """Where a key's bytes begin, in 16 bytes from the start of the cache; NO_ROW for none. Notes bad indices."""
+        offset = Int32(NO_ROW)
+        if index != -1:
+            page = index // c.page_size
+            if (index >= 0) & (page < c.kv.shape[0]):
+                step = Int32(c.kv.stride[0] // 4)
+                offset = page * step + (index - page * c.page_size) * (self.bytes.row_bytes // 16)
+            else:
+                cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_INDEX))
+        return offset
+
+    @cute.jit
+    def spread(self, s: cutlass.Constexpr, offset: Int32, offsets: cute.Tensor):
+        """From one key per lane to the four keys that a lane handles."""
+        for i in cutlass.range_constexpr(4):
+            offsets[i] = cute.arch.shuffle_sync(offset, s.key + 4 * i)
+
+    @cute.jit
+    def note_valid(self, c: cutlass.Constexpr, tile: Int32, offset: Int32):
+        """Which of this warp's 16 keys of a tile are there; the place of a tile is free when the tile 4 before is done."""
+        present = cute.arch.vote_ballot_sync(offset != NO_ROW) & 0xFFFF
+        valid = c.valid
+        if c.lane == 0:
+            valid[c.warp, tile & 3] = present
+
+    @cute.jit
+    def prefetch(self, c: cutlass.Constexpr, offset: Int32):
+        """Ask for a key's bytes two tiles before they are read, so that they come from L2 then."""
+        base = c.kv.iterator.toint()
+        if (offset != NO_ROW) & (c.lane < 16):
+            cute.arch.inline_ptx(
+                "{ .reg .b64 a; mad.wide.u32 a, {$r1}, 16, {$r0}; cp.async.bulk.prefetch.L2.global [a], "
+                + f"{self.bytes.row_bytes};"
+                + " }",
+                read_only_args=[base, offset],
+            )
+
+    @cute.jit
+    def load_scales(self, c: cutlass.Constexpr, offset: Int32, scales: cute.Tensor):
+        """Scales of key `lane % 16`: lanes 0 to 15 hold those of units 0 and 1, the others those of 2 and 3."""
+        place = self.bytes.scale_place + (c.lane // 16) * 8
+        scales[0], scales[1] = cute.arch.inline_ptx(
+            "{ .reg .b64 a; .reg .b64 b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
+            " cvt.u64.u32 b, {$r2}; add.u64 a, a, b; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0;"
+            " @p ld.global.nc.v2.b32 {{$w0}, {$w1}}, [a]; }",
+            write_only_types=[Int32, Int32],
+            read_only_args=[c.kv.iterator.toint(), offset, place],
+        )
+
+    @cute.jit
+    def load_codes(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, offset: Int32, unit: cutlass.Constexpr,
+        i: cutlass.Constexpr, raw: cute.Tensor,
+    ):  # fmt: skip
+        """Sixteen codes of one key; zeros where there is none."""
+        base = c.kv.iterator.toint() + Int64(s.chunk * 16)
+        raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3] = cute.arch.inline_ptx(
+            "{ .reg .b64 a; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
+            " mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
+            " @p ld.global.nc.L1::no_allocate.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [a + " + str(128 * unit) + "]; }",
+            write_only_types=[Int32] * 4,
+            read_only_args=[base, offset],
+        )
+
+    @cute.jit
+    def load_rope(self, c: cutlass.Constexpr, s: cutlass.Constexpr, offsets: cute.Tensor):
+        """The RoPE columns of this warp's keys, as they are stored; zeros for keys that are not there."""
+        base = c.kv.iterator.toint() + Int64(s.rope_chunk * 16)
+        for i in cutlass.range_constexpr(4):
+            there = c.rope_base + of_key(s.rope_place, i)
+            size = Int32(16) if offsets[i] != NO_ROW else Int32(0)
+            offset = offsets[i] if offsets[i] != NO_ROW else Int32(0)
+            cute.arch.inline_ptx(
+                "{ .reg .b64 a; mad.wide.u32 a, {$r1}, 16, {$r0}; "
+                + "cp.async.cg.shared.global [{$r2}], [a + "
+                + str(self.bytes.rope_place)
+                + "], 16, {$r3}; }",
+                read_only_args=[base, offset, there, size],
+            )
+
+    @cute.jit
+    def store_unit(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, raw: cute.Tensor, scales: cute.Tensor, unit: Int32,
+        which: cutlass.Constexpr, i: cutlass.Constexpr,
+    ):  # fmt: skip
+        """bf16(code * scale) of sixteen columns of key i into the ring: two 16-byte chunks of the 128-byte swizzle."""
+        word = cute.arch.shuffle_sync(scales[which % 2], s.key + 4 * i + 16 * (which // 2))
+        words = cute.make_rmem_tensor(8, Int32)
+        for x in cutlass.range_constexpr(4):
+            words[2 * x], words[2 * x + 1] = self.dequantise(raw[4 * i + x], word)
+        there = c.ring_base + unit * UNIT_BYTES + of_key(s.place, i)
+        for h in cutlass.range_constexpr(2):
+            cute.arch.inline_ptx(
+                "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[there ^ (16 * h), *(words[4 * h + x] for x in range(4))],
+            )
+
+    @cute.jit
+    def dequantise(self, codes: Int32, scale: Int32):
+        """Four e4m3 codes times an fp32 scale, rounded once, to bf16: every code, subnormals and NaN included."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b16 lo, hi, h0, h1, h2, h3; .reg .b32 a, b; .reg .f32 s, f0, f1, f2, f3;"
+            " mov.b32 s, {$r1}; mov.b32 {lo, hi}, {$r0};"
+            " cvt.rn.f16x2.e4m3x2 a, lo; cvt.rn.f16x2.e4m3x2 b, hi;"
+            " mov.b32 {h0, h1}, a; mov.b32 {h2, h3}, b;"
+            " cvt.f32.f16 f0, h0; cvt.f32.f16 f1, h1; cvt.f32.f16 f2, h2; cvt.f32.f16 f3, h3;"
+            " mul.rn.f32 f0, f0, s; mul.rn.f32 f1, f1, s; mul.rn.f32 f2, f2, s; mul.rn.f32 f3, f3, s;"
+            " cvt.rn.bf16x2.f32 {$w0}, f1, f0; cvt.rn.bf16x2.f32 {$w1}, f3, f2; }",
+            write_only_types=[Int32, Int32],
+            read_only_args=[codes, scale],
+        )
+
+    # ------------------------------------------------------------------ S = Q K^T and the softmax
+
+    @cute.jit
+    def scores(self, c: cutlass.Constexpr):
+        """S of one tile on the tensor cores, then its probabilities while they multiply the tile before."""
+        c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
+        c.qk.set(warpgroup.Field.ACCUMULATE, True)
+        thr = c.qk.get_slice(c.thread)
+        s = Scope(
+            a=c.qk.make_fragment_A(thr.partition_A(c.s_q)),
+            b_ring=c.qk.make_fragment_B(thr.partition_B(c.s_ring)),
+            b_rope=c.qk.make_fragment_B(thr.partition_B(c.s_rope)),
+            row0=c.warp * 16 + c.lane // 4,
+        )
+        acc = c.qk.make_fragment_C(c.qk.partition_shape_C((64, 64)))
+        packed = cute.make_rmem_tensor(acc.layout, cutlass.BFloat16)
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), cutlass.BFloat16), c.qk)
+        thr_p = store.get_slice(c.thread)
+        s.store, s.p_from, s.p_to = store, thr_p.retile(packed), thr_p.partition_D(c.s_p)
+
+        count, piece = Int32(0), Int32(0)
+        tiles = self.next_piece(c, piece)
+        while tiles > 0:
+            m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
+            cute.arch.mbarrier_wait(c.q_full, piece & 1)
+            for j in cutlass.range(tiles, unroll=1):
+                valid0, valid1 = self.multiply(c, s, acc, count, j)
+                if j + 1 == tiles:
+                    self.arrive(c.q_empty)
+                for x in cutlass.range_constexpr(32):
+                    acc[x] = acc[x] * c.scale_log2
+                if (valid0 & valid1) != -1:
+                    self.mask(c, acc, valid0, valid1)
+                m0, m1, l0, l1, f0, f1, need = self.reference(acc, m0, m1, l0, l1)
+                for x in cutlass.range_constexpr(32):
+                    acc[x] = cute.math.exp2(acc[x], fastmath=True)
+                    if const_expr((x // 2) % 2 == 0):
+                        l0 += acc[x]
+                    else:
+                        l1 += acc[x]
+                packed.store(acc.load().to(cutlass.BFloat16))
+                buf = count & 1
+                cute.arch.mbarrier_wait(c.p_empty + buf, ((count >> 1) & 1) ^ 1)
+                cute.copy(s.store, s.p_from, s.p_to[None, None, None, buf])
+                self.publish(c, s, buf, f0, f1, need)
+                if j + 1 == tiles:  # nothing to wait for: the next scores may be far away
+                    self.arrive(c.go + buf)
+                    self.arrive(c.go + 2 + buf)
+                count += 1
+            self.sums(c, s, piece, m0, m1, l0, l1)
+            piece += 1
+            tiles = self.next_piece(c, piece)
+
+    @cute.jit
+    def multiply(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, count: Int32, j: Int32):
+        """S of one tile. Opens the gates of the tile before; returns which keys are there, one bit each."""
+        cfg = self.config
+        base, phase = 4 * (count & 1), (count >> 1) & 1
+        # The gates of a piece's last tile are open already: the first of a piece arrives where nobody waits. A branch
+        # between wgmmas would make ptxas wait for each of them.
+        before = (count & 1) ^ 1
+        left = before if j > 0 else Int32(4)
+        right = before + 2 if j > 0 else Int32(4)
+        issued = 0
+        valid0, valid1 = Int32(0), Int32(0)
+        for p in cutlass.range_constexpr(4):
+            e = ORDER[p]
+            cute.arch.mbarrier_wait(c.full + base + e, phase)
+            if const_expr(p == 0):
+                valid0 = c.valid[0, count & 3] | (c.valid[1, count & 3] << 16)
+                valid1 = c.valid[2, count & 3] | (c.valid[3, count & 3] << 16)
+                warpgroup.fence()
+            for k in cutlass.range_constexpr(8):
+                cute.gemm(
+                    c.qk if issued else c.qk_first, acc, s.a[None, None, 8 * e + k], s.b_ring[None, None, k, base + e],
+                    acc,
+                )  # fmt: skip
+                if const_expr(issued == cfg.gate_left):
+                    self.arrive(c.go + left)
+                if const_expr(issued == cfg.gate_right):
+                    self.arrive(c.go + right)
+                issued += 1
+        if const_expr(self.bytes.has_rope):
+            cute.arch.mbarrier_wait(c.rope_full, count & 1)
+            for k in cutlass.range_constexpr(4):
+                cute.gemm(c.qk, acc, s.a[None, None, 32 + k], s.b_rope[None, None, k, 0], acc)
+        warpgroup.commit_group()
+        if const_expr(cfg.gate_left == -1):
+            self.arrive(c.go + left)
+        if const_expr(cfg.gate_right == -1):
+            self.arrive(c.go + right)
+        warpgroup.wait_group(0)
+        if const_expr(cfg.gate_left == -2):
+            self.arrive(c.go + left)
+        if const_expr(cfg.gate_right == -2):
+            self.arrive(c.go + right)
+        if const_expr(self.bytes.has_rope):
+            self.arrive(c.rope_empty)
+        return valid0, valid1
+
+    @cute.jit
+    def mask(self, c: cutlass.Constexpr, acc: cute.Tensor, valid0: Int32, valid1: Int32):
+        """Scores of keys that are not there become -inf."""
+        for x in cutlass.range_constexpr(32):
+            word = valid0 if const_expr(x < 16) else valid1
+            bit = (x // 4 % 4) * 8 + x % 2
+            if ((word >> (c.lane % 4 * 2 + bit)) & 1) == 0:
+                acc[x] = -Float32.inf
+
+    @cute.jit
+    def reference(self, acc: cute.Tensor, m0: Float32, m1: Float32, l0: Float32, l1: Float32):
+        """Move the reference of a row when a score exceeds it by 2^8; leave score - reference in `acc`.
+
+        The reference is one of the scores, scaled and rounded like all: the difference of the largest is exactly 0,
+        whatever its size. (One fused multiply-add would round differently and make 2^(1e5) of a logit of 1e12.)
+        """
+        f0, f1 = Float32(1.0), Float32(1.0)
+        x0, x1 = acc[0], acc[2]
+        for i in cutlass.range_constexpr(8):
+            x0 = cute.arch.fmax(x0, cute.arch.fmax(acc[i * 4 + 0], acc[i * 4 + 1]))
+            x1 = cute.arch.fmax(x1, cute.arch.fmax(acc[i * 4 + 2], acc[i * 4 + 3]))
+        over = cute.arch.fmax(x0 - m0, x1 - m1) > Float32(LAZY_LOG2)
+        need = Int32(1) if cute.arch.vote_any_sync(over) else Int32(0)
+        if need != 0:
+            for d in (1, 2):
+                x0 = cute.arch.fmax(x0, cute.arch.shuffle_sync_bfly(x0, d))
+                x1 = cute.arch.fmax(x1, cute.arch.shuffle_sync_bfly(x1, d))
+            n0, n1 = cute.arch.fmax(m0, x0), cute.arch.fmax(m1, x1)
+            f0 = cute.math.exp2(m0 - n0, fastmath=True)
+            f1 = cute.math.exp2(m1 - n1, fastmath=True)
+            l0, l1, m0, m1 = l0 * f0, l1 * f1, n0, n1
+        for x in cutlass.range_constexpr(32):
+            acc[x] = acc[x] - (m0 if (x // 2) % 2 == 0 else m1)
+        return m0, m1, l0, l1, f0, f1, need
+
+    @cute.jit
+    def publish(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
+        """P and, when the reference moved, the factors of O, for the value warpgroups."""
+        factor, flag = c.factor, c.need
+        if need != 0:
+            if c.lane % 4 == 0:
+                factor[s.row0, buf] = f0
+                factor[s.row0 + 8, buf] = f1
+        if c.lane == 0:
+            flag[c.warp, buf] = need
+        # The tensor cores read P through the async proxy.
+        cute.arch.fence_view_async_shared()
+        self.arrive(c.p_full + buf)
+
+    @cute.jit
+    def sums(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, m0: Float32, m1: Float32, l0: Float32,
+        l1: Float32,
+    ):  # fmt: skip
+        """Row sums to the value warpgroups, log-sum-exp to memory."""
+        for d in (1, 2):
+            l0 += cute.arch.shuffle_sync_bfly(l0, d)
+            l1 += cute.arch.shuffle_sync_bfly(l1, d)
+        index = piece % PIECES
+        cute.arch.mbarrier_wait(c.sum_empty, (piece & 1) ^ 1)
+        shared_inverse, lse, lse2_accum = c.inverse, c.lse, c.lse2_accum
+        if c.lane % 4 == 0:
+            split_slot, request = c.piece[SPLIT_SLOT, index], c.piece[REQUEST, index]
+            for half in cutlass.range_constexpr(2):
+                m, l = (m0, l0) if half == 0 else (m1, l1)  # noqa: E741
+                head = c.m_block * 64 + s.row0 + 8 * half
+                inverse, lse2 = Float32(0.0), -Float32.inf
+                if l != 0.0:  # also NaN, which shall be seen
+                    inverse = Float32(1.0) / l
+                    lse2 = m + cute.math.log2(l)
+                if head < c.h_q:
+                    if split_slot >= 0:
+                        lse2_accum[split_slot, c.token * c.h_q + head] = lse2
+                    else:
+                        lse[request, head, c.token] = lse2 * Float32(LN2)
+                        if c.has_sink != 0:
+                            weight = cute.math.exp2(c.sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
+                            if l != 0.0:  # an empty row stays 0, also for a sink of -inf
+                                inverse = inverse / (Float32(1.0) + weight)
+                shared_inverse[s.row0 + 8 * half] = inverse
+        self.arrive(c.sum_full)
+        self.arrive(c.piece_empty + index)
+
+    # ------------------------------------------------------------------ O += P V
+
+    @cute.jit
+    def values(self, c: cutlass.Constexpr):
+        """Half of O's columns: P from the exchange, V from the ring, O in registers."""
+        half = c.warp_idx // 4 - 1
+        pv = c.pv
+        s_v = cute.make_tensor(c.s_ring.iterator, cute.select(c.s_ring.layout, [1, 0, 2]))
+        b = pv.make_fragment_B(pv.get_slice(c.thread).partition_B(s_v))
+        a = pv.make_fragment_A(pv.get_slice(c.thread).partition_A(c.s_p))
+        accs = [pv.make_fragment_C(pv.partition_shape_C((64, 128))) for _ in range(2)]
+        row0 = c.warp * 16 + c.lane // 4
+        pv.set(warpgroup.Field.ACCUMULATE, True)
+        count, piece = Int32(0), Int32(0)
+        tiles = self.next_piece(c, piece)
+        while tiles > 0:
+            for acc in accs:
+                acc.fill(0.0)
+            for _ in cutlass.range(tiles, unroll=1):
+                buf, phase = count & 1, (count >> 1) & 1
+                unit = 4 * buf + 2 * half
+                cute.arch.mbarrier_wait(c.p_full + buf, phase)
+                if c.need[c.warp, buf] != 0:
+                    f0, f1 = c.factor[row0, buf], c.factor[row0 + 8, buf]
+                    for acc in accs:
+                        self.rescale(acc, f0, f1)
+                cute.arch.mbarrier_wait(c.go + half * 2 + buf, phase)
+                warpgroup.fence()
+                for k in cutlass.range_constexpr(4):
+                    cute.gemm(pv, accs[0], a[None, None, k, buf], b[None, None, k, unit], accs[0])
+                warpgroup.commit_group()
+                for k in cutlass.range_constexpr(4):
+                    cute.gemm(pv, accs[1], a[None, None, k, buf], b[None, None, k, unit + 1], accs[1])
+                warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                self.arrive(c.empty + unit)
+                warpgroup.wait_group(0)
+                self.arrive(c.p_empty + buf)
+                self.arrive(c.empty + unit + 1)
+                count += 1
+            cute.arch.mbarrier_wait(c.sum_full, piece & 1)
+            f0, f1 = c.inverse[row0], c.inverse[row0 + 8]
+            for acc in accs:
+                self.rescale(acc, f0, f1)
+            cute.arch.fence_view_async_shared()  # the loads are done before the arrival
+            self.arrive(c.sum_empty)
+            self.store_out(c, accs, piece % PIECES, half, row0)
+            self.arrive(c.piece_empty + piece % PIECES)
+            piece += 1
+            tiles = self.next_piece(c, piece)
+
+    @cute.jit
+    def rescale(self, acc: cute.Tensor, f0: Float32, f1: Float32):
+        """Multiply the two rows of a thread."""
+        for i in cutlass.range_constexpr(16):
+            acc[i * 4 + 0] = acc[i * 4 + 0] * f0
+            acc[i * 4 + 1] = acc[i * 4 + 1] * f0
+            acc[i * 4 + 2] = acc[i * 4 + 2] * f1
+            acc[i * 4 + 3] = acc[i * 4 + 3] * f1
+
+    @cute.jit
+    def store_out(
+        self, c: cutlass.Constexpr, accs: cutlass.Constexpr, index: Int32, half: Int32, row0: Int32,
+    ):  # fmt: skip
+        """O, divided by its sums: fp32 partials of a split request, else the output rows."""
+        split_slot, request = c.piece[SPLIT_SLOT, index], c.piece[REQUEST, index]
+        for side in cutlass.range_constexpr(2):
+            head = c.m_block * 64 + row0 + 8 * side
+            # Lanes exchange values, so all take part; those of rows behind the end do not store.
+            if split_slot >= 0:
+                line = c.out_accum[split_slot, c.token * c.h_q + head, None]
+                self.store_row(line, accs, c, half, side, head < c.h_q, Float32)
+            else:
+                line = c.out[request, c.token, head, None]
+                self.store_row(line, accs, c, half, side, head < c.h_q, cutlass.BFloat16)
+
+    @cute.jit
+    def store_row(
+        self, line: cute.Tensor, accs: cutlass.Constexpr, c: cutlass.Constexpr, half: Int32,
+        side: cutlass.Constexpr, is_row: Boolean, dtype: cutlass.Constexpr,
+    ):  # fmt: skip
+        """Half a row from the four lanes that share it, as 16-byte stores.
+
+        A lane holds column pairs 8 i + 2 lane; in groups of 16 bytes per pair count (4 for 16-bit elements, 2 for fp32)
+        the lanes transpose, so that each ends with adjacent columns.
+        """
+        # Through a shuffle, which stays where it is written: addresses hoisted out of the piece loop would spill.
+        quad = cute.arch.shuffle_sync_bfly(c.lane, 0) % 4
+        groups = 4 if const_expr(dtype.width == 16) else 2
+        column = half * 256 + (quad * 8 if const_expr(groups == 4) else quad % 2 * 8 + quad // 2 * 4)
+        base = cute.make_ptr(dtype, (line.iterator + column).toint(), cute.AddressSpace.gmem, assumed_align=16)
+        pairs = cute.make_rmem_tensor(cute.make_layout((2, groups), stride=(1, 2)), dtype)
+        words = cute.recast_tensor(cute.make_tensor(pairs.iterator, cute.make_layout(2 * groups)), Int32)
+        per = 4 // groups  # 32-bit words of a pair
+        for h in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(0, 16, groups):
+                for g in cutlass.range_constexpr(groups):
+                    pairs[0, g] = accs[h][(i + g) * 4 + 2 * side].to(dtype)
+                    pairs[1, g] = accs[h][(i + g) * 4 + 2 * side + 1].to(dtype)
+                for step in (1, 2):
+                    if const_expr(step < groups):
+                        odd = (quad & step) != 0
+                        for g in cutlass.range_constexpr(groups):
+                            if const_expr(g & step == 0):
+                                for w in cutlass.range_constexpr(per):
+                                    low, high = words[g * per + w], words[(g + step) * per + w]
+                                    sent = cute.arch.shuffle_sync_bfly(low if odd else high, step)
+                                    words[g * per + w] = sent if odd else low
+                                    words[(g + step) * per + w] = high if odd else sent
+                if is_row:
+                    cute.autovec_copy(
+                        cute.make_tensor(pairs.iterator, cute.make_layout(2 * groups)),
+                        cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(2 * groups)),
+                    )

@@ -1,0 +1,104 @@
+"""From a compiled function and tensors to a launch on the current stream. No decisions: those are in config.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmla.backends.base import SparseDecodeOperands
+from openmla.backends.cute.decode_sparse.config import Config
+from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
+
+LOG2_E = math.log2(math.e)
+
+
+def fake_arguments(config: Config) -> tuple[Any, ...]:
+    """What `compile_kernel` needs to know about the arguments: ranks, fixed extents, alignments. Needs the DSL."""
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass import Float32, Int32
+
+    element = cutlass.BFloat16
+
+    def stride(by: int = 8) -> Any:
+        # The copy engine and 16-byte loads address in steps of 16 bytes.
+        return cute.sym_int64(divisibility=by)
+
+    def ints(*shape: Any) -> Any:
+        return fake_tensor(Int32, shape, align=4)
+
+    return (
+        fake_tensor(element, (None, None, None, config.bytes.d_qk), stride=(stride(), stride(), stride(), 1)),  # q
+        fake_tensor(Int32, (None, None), stride=(stride(4), 1)),  # kv
+        fake_tensor(Int32, (None, None, None), stride=(None, None, 1), align=4),  # indices
+        fake_tensor(Int32, (None, None), stride=(None, None), align=4),  # topk_length
+        ints(None),  # lengths
+        ints(None, 8),  # metadata
+        ints(None),  # num_splits
+        fake_tensor(Float32, (None,), align=4),  # sink
+        fake_tensor(element, (None, None, None, 512), stride=(stride(), stride(), stride(), 1)),  # out
+        fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),  # lse
+        fake_tensor(Float32, (None, None, 512), stride=(stride(), stride(), 1)),  # out_accum
+        fake_tensor(Float32, (None, None), stride=(None, 1), align=4),  # lse2_accum
+        ints(1),  # fault_word
+        Int32(64), Int32(0), Int32(0), Int32(0), Float32(1.0),  # page_size, chunk_blocks, has_length, has_sink, scale
+        fake_stream(),
+    )  # fmt: skip
+
+
+def build(config: Config, folder: Path) -> CompiledObject:
+    """Compile and export one variant. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_sparse.kernel import DecodeSparse
+
+    return compile_kernel(DecodeSparse(config), fake_arguments(config), config.name, out_dir=folder)
+
+
+def words_of_pages(cache: torch.Tensor) -> torch.Tensor:
+    """The bytes of a cache [num_pages, page_size, 1, row] as int32 [num_pages, words of a page], a view."""
+    words = cache.view(torch.int32)
+    size = words.shape[1] * words.shape[3]
+    return words.as_strided((words.shape[0], size), (words.stride(0) if words.shape[0] > 1 else size, 1))
+
+
+def per_token(topk_length: torch.Tensor, batch: int, s_q: int) -> torch.Tensor:
+    """Lengths as [batch, s_q], a view; a length per request serves all of its tokens."""
+    flat = topk_length.reshape(-1)
+    return flat.view(batch, s_q) if flat.shape[0] == batch * s_q else flat.view(batch, 1).expand(batch, s_q)
+
+
+def launch(
+    function: Any,
+    operands: SparseDecodeOperands,
+    lengths: torch.Tensor,
+    metadata: torch.Tensor,
+    num_splits: torch.Tensor,
+    out_accum: torch.Tensor,
+    lse2_accum: torch.Tensor,
+    *,
+    chunk_blocks: int = 0,
+) -> None:
+    """Write out and lse of requests with one piece, out_accum and lse2_accum of the pieces of the others.
+
+    Args:
+        function: the exported function of a variant.
+        operands: checked tensors; kv_cache steps from page to page by a multiple of 16 bytes.
+        lengths: int32 [requests]; positions of each request's index lists, as the plan counted them.
+        metadata, num_splits: the plan (`openmla.split.schedule`) over `lengths`.
+        out_accum: fp32 [pieces, s_q * h_q, 512]; row = token, head.
+        lse2_accum: fp32 [pieces, s_q * h_q], base 2.
+        chunk_blocks: piece length of batch_invariant, else 0.
+    """
+    q, out, lse, indices = operands.q, operands.out, operands.lse, operands.indices
+    if q.dim() == 3:  # tokens of a varlen batch are requests of one token
+        q, out, lse, indices = q.unsqueeze(1), out.unsqueeze(1), lse.T.unsqueeze(2), indices.unsqueeze(1)
+    asked, sink = operands.topk_length, operands.attn_sink
+    function(
+        q, words_of_pages(operands.kv_cache), indices,
+        lengths.view(-1, 1) if asked is None else per_token(asked, q.shape[0], q.shape[1]),
+        lengths, metadata, num_splits, lse2_accum[0] if sink is None else sink, out, lse, out_accum, lse2_accum,
+        operands.fault_word, operands.kv_cache.shape[1], chunk_blocks, int(asked is not None), int(sink is not None),
+        operands.softmax_scale * LOG2_E,
+    )  # fmt: skip

@@ -1,0 +1,180 @@
+"""The token-sparse decode without a GPU: compiled within budget, and the arithmetic of its producers."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmla.backends.cute.decode_sparse import config as sparse
+from openmla.core.layout import kv_layout
+from openmla.core.problem import ExtraKV, SparseDecodeProblem
+from openmla.core.target import Target
+from openmla.reference.quant import read_rows
+
+BUDGET = tomllib.loads(Path(__file__).with_name("budgets_sparse.toml").read_text(encoding="utf-8"))["decode_sparse"]
+H100 = Target.preset("h100_sxm")
+
+
+def problem(**changes):
+    base = SparseDecodeProblem(
+        batch=4, s_q=2, total_q=8, h_q=128, h_kv=1, d_qk=576, d_v=512, dtype=torch.bfloat16,
+        layout=kv_layout("fp8_656"), page_size=64, num_pages=100, topk=2048,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("config", sparse.VARIANTS, ids=lambda config: config.name)
+def test_variant_compiles_within_budget(config, tmp_path):
+    pytest.importorskip("cutlass")
+    from openmla.backends.cute.decode_sparse.launch import build
+    from openmla.backends.cute.toolchain import disassemble
+
+    compiled = build(config, tmp_path)
+    resources = compiled.resources
+    assert resources.spills == 0, resources
+    assert resources.registers <= BUDGET["registers"], resources
+    smem = resources.dynamic_smem_bytes + resources.static_smem_bytes
+    assert smem <= BUDGET["smem_bytes"] + BUDGET["static_smem_bytes"] <= sparse.SMEM_LIMIT, resources
+    # per tile: one wgmma for 16 columns of a score, 2 halves of 128 columns x 4 k-steps of 16 keys for O
+    assert resources.sass["HGMMA"] == config.bytes.d_qk // 16 + 8, resources
+    assert resources.sass["WARPGROUP"] <= BUDGET["warpgroup_instructions"], resources
+    assert resources.sass["LDGSTS"] == 4 * config.bytes.has_rope, resources
+    sass = disassemble(compiled.cubin_path)
+    assert len(re.findall(r"F2FP\.F16\.E4M3\.UNPACK", sass)) == BUDGET["conversions_each_way"]
+    roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", sass)
+    assert sorted(int(value, 16) for value in roles) == sorted(BUDGET["roles"].values())
+
+
+def test_registers_of_the_roles_fill_the_file():
+    assert sum(BUDGET["roles"].values()) + BUDGET["roles"]["values"] == 512  # x 128 threads = 65,536
+
+
+# ---------------------------------------------------------------------- which lane puts what where
+
+
+def swizzled(key: int, column: int) -> int:
+    """Byte of a bf16 element of a 64 x 128 unit: slices of 64 columns, rows of 128 bytes, chunks of 16 XOR row % 8."""
+    chunk = column % 64 // 8
+    return column // 64 * 8192 + key * 128 + (chunk ^ key % 8) * 16 + column % 8 * 2
+
+
+def test_every_element_of_a_unit_is_written_once_where_wgmma_looks_for_it():
+    written = Counter()
+    for warp in range(4):
+        for lane in range(32):
+            for i in range(4):
+                key = 16 * warp + 4 * i + sparse.lane_key(lane)
+                first = sparse.of_key(sparse.unit_place(warp, lane), i)
+                for x in range(16):  # code x of the lane's 16 bytes
+                    place = (first ^ 16 * (x // 8)) + x % 8 * 2
+                    assert place == swizzled(key, 16 * sparse.lane_chunk(lane) + x)
+                    written[place] += 1
+    assert written == Counter(dict.fromkeys(range(0, 64 * 128 * 2, 2), 1))
+
+
+def test_every_chunk_of_rope_is_written_once_where_wgmma_looks_for_it():
+    written = Counter()
+    for warp in range(4):
+        for lane in range(32):
+            for i in range(4):
+                key = 16 * warp + 4 * i + sparse.lane_key(lane)
+                place = sparse.of_key(sparse.rope_place(warp, lane), i)
+                assert place == swizzled(key, 8 * sparse.lane_rope_chunk(lane))
+                written[place] += 1
+    assert written == Counter(dict.fromkeys(range(0, 64 * 64 * 2, 16), 1))
+
+
+@pytest.mark.parametrize("place", [sparse.unit_place, sparse.rope_place])
+def test_the_eight_lanes_of_a_store_phase_hit_all_banks(place):
+    for warp in range(4):
+        for i in range(4):
+            for phase in range(4):
+                lanes = range(8 * phase, 8 * phase + 8)
+                assert {sparse.of_key(place(warp, lane), i) // 16 % 8 for lane in lanes} == set(range(8))
+
+
+def test_a_load_reads_whole_runs_of_a_key():
+    for part, chunk in ((8, sparse.lane_chunk), (8, sparse.lane_rope_chunk)):
+        keys = {key: {chunk(lane) for lane in range(32) if sparse.lane_key(lane) == key} for key in range(4)}
+        assert all(chunks == set(range(part)) for chunks in keys.values())
+
+
+def test_the_lane_that_holds_a_scale_is_the_one_that_is_asked():
+    # lanes 0 to 15 hold scales 0 and 1 of keys 0 to 15, lanes 16 to 31 scales 2 and 3
+    held = {(lane % 16, 2 * (lane // 16) + word): (lane, word) for lane in range(32) for word in range(2)}
+    for unit in range(4):
+        for lane in range(32):
+            for i in range(4):
+                key = sparse.lane_key(lane) + 4 * i
+                assert held[key, unit] == (key + 16 * (unit // 2), unit % 2)
+
+
+@pytest.mark.parametrize("layout", sparse.LAYOUTS)
+def test_places_agree_with_the_layout(layout):
+    """Row size, alignment of what is loaded at once, and the ninth slice."""
+    found, where = kv_layout(layout), sparse.Config(layout).bytes
+    assert where.d_qk == found.d_qk and where.row_bytes == found.bytes_per_token
+    assert where.row_bytes % 16 == 0 and where.scale_place % 8 == 0 and where.rope_place % 16 == 0
+    assert where.has_rope == (found.d_qk > sparse.D_V)
+
+
+def test_dequantisation_is_the_contract_for_every_code():
+    """The kernel's steps e4m3 -> fp16 -> fp32, one product, one rounding, against the oracle; NaN codes included."""
+    scales = torch.tensor(
+        [1.0, 2.0**-13, 2.0**-126, 2.0**-140, 2.0**100, 0.1, 1 / 3, 3e-39, 7.7e30, -0.3, 0.0, torch.inf]
+    )
+    codes = torch.arange(256, dtype=torch.uint8)
+    cache = torch.zeros(1, len(scales), 1, 656, dtype=torch.uint8)
+    cache[0, :, 0, :512] = codes.repeat(2)
+    cache[0, :, 0, 512:528] = scales.repeat_interleave(4).view(torch.uint8).view(len(scales), 16)
+    golden = read_rows(cache, "fp8_656", torch.arange(len(scales)))[:, :512]
+    half = codes.view(torch.float8_e4m3fn).to(torch.float16)
+    assert torch.equal(half.float().nan_to_num(), codes.view(torch.float8_e4m3fn).float().nan_to_num())
+    mine = (half.float()[None] * scales[:, None]).to(torch.bfloat16).repeat(1, 2)
+    assert torch.equal(mine.isnan(), golden.isnan())
+    assert torch.equal(mine.nan_to_num(7.0).view(torch.int16), golden.nan_to_num(7.0).view(torch.int16))
+
+
+# ---------------------------------------------------------------------- what it takes
+
+
+@pytest.mark.parametrize("h_q", [1, 8, 16, 64, 128])
+@pytest.mark.parametrize("s_q", [1, 2, 5])
+def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
+    asked = problem(h_q=h_q, s_q=s_q, has_sink=True, has_topk_length=True, page_size=7, topk=100)
+    assert sparse.supports(asked, H100)
+    assert sparse.configs(asked, H100)[0] in sparse.VARIANTS
+    parts = sparse.num_parts(asked, H100)
+    assert 1 <= parts * sparse.row_blocks(asked) * s_q <= H100.num_sms
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"layout": kv_layout("bf16_576")}, "bf16_576"),
+        ({"layout": kv_layout("fp4_288"), "d_qk": 512}, "fp4_288"),
+        ({"dtype": torch.float16}, "bf16 queries"),
+        ({"batch": 5000}, "requests"),
+        ({"topk": 0}, "index"),
+        ({"num_pages": 2**31 // 64}, "bytes"),
+        ({"extra": ExtraKV(kv_layout("fp8_656"), 64, 10, 512)}, "extra_kv_cache"),
+    ],
+)
+def test_refusal_names_the_reason(changes, word):
+    verdict = sparse.supports(problem(**changes), H100)
+    assert not verdict
+    assert any(word in reason for reason in verdict.reasons), verdict
+
+
+def test_other_machines_are_refused_with_their_name():
+    assert any("sm_80" in reason for reason in sparse.supports(problem(), Target.preset("a100_sxm")).reasons)
+
+
+def test_names_tell_variants_apart():
+    assert sparse.Config(gate_left=18).name != sparse.Config().name
