@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(verbs)
     _add_demo(verbs)
     _add_bench(verbs)
+    _add_report(verbs)
     _add_verify(verbs)
     _add_compile(verbs)
     return parser
@@ -351,6 +352,33 @@ def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
         print(bars.table_text(judged))
     is_missed = any(each.verdict == "missed" for each in judged)
     return 1 if is_missed or any(each.wrong for each in results) else 0
+
+
+# report
+
+
+def _add_report(verbs: Any) -> None:
+    parser = _verb(verbs, "report", _report, "what a file of rows says: speed, speed-ups, bars, memory; or two files")
+    parser.add_argument("rows", type=Path, metavar="ROWS.jsonl", help="written by openmla bench --out")
+    parser.add_argument("--against", type=Path, metavar="OLDER.jsonl", help="compare with the same cases in this file")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page that holds everything")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from openmla.lab import report
+
+    found = report.read(args.rows, args.against)
+    if args.out:
+        from openmla.lab import page, report_page
+
+        page.check_installed()
+        page.write(report_page.page(found), args.out)
+    if args.json:
+        _print_json({**found.as_dict(), "page": str(args.out) if args.out else None})
+    else:
+        print(found)
+        print(f"page: {args.out}" if args.out else "a page with figures: add --out page.html")
+    return 1 if any(each.verdict == "slower" for each in found.changes) else 0
 
 
 # verify

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # Marker -> CSS variable. The values mean nothing but must differ, and be none that matplotlib uses by itself.
@@ -101,3 +102,102 @@ def plain_log(axes: Any) -> None:
     axes.yaxis.set_major_locator(LogLocator(10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.minorticks_off()
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one name, ascending in x. `colour` counts through SERIES; dashed lines carry no name of their own."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+    is_dashed: bool = False
+
+
+def lines(
+    every: Sequence[Line],
+    *,
+    salt: str,
+    title: str,
+    heading: str,
+    limits: Sequence[tuple[str, float]] = (),
+    is_log: bool = False,
+) -> str:
+    """Values against context length. `limits`: (name, value) of dotted horizontals, drawn where they are in reach."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        if is_log:
+            axes.set_yscale("log")
+        top = max(y for line in every for _, y in line.points)
+        shown = [(name, value) for name, value in limits if value <= (4 if is_log else 1.6) * top]
+        for _, value in shown:
+            axes.axhline(value, color=MUTED, linewidth=1, linestyle=":")
+        ends = []
+        for line in every:
+            x, y = zip(*line.points, strict=True)
+            colour = SERIES[line.colour % len(SERIES)]
+            style = ("--", 1.1, 0) if line.is_dashed else ("-", 1.8, 3.5)
+            axes.plot(x, y, style[0], color=colour, linewidth=style[1], marker="o", markersize=style[2])
+            if not line.is_dashed:
+                ends.append((x[-1], y[-1], line.name, colour))
+        lengths_axis(axes, [int(n) for n in sorted({x for line in every for x, _ in line.points})])
+        if is_log:
+            plain_log(axes)
+        else:
+            axes.set_ylim(0, 1.12 * max([top, *(value for _, value in shown)]))
+        for name, value in shown:
+            axes.annotate(
+                name, (0, value), xycoords=("axes fraction", "data"), xytext=(3, 3), textcoords="offset points",
+                color=MUTED, fontsize=POINT - 1.5,
+            )  # fmt: skip
+        end_labels(axes, ends)
+        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+
+    return draw((4.6, 3.1), salt, title, paint)
+
+
+def dots(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    salt: str,
+    title: str,
+    heading: str,
+    mark: float | None = 1.0,
+) -> str:
+    """One row per label, one dot per series that has a value there; a logarithmic axis with a line at `mark`."""
+
+    def paint(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes = figure.add_subplot()
+        axes.set_xscale("log", base=10)
+        if mark is not None:
+            axes.axvline(mark, color=MUTED, linewidth=1)
+        rows = range(len(labels))
+        for i, (name, values) in enumerate(series.items()):
+            found = [(value, row) for row, value in zip(rows, values, strict=True) if value is not None]
+            if found:
+                x, y = zip(*found, strict=True)
+                axes.plot(x, y, "o", color=SERIES[i % len(SERIES)], markersize=4.5, label=name)
+        axes.set_yticks(list(rows), list(labels), fontsize=POINT - 1)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(True, axis="x", linewidth=0.6)
+        axes.grid(True, axis="y", linewidth=0.4)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, which="both")
+        low, high = axes.get_xlim()
+        steps = (1, 2, 5) if high / low < 40 else (1,)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=steps))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.spines["left"].set_visible(False)
+        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+        if len(series) > 1:
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=POINT - 1,
+                handletextpad=0.1, columnspacing=0.8,
+            )  # fmt: skip
+
+    return draw((4.6, 0.9 + 0.215 * len(labels)), salt, title, paint)

@@ -96,7 +96,14 @@ def read(path: Path) -> list[Row]:
     """Every row of a file. Raises ConfigError naming file, line and key of the first malformed one."""
     rows = []
     names = {each.name for each in fields(Row)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"cannot read rows from {path}: {reason}; give a file that openmla bench --out wrote"
+        ) from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
