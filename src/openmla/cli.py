@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(verbs)
     _add_bench(verbs)
     _add_report(verbs)
+    _add_roofline(verbs)
     _add_verify(verbs)
     _add_compile(verbs)
     return parser
@@ -365,20 +366,61 @@ def _add_report(verbs: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from openmla.lab import report
+    from openmla.lab import report, report_page
 
     found = report.read(args.rows, args.against)
+    _show(args, found, report_page.page)
+    return 1 if any(each.verdict == "slower" for each in found.changes) else 0
+
+
+# roofline
+
+
+def _add_roofline(verbs: Any) -> None:
+    parser = _verb(verbs, "roofline", _roofline, "ceilings of this machine, where each case stands, what bounds it")
+    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
+    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches")
+    _add_sweep(parser)
+    parser.add_argument("--target", metavar="NAME", help="nothing runs: rates of a data sheet, such as h100_sxm")
+    parser.add_argument("--rows", type=Path, metavar="ROWS.jsonl", help="nothing runs: cases and rates of this file")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
+    parser.add_argument("--seconds", type=_seconds, default=0.5, help="per rate and case; default: 0.5")
+    _add_device(parser)
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from openmla.core.target import Target
+    from openmla.lab import progress, roofline, store
+
+    if args.rows and args.target:
+        raise ConfigError("--rows carries its own rates; leave out --target, or the rows")
+    if args.rows:
+        found = roofline.from_rows(store.read(args.rows))
+    else:
+        suite, cases = _chosen_cases(args)
+        if args.target:
+            found = roofline.planned(cases, roofline.data_sheet(args.target))
+        else:
+            backends = _known_backends(args.backend)
+            with progress.on_stderr() as say:
+                found = roofline.run(suite, cases, Target.detect(args.device), backends, args.seconds, say)
+    _show(args, found, roofline.page)
+    return 0
+
+
+def _show(args: argparse.Namespace, found: Any, as_page: Any) -> None:
+    """A result as text or JSON, and as a page where one was asked for."""
     if args.out:
-        from openmla.lab import page, report_page
+        from openmla.lab import page
 
         page.check_installed()
-        page.write(report_page.page(found), args.out)
+        page.write(as_page(found), args.out)
     if args.json:
         _print_json({**found.as_dict(), "page": str(args.out) if args.out else None})
     else:
-        print(found)
+        print(_fold(str(found)))
         print(f"page: {args.out}" if args.out else "a page with figures: add --out page.html")
-    return 1 if any(each.verdict == "slower" for each in found.changes) else 0
 
 
 # verify

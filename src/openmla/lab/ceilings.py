@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from openmla.core.target import Target
+from openmla.lab import workload
 from openmla.lab.clock import best_seconds
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -67,3 +68,16 @@ def _bandwidths(device: torch.device, seconds: float) -> tuple[float, float]:
     )
     copy = best_seconds(lambda: sink.copy_(source), device, seconds)
     return 4 * count / read / 1e9, 8 * count / copy / 1e9
+
+
+def cache_gbps(target: Target, seconds: float = 1.0) -> tuple[int, float]:
+    """(bytes, 10^9 byte/s) of reading half of the last cache again and again: L2 on a GPU, the last level on a CPU."""
+    device = torch.device("cuda" if target.is_cuda else "cpu")
+    if not target.is_cuda:
+        count = min(max(workload.cpu_cache_bytes() // 8, 1 << 18), 1 << 24)
+        source = torch.ones(count, dtype=torch.float32)
+        return 4 * count, 4 * count / best_seconds(lambda: torch.dot(source, source), device, seconds) / 1e9
+    # One launch that reads the same rows 64 times: a launch per pass would cost as much as the pass.
+    count, passes = (target.l2_bytes or 40 << 20) // 8, 64
+    repeated = torch.ones(count, dtype=torch.float32, device=device).expand(passes, count)
+    return 4 * count, 4 * count * passes / best_seconds(lambda: repeated.sum(1), device, seconds) / 1e9

@@ -201,3 +201,73 @@ def dots(
             )  # fmt: skip
 
     return draw((4.6, 0.9 + 0.215 * len(labels)), salt, title, paint)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One point under a roof: FLOP per byte, TFLOP/s that were reached, or the roof itself where nothing was run."""
+
+    intensity: float
+    tflops: float
+    name: str
+    is_measured: bool
+
+
+def roofline(
+    roofs: Sequence[tuple[str, float]],
+    slopes: Sequence[tuple[str, float]],
+    spots: Sequence[Spot],
+    *,
+    salt: str,
+    title: str,
+) -> str:
+    """TFLOP/s against FLOP per byte. `roofs`: (name, TFLOP/s) of flat tops; `slopes`: (name, 10^9 byte/s)."""
+
+    def paint(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes = figure.add_subplot()
+        axes.set_xscale("log", base=10)
+        axes.set_yscale("log", base=10)
+        top = max(value for _, value in roofs)
+        ridge = 1e3 * top / min(rate for _, rate in slopes)
+        low = min([ridge / 30, *(spot.intensity / 2 for spot in spots)])
+        high = max([ridge * 8, *(spot.intensity * 2.5 for spot in spots)])
+        for i, (name, rate) in enumerate(slopes):
+            knee = 1e3 * top / rate
+            x = [low, min(knee, high)]
+            axes.plot(x, [rate * each / 1e3 for each in x], "-" if i == 0 else "--", color=MUTED, linewidth=1.3)
+            spot = (low * knee) ** 0.5
+            axes.annotate(
+                f"{name}, {rate:,.4g} GB/s", (spot, rate * spot / 1e3), xytext=(-7, 5) if i else (7, -7), color=MUTED,
+                textcoords="offset points", fontsize=POINT - 1.5, ha="right" if i else "left",
+            )  # fmt: skip
+        for name, value in roofs:
+            begin = 1e3 * value / max(rate for _, rate in slopes)
+            axes.plot([begin, high], [value, value], "-", color=INK, linewidth=1.5)
+            axes.annotate(
+                f"{name}, {value:.3g} TFLOP/s", (high, value), xytext=(0, 4), textcoords="offset points", ha="right",
+                color=INK, fontsize=POINT - 1.5,
+            )  # fmt: skip
+        for spot in spots:
+            face = SERIES[0] if spot.is_measured else CARD
+            axes.plot(spot.intensity, spot.tflops, "o", color=SERIES[0], markerfacecolor=face, markersize=5)
+        for spot in spots if len(spots) <= 12 else ():
+            is_left = spot.intensity < (low * high) ** 0.5
+            axes.annotate(
+                spot.name, (spot.intensity, spot.tflops), xytext=(6 if is_left else -6, -10), color=SERIES[0],
+                textcoords="offset points", fontsize=POINT - 1.5, ha="left" if is_left else "right",
+            )  # fmt: skip
+        axes.set_xlim(low, high)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(10))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(top=2.2 * top)
+        axes.grid(True, linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, which="both")
+        axes.set_xlabel("FLOP per byte")
+        axes.set_title("TFLOP/s", loc="left", fontsize=POINT, color=MUTED)
+
+    return draw((4.6, 3.3), salt, title, paint)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from openmla.core.layout import kv_layout, plain_layout
+from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.lab.suite import Case
 from openmla.reference import quant
@@ -35,6 +37,20 @@ class DecodeInputs:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.q.device
+
+
+def problem(case: Case) -> DecodeProblem:
+    """The Problem that a case asks, without making a tensor."""
+    pages = [-(-length // case.page_size) for length in case.draw_lengths()]
+    plain = plain_layout(case.torch_dtype, case.d_qk, case.d_v)
+    layout = plain if case.kv_layout is None else kv_layout(case.kv_layout)
+    rows = (layout.bytes_per_token, case.d_qk * case.torch_dtype.itemsize)
+    return DecodeProblem(
+        batch=case.batch, s_q=case.s_q, total_q=case.batch * case.s_q, h_q=case.h_q, h_kv=case.h_kv, d_qk=case.d_qk,
+        d_v=case.d_v, dtype=case.torch_dtype, layout=layout,
+        page_size=case.page_size, num_pages=sum(pages), max_pages=max(pages), is_causal=case.is_causal,
+        is_aligned=all(each % 16 == 0 for each in rows),
+    )  # fmt: skip
 
 
 def decode_inputs(case: Case, device: torch.device, index: int = 0) -> DecodeInputs:
