@@ -1,0 +1,432 @@
+"""Several ranks on torch.distributed: context-parallel decode, and the two collectives of tensor-parallel heads.
+
+Context parallelism: the tokens of a request are spread over the ranks, in any way. Each rank attends over its own
+share, which gives (out, lse), and the shares are merged by the law of `openmla.split.combine`. A rank may hold more
+tokens than another, or none.
+
+    ranks = ContextParallel(group)
+    lengths = ranks.shares(total_lengths)                          # [batch, world]: tokens per rank, round robin
+    out, lse = ranks.decode(q, kv_cache, block_table, lengths[:, ranks.rank])
+
+Two ways to exchange the shares of R = batch * s_q * h_q rows, each of d_v numbers and an lse:
+
+    all_gather    every rank gets every share and merges all rows     1 collective,  (P - 1) R rows received
+    all_to_all    every rank merges the rows of its own heads         1 collective,  (P - 1) / P R rows received;
+                  and, where all need all heads, gathers the result   1 more,        (P - 1) / P R merged rows
+
+`Link` is the cost model that chooses. Every rank computes the same choice from the same numbers.
+
+A rank that dies or stalls ends every other rank's call in a DeadRankError that names it, at most `timeout_s` after
+the collective should have ended plus `timeout_s` for the roll call. Nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from openmla.core.errors import OpenMLAError, ProblemError
+from openmla.core.layout import KVLayout
+from openmla.ops import native
+from openmla.split import combine
+from openmla.split.schedule import Policy
+
+Exchange = Literal["auto", "all_gather", "all_to_all"]
+Heads = Literal["all", "own"]
+
+# PyTorch 2.13 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_serial = itertools.count()  # the n-th ContextParallel of a process; the same on every rank, as they are made together
+
+
+class DeadRankError(OpenMLAError, RuntimeError):
+    """Ranks did not answer within the time limit. `ranks` are their numbers in the group; empty if nobody can say."""
+
+    def __init__(self, ranks: tuple[int, ...], what: str, timeout_s: float, cause: str) -> None:
+        self.ranks, self.what, self.timeout_s, self.cause = ranks, what, timeout_s, cause
+        who = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "a rank that nobody can name"
+        super().__init__(
+            f"{what}: {who} did not answer within {timeout_s:g} s ({cause}); "
+            "the group cannot be used any more: start its ranks again, or build a group without them"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.ranks, self.what, self.timeout_s, self.cause))
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a collective costs: latency_s + bytes received / bytes_per_s. One model for all ranks of a group.
+
+    The defaults of `of` are orders of magnitude, not measurements; `ContextParallel.measure` measures.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+    @classmethod
+    def of(cls, backend: str) -> Link:
+        """A first guess: 20 us and 150 GB/s where GPUs talk through NCCL, 200 us and 1 GB/s for CPUs."""
+        return cls(20e-6, 150e9) if "nccl" in backend else cls(200e-6, 1e9)
+
+    def choose(self, rows: int, row_bytes: int, merged_bytes: int, world: int, heads: Heads) -> Exchange:
+        """The cheaper exchange of `rows` rows: row_bytes each as a share (out and lse), merged_bytes once merged."""
+        gather = self.latency_s + (world - 1) * rows * row_bytes / self.bytes_per_s
+        share = (world - 1) / world * rows / self.bytes_per_s
+        scatter = self.latency_s + share * row_bytes
+        if heads == "all":
+            scatter += self.latency_s + share * merged_bytes
+        return "all_gather" if gather <= scatter else "all_to_all"
+
+
+class ContextParallel:
+    """Decode over a KV cache that is spread over the ranks of a group.
+
+    Args:
+        group: default: all ranks. NCCL for tensors on GPUs, gloo on CPUs.
+        timeout_s: how long a collective may take before its ranks are called up one by one.
+        link: cost model of the exchange; must be the same on every rank. Default: `Link.of` the backend.
+
+    Raises:
+        ProblemError: torch.distributed is not initialised, or timeout_s is not positive.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 30.0, link: Link | None = None
+    ) -> None:
+        wrong = []
+        if not dist.is_initialized():
+            wrong.append("torch.distributed is not initialised; call torch.distributed.init_process_group first")
+        if not timeout_s > 0:
+            wrong.append(f"timeout_s must be above 0, got {timeout_s}")
+        if wrong:
+            raise ProblemError("ContextParallel", wrong)
+        chosen = group if group is not None else dist.group.WORLD
+        assert chosen is not None, "initialised"
+        self.group: dist.ProcessGroup = chosen
+        self.rank, self.world = self.group.rank(), self.group.size()
+        self.timeout_s = timeout_s
+        self.link = link if link is not None else Link.of(dist.get_backend(self.group))
+        # PyTorch has no public name for the store that every rank met at; it is the one channel that outlives a
+        # collective gone wrong.
+        self._store = dist.distributed_c10d.PrefixStore(
+            f"openmla/{next(_serial)}", dist.distributed_c10d._get_default_store()
+        )
+        self._lost: DeadRankError | None = None
+
+    # Who holds what
+
+    def shares(self, lengths: torch.Tensor, *, interleave: int = 1) -> torch.Tensor:
+        """How many tokens of each request every rank holds, if token t goes to rank (t // interleave) % world.
+
+        Args:
+            lengths: [...] integers, tokens per request.
+            interleave: tokens that stay together, the page size say.
+
+        Returns:
+            [..., world], dtype of lengths. Round robin keeps the ranks within `interleave` tokens of each other
+            while a request grows.
+        """
+        ranks = torch.arange(self.world, device=lengths.device, dtype=lengths.dtype)
+        whole = lengths[..., None] // (self.world * interleave) * interleave
+        rest = lengths[..., None] % (self.world * interleave) - ranks * interleave
+        return whole + rest.clamp(0, interleave)
+
+    def visible(self, lengths: torch.Tensor, s_q: int, *, interleave: int = 1) -> torch.Tensor:
+        """[batch, s_q] tokens of this rank that query i sees, causal, for `lengths` [batch] with the s_q new ones."""
+        seen = lengths[:, None] - s_q + 1 + torch.arange(s_q, device=lengths.device, dtype=lengths.dtype)
+        return self.shares(seen.clamp(min=0), interleave=interleave)[..., self.rank]
+
+    # Attention
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        *,
+        heads: Heads = "all",
+        exchange: Exchange = "auto",
+        d_v: int = 512,
+        softmax_scale: float | None = None,
+        attn_sink: torch.Tensor | None = None,
+        kv_layout: KVLayout | str | None = None,
+        policy: Policy = "balanced",
+        backend: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`openmla.decode` over all ranks' tokens. Collective: every rank calls it with the same shapes and options.
+
+        Args:
+            q: [batch, s_q, h_q, d_qk], the same on every rank; with heads="own" [batch, s_q, h_q / world, d_qk], the
+                heads of this rank.
+            kv_cache, block_table: this rank's pages; sizes may differ between ranks.
+            cache_seqlens: int32 [batch], tokens of this rank that every query sees; or [batch, s_q], of which query i
+                sees the first cache_seqlens[b, i] (`visible`): several causal queries. 0 is legal.
+            heads: `own` takes and returns the heads of this rank only: what tensor-parallel projections need.
+            exchange: `auto` asks the cost model.
+            d_v, softmax_scale, attn_sink, kv_layout, policy, backend: as for `openmla.decode`; attn_sink has all heads.
+
+        Returns:
+            out: [batch, s_q, h_q, d_v] (or this rank's heads), dtype of q; 0 where no rank has a key.
+            lse: [batch, h_q, s_q] fp32, natural; -inf where no rank has a key.
+
+        Raises:
+            ProblemError, UnsupportedError: as `openmla.decode`.
+            DeadRankError: a rank did not answer; this object is of no use any more.
+
+        Notes:
+            Precision: shares travel in the dtype of q (lse in fp32) and are merged in fp32, so out is rounded twice.
+            Determinism: shares are merged in the order of ranks: same inputs, same bits, on every rank.
+            On GPUs the call returns when the work is queued; `wait` is the point where a dead rank is noticed.
+        """
+        self._check(q, cache_seqlens, heads, exchange)
+        q = self._gather_heads(q) if heads == "own" else q
+        batch, s_q, h_q, d_qk = q.shape
+        table = block_table
+        if cache_seqlens.dim() == 2:  # one query per request, so that each has a length of its own
+            q = q.reshape(batch * s_q, 1, h_q, d_qk)
+            table, cache_seqlens = table.repeat_interleave(s_q, 0), cache_seqlens.flatten()
+        cache_seqlens = cache_seqlens.contiguous()  # a column of `shares` is not
+        scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
+        out, lse = native.decode(
+            q, kv_cache, table, cache_seqlens, d_v=d_v, softmax_scale=scale, kv_layout=kv_layout, policy=policy,
+            backend=backend,
+        )  # fmt: skip
+        assert lse is not None, "asked for by default"
+        # Heads first, so that the rows of a rank's heads are one block of memory: [h_q, batch * s_q, ...]
+        out = out.reshape(batch * s_q, h_q, d_v).transpose(0, 1)
+        lse = lse.transpose(1, 2).reshape(batch * s_q, h_q).T
+        out, lse = self._merge(out, lse, heads, exchange)
+        if attn_sink is not None:
+            own = self._slice(h_q) if heads == "own" else slice(None)
+            out = out * torch.sigmoid(lse - attn_sink[own, None])[..., None]
+        result = out.to(q.dtype).transpose(0, 1).reshape(batch, s_q, -1, d_v)
+        return result, lse.T.reshape(batch, s_q, -1).transpose(1, 2).contiguous()
+
+    def _check(self, q: torch.Tensor, cache_seqlens: torch.Tensor, heads: str, exchange: str) -> None:
+        wrong = []
+        if q.dim() != 4:
+            wrong.append(f"q must be [batch, s_q, h_q, d_qk], got shape {tuple(q.shape)}")
+        elif cache_seqlens.dim() == 2 and tuple(cache_seqlens.shape) != tuple(q.shape[:2]):
+            wrong.append(
+                f"cache_seqlens must be [batch] or [batch, s_q] = {tuple(q.shape[:2])}, got {tuple(cache_seqlens.shape)}"
+            )
+        if heads not in ("all", "own"):
+            wrong.append(f"heads must be all or own, got {heads!r}")
+        if exchange not in ("auto", "all_gather", "all_to_all"):
+            wrong.append(f"exchange must be auto, all_gather or all_to_all, got {exchange!r}")
+        if wrong:
+            raise ProblemError("ContextParallel.decode", wrong)
+
+    def _slice(self, h_q: int, rank: int | None = None) -> slice:
+        """The heads of a rank: h_q / world of them, the first ranks one more where it does not divide."""
+        rank = self.rank if rank is None else rank
+        each, more = divmod(h_q, self.world)
+        begin = rank * each + min(rank, more)
+        return slice(begin, begin + each + (rank < more))
+
+    def _merge(
+        self, out: torch.Tensor, lse: torch.Tensor, heads: Heads, exchange: Exchange
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A rank's share [h_q, n, d_v], [h_q, n] -> the merged rows of all heads, or of its own, in fp32."""
+        h_q, n, d_v = out.shape
+        if self.world == 1:
+            return combine.merge(out[None].float(), lse[None])
+        packed = _pack(out, lse)
+        if exchange == "auto":
+            merged_bytes = d_v * out.element_size() + 4
+            exchange = self.link.choose(h_q * n, packed.shape[-1], merged_bytes, self.world, heads)
+        own = self._slice(h_q)
+        if exchange == "all_gather":
+            shares = self._gather(packed, "gather of attention shares")
+            if heads == "own":
+                shares = shares[:, own]
+            return combine.merge(*_unpack(shares, d_v, out.dtype))
+        spans = [self._slice(h_q, rank) for rank in range(self.world)]
+        sizes = [span.stop - span.start for span in spans]
+        mine = own.stop - own.start
+        received = packed.new_empty(self.world * mine, *packed.shape[1:])
+        self._run(
+            lambda: dist.all_to_all_single(
+                received, packed, [mine] * self.world, sizes, group=self.group, async_op=True
+            ),
+            "exchange of attention shares",
+        )  # fmt: skip
+        merged, merged_lse = combine.merge(*_unpack(received.unflatten(0, (self.world, mine)), d_v, out.dtype))
+        if heads == "own":
+            return merged, merged_lse
+        # Heads may be uneven: every rank sends as many as the first.
+        block = packed.new_zeros(sizes[0], n, packed.shape[-1])
+        block[:mine] = _pack(merged.to(out.dtype), merged_lse)
+        gathered = self._gather(block, "gather of merged heads")
+        whole = torch.cat([piece[:size] for piece, size in zip(gathered, sizes, strict=True)])
+        all_out, all_lse = _unpack(whole, d_v, out.dtype)
+        return all_out, all_lse
+
+    def _gather_heads(self, q: torch.Tensor) -> torch.Tensor:
+        """[batch, s_q, h_q / world, d_qk] of every rank -> [batch, s_q, h_q, d_qk]."""
+        gathered = self._gather(q.contiguous(), "gather of query heads")
+        return gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    # Collectives with an end
+
+    def _gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """[world, *shape], the same on every rank."""
+        result = tensor.new_empty(self.world, *tensor.shape)
+        flat = result.view(self.world * tensor.shape[0], *tensor.shape[1:])
+        self._run(lambda: _all_gather(flat, tensor, group=self.group, async_op=True), what)
+        return result
+
+    def _run(self, start: Callable[[], Any], what: str) -> None:
+        """Start a collective; on a CPU also see it through, within the time limit."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            work = start()
+            if dist.get_backend(self.group) == "nccl":
+                work.wait()  # the stream waits, not the host
+            else:
+                work.wait(timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+            raise self._roll_call(what, _first_line(error)) from error
+
+    def wait(self) -> None:
+        """Wait until this rank's queued work is done; the point where a GPU rank notices that another one is gone.
+
+        Raises:
+            DeadRankError: not done within timeout_s.
+        """
+        if self._lost is not None:
+            raise self._lost
+        if not torch.cuda.is_available():
+            return
+        done = torch.cuda.Event()
+        done.record()
+        deadline = time.monotonic() + self.timeout_s
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise self._roll_call("wait", "queued work is not done")
+            time.sleep(1e-4)
+
+    def _roll_call(self, what: str, cause: str) -> DeadRankError:
+        """Everybody who is alive comes here too, once their own collective fails: whoever does not is named."""
+        answers: dict[int, None] = {self.rank: None}
+        store_failed: list[str] = []
+
+        def call() -> None:
+            try:
+                self._store.set(f"here/{self.rank}", "1")
+                while len(answers) < self.world and time.monotonic() < deadline:
+                    for rank in set(range(self.world)) - set(answers):
+                        if self._store.check([f"here/{rank}"]):
+                            answers[rank] = None
+                    time.sleep(0.01)
+            except RuntimeError as error:
+                store_failed.append(_first_line(error))
+
+        # Others notice at most timeout_s later than this rank; the second is for a busy machine.
+        deadline = time.monotonic() + self.timeout_s + 1
+        # A thread, because a store whose host stands still answers nobody, for minutes.
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(self.timeout_s + 2)
+        missing = tuple(sorted(set(range(self.world)) - set(answers)))
+        if store_failed or thread.is_alive():
+            # The store lives in rank 0 of the default group (or in torchrun's agent, which outlives its workers).
+            host = dist.get_group_rank(self.group, 0) if 0 in dist.get_process_group_ranks(self.group) else None
+            missing = (host,) if host is not None and host in missing else ()
+            cause = f"{cause}; and the rendezvous store is gone"
+        self._lost = DeadRankError(missing, what, self.timeout_s, cause)
+        return self._lost
+
+    def measure(self, device: torch.device | str = "cpu", *, runs: int = 5) -> Link:
+        """Latency and bandwidth of this group, the slowest rank's; becomes `link`. Collective."""
+        times = []
+        for size in (64, 1 << 22):
+            block = torch.zeros(size, dtype=torch.uint8, device=device)
+            seen = []
+            for _ in range(runs):
+                begin = time.perf_counter()
+                self._gather(block, "measurement of the link")
+                self.wait()
+                seen.append(time.perf_counter() - begin)
+            times.append(sorted(seen)[runs // 2])
+        mine = torch.tensor(times, dtype=torch.float64, device=device)
+        slowest = self._gather(mine, "measurement of the link").amax(0).tolist()
+        received = (self.world - 1) * (1 << 22)
+        self.link = Link(slowest[0], max(received, 1) / max(slowest[1] - slowest[0], 1e-9))
+        return self.link
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The parts out [..., d_v] and lse [...] fp32 as bytes [..., d_v * itemsize + 4]: one message instead of two."""
+    tail = lse.float().contiguous()[..., None].view(torch.uint8)
+    return torch.cat([out.contiguous().view(torch.uint8), tail], -1)
+
+
+def _unpack(packed: torch.Tensor, d_v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse, out in fp32."""
+    head, tail = packed.split([d_v * dtype.itemsize, 4], -1)
+    return head.contiguous().view(dtype).float(), tail.contiguous().view(torch.float32)[..., 0]
+
+
+# Tensor-parallel heads. A rank computes its own heads from a shared input; the outputs add up.
+
+
+def shared_input(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The same x; its gradient is the sum over the ranks, each of which used x for its own heads."""
+    if group is None or group.size() == 1:
+        return x
+    result: torch.Tensor = _SharedInput.apply(x, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def sum_output(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The sum of x over the ranks; every rank gets its gradient as it is."""
+    if group is None or group.size() == 1:
+        return x
+    result: torch.Tensor = _SumOutput.apply(x, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SharedInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """The same tensor."""
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
+        """Summed over the ranks."""
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _SumOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """Summed over the ranks."""
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
+        """As it is."""
+        return grads[0], None
