@@ -160,7 +160,7 @@ def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
         ({"layout": kv_layout("bf16_576")}, "bf16_576"),
         ({"layout": kv_layout("fp4_288"), "d_qk": 512}, "fp4_288"),
         ({"dtype": torch.float16}, "bf16 queries"),
-        ({"batch": 5000}, "requests"),
+        ({"batch": 100_000}, "requests"),
         ({"topk": 0}, "index"),
         ({"num_pages": 2**31 // 64}, "bytes"),
         ({"extra": ExtraKV(kv_layout("fp8_656"), 64, 10, 512)}, "extra_kv_cache"),
@@ -170,6 +170,26 @@ def test_refusal_names_the_reason(changes, word):
     verdict = sparse.supports(problem(**changes), H100)
     assert not verdict
     assert any(word in reason for reason in verdict.reasons), verdict
+
+
+@pytest.mark.parametrize("batch", [1, 2, 33, 74, 128, 148, 1000])
+@pytest.mark.parametrize("topk", [1, 64, 512, 2048, 16384])
+@pytest.mark.parametrize("parts", [1, 33, 66, 132])
+def test_plan_covers_every_tile_once(batch, topk, parts):
+    plan = sparse.plan(batch, topk, parts)
+    assert len(plan.parts) == parts
+    tiles = Counter((x.request, tile) for x in plan.pieces() for tile in range(x.begin_block, x.end_block))
+    blocks = -(-topk // 64)
+    assert tiles == Counter(dict.fromkeys(((r, tile) for r in range(batch) for tile in range(blocks)), 1))
+    for request in range(batch):
+        splits = [x.split for x in plan.pieces() if x.request == request] if batch <= 33 else []
+        assert splits in ([], list(range(plan.num_splits[request + 1] - plan.num_splits[request])))
+
+
+def test_whole_requests_where_they_balance_and_splits_where_they_do_not():
+    assert sparse.plan(128, 2048, 33).num_pieces == 128  # 4 of 32 tiles against an even share of 124
+    assert sparse.plan(2, 2048, 33).num_pieces > 16
+    assert sparse.plan(148, 16384, 66).num_pieces > 148
 
 
 def test_other_machines_are_refused_with_their_name():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from openmla.backends.base import Verdict, require
 from openmla.core.layout import kv_layout
 from openmla.core.problem import SparseDecodeProblem
 from openmla.core.target import Target
+from openmla.split.schedule import SplitPlan, plan_decode
 
 FAMILY = "decode_sparse"
 BLOCK_ROWS = 64  # query heads per CTA: one wgmma M
 BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
-OVERHEAD_BLOCKS = 5  # of a piece: filling the pipeline, epilogue, and its share of the merge
-MAX_BATCH = 4096  # what the device plan keeps in shared memory
+OVERHEAD_BLOCKS = 2  # of a piece: filling the pipeline and the epilogue
+MERGE_BLOCKS = 12  # of a plan that splits requests: storing partials, reading them again, one more launch
+MAX_REQUESTS = 65_535  # CTAs of the merge in one direction of its grid
 D_V = 512
 SLICE_BYTES = 64 * 128  # 64 keys x 64 bf16 columns
 SMEM_LIMIT = 232_448
@@ -150,7 +154,7 @@ def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
         (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
         (problem.layout.name in LAYOUTS, f"reads {', '.join(LAYOUTS)} caches, this one is {problem.layout}"),
         (problem.dtype == torch.bfloat16, f"takes bf16 queries, got {problem.dtype}"),
-        (1 <= batch <= MAX_BATCH, f"takes 1 to {MAX_BATCH} requests (varlen: tokens), got {batch}"),
+        (1 <= batch <= MAX_REQUESTS, f"takes 1 to {MAX_REQUESTS} requests (varlen: tokens), got {batch}"),
         (1 <= s_q <= 65_535, f"takes 1 to 65535 query tokens per request, got {s_q}"),
         (problem.topk >= 1, "needs at least one index per query token"),
         (cache_bytes <= MAX_CACHE_BYTES, f"takes caches of up to {MAX_CACHE_BYTES} bytes, got {cache_bytes}"),
@@ -166,3 +170,20 @@ def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
 def num_parts(problem: SparseDecodeProblem, target: Target) -> int:
     """Parts of the plan: each takes row_blocks * s_q CTAs, one per SM."""
     return max(target.num_sms // (row_blocks(problem) * requests(problem)[1]), 1)
+
+
+@lru_cache(maxsize=1024)
+def plan(batch: int, topk: int, parts: int) -> SplitPlan:
+    """Who computes which tiles of which request: a function of shapes, made on the host.
+
+    Lists may be shorter than topk (`topk_length`, -1); their tokens then skip tiles of their own pieces, and nothing has to
+    be known about them here. Whole requests per part where that costs no more than cutting evenly and merging.
+    """
+    blocks = -(-topk // BLOCK_TOKENS)
+    whole = -(-batch // parts) * (blocks + OVERHEAD_BLOCKS)
+    even = batch * (blocks + OVERHEAD_BLOCKS) / parts + OVERHEAD_BLOCKS + MERGE_BLOCKS
+    if whole > even:
+        return plan_decode((topk,) * batch, parts, block_tokens=BLOCK_TOKENS, overhead_blocks=OVERHEAD_BLOCKS)
+    edges = [part * batch // parts for part in range(parts + 1)]
+    stretches = tuple((a, b - 1, 0, blocks, 0) if b > a else (0, -1, 0, 0, 0) for a, b in pairwise(edges))
+    return SplitPlan("balanced", BLOCK_TOKENS, 0, (blocks,) * batch, stretches, tuple(range(batch + 1)))
