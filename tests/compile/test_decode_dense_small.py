@@ -75,7 +75,7 @@ def test_names_are_unique():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"h_q": 64}, "32 query rows"),
+        ({"h_q": 64, "max_pages": 4000}, "32 query rows"),
         ({"s_q": 3, "total_q": 12}, "32 query rows"),
         ({"page_size": 12}, "multiple of 8"),
         ({"d_v": 256}, "d_v 512"),

@@ -173,6 +173,26 @@ def test_many_rows_are_split_and_merged(kernel: decode.FewRows, policy: str) -> 
     budget.check(out, operands.lse, golden, dtype=torch.bfloat16).require()
 
 
+def test_many_rows_over_few_keys_become_groups(kernel: decode.FewRows) -> None:
+    q = torch.randn(2, 1, 128, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
+    kv = torch.randn(40, 64, 1, 576, generator=torch.Generator().manual_seed(3)).bfloat16()
+    table, lengths = torch.arange(40, dtype=torch.int32).view(2, 20), torch.tensor([1280, 300], dtype=torch.int32)
+    problem = DecodeProblem.from_tensors(q, kv, table, lengths)
+    assert kernel.supports(problem, H100)
+    compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
+    assert compiled.config.rows == 16
+    plan = kernel.plan(compiled, problem, lengths, "balanced")
+    assert plan.tile_scheduler_metadata.shape == (132 // 8, 8)
+    workspace = torch.empty(kernel.workspace_bytes(compiled, problem, "balanced"), dtype=torch.uint8)
+    out, lse = torch.full((2, 1, 128, 512), torch.nan, dtype=q.dtype), torch.full((2, 128, 1), torch.nan)
+    operands = DecodeOperands(q, kv, table, lengths, 0.05, out, lse, fault_word(q.device), workspace=workspace)
+    kernel.launch(compiled, problem, operands, plan)
+    golden = attention.decode(q, kv, table, lengths, softmax_scale=0.05, d_v=512, with_bounds=True)
+    budget.check(out, lse, golden, dtype=q.dtype).require()
+    assert not kernel.supports(replace(problem, max_pages=65), H100), "more keys are read eight times too often"
+    assert not kernel.supports(replace(problem, h_q=136), H100)
+
+
 def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: decode.FewRows) -> None:
     problem, operands = _operands()
     odd = torch.full((3, 2, 8, 513), torch.nan, dtype=torch.bfloat16)[..., :512]
@@ -205,8 +225,8 @@ def test_a_refusal_says_why(kernel: decode.FewRows, change: dict[str, Any], reas
 
 
 def test_without_a_compiler_the_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bundle.importlib.util.find_spec
-    monkeypatch.setattr(bundle.importlib.util, "find_spec", lambda name: None if name == "cutlass" else real(name))
+    real = bundle.env.is_importable
+    monkeypatch.setattr(bundle.env, "is_importable", lambda name: name != "cutlass" and real(name))
     problem, _ = _operands()
     (reason, *_) = decode.FEW_ROWS.supports(problem, H100).reasons
     assert "nvidia-cutlass-dsl is not installed" in reason

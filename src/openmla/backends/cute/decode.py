@@ -136,6 +136,7 @@ def supports_bulk_copies(problem: DecodeProblem) -> Verdict:
         (problem.is_aligned, "needs q and kv_cache to start at and step by multiples of 16 bytes"),
         (problem.is_scale_positive, "needs softmax_scale > 0"),
         (problem.num_pages >= 1 and problem.max_pages >= 1, "needs at least one page and one column of block_table"),
+        (problem.mods is None, f"does not inline mods yet: {problem.mods}"),
     )
 
 
@@ -194,7 +195,7 @@ class FewRows:
         assert plan.counters is not None
         launch(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse_accum,
-            plan.counters, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal,
+            plan.counters, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, groups=shapes.groups,
         )  # fmt: skip
         if direct is not operands:
             operands.out.copy_(direct.out)

@@ -37,6 +37,7 @@ def launch(
     *,
     chunk_blocks: int,
     is_causal: bool,
+    groups: int,
     block_tokens: int = BLOCK_TOKENS,
 ) -> None:
     """Write out and lse of every request: one kernel, partials merged inside.
@@ -48,11 +49,15 @@ def launch(
         out_accum, lse_accum, counters: of the shapes that `config.workspace` gives; counters zero before the first call.
         chunk_blocks: piece length of batch_invariant in blocks, a multiple of 64 tokens; else 0.
         is_causal: bottom-right aligned causal mask.
+        groups: KV heads as the kernel sees them (`config.grouped`).
         block_tokens: of the plan, a multiple of 8.
     """
     sink = operands.attn_sink
+    kv_cache = operands.kv_cache
+    if groups != kv_cache.shape[2]:
+        kv_cache = kv_cache.expand(-1, -1, groups, -1)
     function(
-        operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, metadata, num_splits,
+        operands.q, kv_cache, operands.block_table, operands.cache_seqlens, metadata, num_splits,
         operands.out, operands.lse, out_accum, lse_accum, lse_accum[0] if sink is None else sink, counters,
         operands.fault_word, operands.softmax_scale * LOG2_E, int(is_causal), block_tokens, chunk_blocks,
         int(sink is not None),
