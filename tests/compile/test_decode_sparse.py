@@ -15,7 +15,7 @@ from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.core.layout import kv_layout
 from openmla.core.problem import ExtraKV, SparseDecodeProblem
 from openmla.core.target import Target
-from openmla.reference.quant import read_rows
+from openmla.reference.quant import read_rows, write_rows
 
 BUDGET = tomllib.loads(Path(__file__).with_name("budgets_sparse.toml").read_text(encoding="utf-8"))["decode_sparse"]
 H100 = Target.preset("h100_sxm")
@@ -29,7 +29,10 @@ def problem(**changes):
     return replace(base, **changes)
 
 
-@pytest.mark.parametrize("config", sparse.VARIANTS, ids=lambda config: config.name)
+BUILT = (*sparse.VARIANTS, *sparse.CANDIDATES)
+
+
+@pytest.mark.parametrize("config", BUILT, ids=lambda config: config.name)
 def test_variant_compiles_within_budget(config, tmp_path):
     pytest.importorskip("cutlass")
     from openmla.backends.cute.decode_sparse.launch import build
@@ -44,7 +47,7 @@ def test_variant_compiles_within_budget(config, tmp_path):
     # per tile: one wgmma for 16 columns of a score, 2 halves of 128 columns x 4 k-steps of 16 keys for O
     assert resources.sass["HGMMA"] == config.bytes.d_qk // 16 + 8, resources
     assert resources.sass["WARPGROUP"] <= BUDGET["warpgroup_instructions"], resources
-    assert resources.sass["LDGSTS"] == 4 * config.bytes.has_rope, resources
+    assert resources.sass["LDGSTS"] == 4 * (config.bytes.rope_place > 0), resources
     sass = disassemble(compiled.cubin_path)
     assert len(re.findall(r"F2FP\.F16\.E4M3\.UNPACK", sass)) == BUDGET["conversions_each_way"]
     roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", sass)
@@ -105,23 +108,78 @@ def test_a_load_reads_whole_runs_of_a_key():
         assert all(chunks == set(range(part)) for chunks in keys.values())
 
 
-def test_the_lane_that_holds_a_scale_is_the_one_that_is_asked():
-    # lanes 0 to 15 hold scales 0 and 1 of keys 0 to 15, lanes 16 to 31 scales 2 and 3
-    held = {(lane % 16, 2 * (lane // 16) + word): (lane, word) for lane in range(32) for word in range(2)}
+def produced(layout: str, cache: torch.Tensor, page_size: int, slots: list[int]) -> torch.Tensor:
+    """What a producer warp writes for its 16 keys, [16, 512] bf16: the kernel's addresses, lane by lane."""
+    where = sparse.bytes_of(layout)
+    memory = cache.untyped_storage()
+    step = cache.stride(0)
+    data = torch.tensor(list(memory), dtype=torch.uint8) if memory.nbytes() < 2**20 else None
+    assert data is not None
+
+    def read(start: int, count: int) -> torch.Tensor:
+        return data[start : start + count].clone()
+
+    rows = [slot // page_size * step + slot % page_size * where.row_bytes for slot in slots]
+    half, words = where.scale_bytes // 2, {}
+    for lane in range(32):
+        slot = slots[lane % 16]
+        start = rows[lane % 16] + where.scale_place
+        if where.scales_behind_page:
+            units = 2 * (slot // page_size) * (step // 16) + page_size * (where.row_bytes // 8) + slot % page_size
+            start = 8 * units
+        words[lane] = read(start + lane // 16 * half, half).view(torch.int32).tolist()
+    out = torch.full((16, 512), torch.nan, dtype=torch.bfloat16)
     for unit in range(4):
         for lane in range(32):
+            chunk = sparse.lane_chunk(lane)
+            if where.rope_is_value and unit == 3 and chunk >= 4:
+                continue
             for i in range(4):
-                key = sparse.lane_key(lane) + 4 * i
-                assert held[key, unit] == (key + 16 * (unit // 2), unit % 2)
+                key = 4 * i + sparse.lane_key(lane)
+                word = words[sparse.scale_holder(unit, key)][sparse.scale_word(where, unit)]
+                if where.is_e8m0:
+                    byte = word >> sparse.scale_shift(where, unit, chunk) & 0xFF
+                    word = byte << 23 | (0x400000 if (byte + 1 & 0xFF) <= 1 else 0)
+                scale = torch.tensor([word]).to(torch.int32).view(torch.float32)
+                codes = read(rows[key] + 128 * unit + 16 * chunk, 16).view(torch.float8_e4m3fn)
+                column = 128 * unit + 16 * chunk
+                out[key, column : column + 16] = (codes.to(torch.float16).float() * scale).to(torch.bfloat16)
+    if where.rope_is_value:
+        for key in range(16):
+            out[key, 448:] = read(rows[key] + where.rope_place, 128).view(torch.bfloat16)
+    return out
 
 
-@pytest.mark.parametrize("layout", sparse.LAYOUTS)
-def test_places_agree_with_the_layout(layout):
-    """Row size, alignment of what is loaded at once, and the ninth slice."""
-    found, where = kv_layout(layout), sparse.Config(layout).bytes
-    assert where.d_qk == found.d_qk and where.row_bytes == found.bytes_per_token
-    assert where.row_bytes % 16 == 0 and where.scale_place % 8 == 0 and where.rope_place % 16 == 0
-    assert where.has_rope == (found.d_qk > sparse.D_V)
+@pytest.mark.parametrize("layout", [config.layout for config in BUILT])
+@pytest.mark.parametrize("page_size", [64, 7, 1])
+def test_a_warp_produces_what_the_oracle_reads(layout, page_size):
+    found = kv_layout(layout)
+    pages = 200 // page_size + 1
+    cache = found.empty_cache(pages, page_size)
+    generator = torch.Generator().manual_seed(page_size)
+    rows = torch.randn(pages * page_size, found.d_qk, generator=generator)
+    rows *= torch.logspace(-6, 4, found.d_qk // 32).repeat_interleave(32)  # another scale for each group
+    write_rows(cache, found, torch.arange(len(rows)), rows.to(torch.bfloat16))
+    slots = torch.randperm(len(rows), generator=generator)[:16].tolist()
+    golden = read_rows(cache, found, torch.tensor(slots))
+    mine = produced(layout, cache, page_size, slots)
+    assert torch.equal(mine.view(torch.int16), golden[:, :512].contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("layout", [config.layout for config in BUILT])
+def test_what_is_loaded_at_once_is_aligned(layout):
+    where = sparse.bytes_of(layout)
+    assert where.row_bytes % 16 == 0 and where.rope_place % 16 == 0
+    assert where.scale_place % (where.scale_bytes // 2) == 0
+    assert where.has_rope_slice == (kv_layout(layout).d_qk > sparse.D_V)
+
+
+def test_e8m0_bits_are_the_format_for_every_byte():
+    byte = torch.arange(256, dtype=torch.int32)
+    bits = byte << 23 | torch.where((byte + 1 & 0xFF) <= 1, 0x400000, 0).to(torch.int32)
+    want = byte.to(torch.uint8).view(torch.float8_e8m0fnu).float()
+    assert torch.equal(bits.view(torch.float32)[:255], want[:255])
+    assert bits.view(torch.float32)[255].isnan() and want[255].isnan()
 
 
 def test_dequantisation_is_the_contract_for_every_code():

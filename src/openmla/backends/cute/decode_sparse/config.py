@@ -73,26 +73,74 @@ def of_key(place: Any, i: int) -> Any:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Where the parts of a key lie, for the producers. Bytes from the beginning of the key's row.
+    """Where the parts of a key lie, for the producers.
 
     Attributes:
         d_qk: columns.
-        row_bytes: from one key to the next within a page.
-        scale_place: of the first scale.
-        scale_words: 32-bit words of scales that a lane holds: half of a key's.
-        rope_place: of 64 bf16 columns that are key but not value; 0 where there are none.
+        row_bytes: from one key's codes to the next key's within a page.
+        scale_group: columns that share a scale.
+        is_e8m0: scales are one byte, the exponent + 127, instead of fp32.
+        scales_behind_page: the scales of all keys lie behind the last key's row, `scale_bytes` each.
+        scale_place: of the first scale: byte of the row, 0 where scales lie behind.
+        scale_bytes: of one key; half of them are held by each of two lanes.
+        rope_place: byte of the row where 64 bf16 columns begin that are stored as they are; 0 where there are none.
+        rope_is_value: these columns are the last 64 of the value and belong into the ring, not behind it.
     """
 
     d_qk: int
     row_bytes: int
+    scale_group: int
+    is_e8m0: bool
+    scales_behind_page: bool
     scale_place: int
-    scale_words: int
+    scale_bytes: int
     rope_place: int
+    rope_is_value: bool
 
     @property
-    def has_rope(self) -> bool:
-        """Whether there is a ninth slice of 64 columns."""
-        return self.rope_place > 0
+    def has_rope_slice(self) -> bool:
+        """Whether there is a ninth slice of 64 columns, which are key but not value."""
+        return self.rope_place > 0 and not self.rope_is_value
+
+    @property
+    def scale_words(self) -> int:
+        """32-bit words of scales that a lane holds."""
+        return self.scale_bytes // 8
+
+
+def bytes_of(name: str) -> Bytes:
+    """A layout of `openmla.core.layout` as the producers read it."""
+    layout = kv_layout(name)
+    behind = layout.scales_behind_page
+    return Bytes(
+        d_qk=layout.d_qk,
+        row_bytes=layout.data_bytes if behind else layout.bytes_per_token,
+        scale_group=layout.scale_group,
+        is_e8m0=layout.scale_format == "e8m0",
+        scales_behind_page=behind,
+        scale_place=0 if behind else layout.d_quant,
+        scale_bytes=layout.scale_bytes,
+        rope_place=(layout.d_quant + (0 if behind else layout.scale_bytes)) if layout.d_rope_stored else 0,
+        rope_is_value=layout.d_rope_stored > 0 and layout.d_qk == D_V,
+    )
+
+
+def scale_holder(unit: int, key: Any) -> Any:
+    """The lane that holds the scales of a key (0 to 15 of a warp) for a unit: lanes 16 and on those of units 2 and 3."""
+    return key + 16 * (unit // 2)
+
+
+def scale_word(where: Bytes, unit: int) -> int:
+    """Which of that lane's words."""
+    return unit % 2 if where.scale_words == 2 else 0
+
+
+def scale_shift(where: Bytes, unit: int, chunk: Any) -> Any:
+    """Bits below a lane's e8m0 byte in that word, for the 16 columns of `lane_chunk`."""
+    byte = chunk * 16 // where.scale_group
+    if where.scale_words == 1:
+        byte = byte + unit % 2 * (128 // where.scale_group)
+    return byte * 8
 
 
 @dataclass(frozen=True)
@@ -115,9 +163,7 @@ class Config:
     @property
     def bytes(self) -> Bytes:
         """The layout as the producers read it."""
-        layout = kv_layout(self.layout)
-        rope = layout.d_quant + layout.scale_bytes if layout.d_qk > D_V else 0
-        return Bytes(layout.d_qk, layout.bytes_per_token, layout.d_quant, 2, rope)
+        return bytes_of(self.layout)
 
     @property
     def name(self) -> str:
@@ -134,6 +180,9 @@ class Config:
 LAYOUTS = ("fp8_656",)
 VARIANTS: tuple[Config, ...] = tuple(Config(layout) for layout in LAYOUTS)
 """What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
+
+CANDIDATES: tuple[Config, ...] = tuple(Config(layout) for layout in ("fp8_584", "fp8_528", "fp8_528_mx"))
+"""Compile without spills, but were not run on a GPU; each joins VARIANTS with its first checked run."""
 
 
 def row_blocks(problem: SparseDecodeProblem) -> int:

@@ -65,6 +65,9 @@ from openmla.backends.cute.decode_sparse.config import (
     lane_rope_chunk,
     of_key,
     rope_place,
+    scale_holder,
+    scale_shift,
+    scale_word,
     unit_place,
 )
 
@@ -378,6 +381,9 @@ class DecodeSparse:
         offsets = cute.make_rmem_tensor(4, Int32)  # of this lane's four keys, in 16 bytes
         scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
         later_scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
+        # Scales behind the page are loaded as soon as a key is located: their address need not be kept.
+        early = self.bytes.scales_behind_page
+        last_scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
 
         if s.is_lead:
             self.begin_plan(c)
@@ -386,33 +392,41 @@ class DecodeSparse:
         if s.is_lead & (tiles > 0):
             self.load_q(c, Int32(0))
         # Of the tiles to come: where the indices are read; tile j + 1's offset of lane's key; tile j + 2's index.
-        at_piece, at_tile, at_tiles = Int32(0), Int32(0), tiles
-        index0, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
-        index1, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
-        index2, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
-        offset = self.locate(c, index0)
-        self.load_scales(c, offset, scales)
+        at_piece, at_tile = Int32(0), Int32(0)
+        index0, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+        index1, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+        index2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+        offset, scale_offset = self.locate(c, index0)
+        self.load_scales(c, offset, scale_offset, scales)
         self.note_valid(c, Int32(0), offset)
         self.spread(s, offset, offsets)
         for p in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(4):
                 self.load_codes(c, s, offsets[i], ORDER[p], i, raw[p])
-        offset = self.locate(c, index1)
+        offset, scale_offset = self.locate(c, index1)
+        if const_expr(early):
+            self.load_scales(c, offset, scale_offset, later_scales)
         self.prefetch(c, offset)
 
         turn, piece = Int32(0), Int32(0)
         while tiles > 0:
             for _ in cutlass.range(tiles, unroll=1):
-                self.load_scales(c, offset, later_scales)
-                further = self.locate(c, index2)
+                further, scale_offset = self.locate(c, index2)
+                if const_expr(early):
+                    self.load_scales(c, further, scale_offset, last_scales)
+                else:
+                    self.load_scales(c, offset, offset, later_scales)
                 self.prefetch(c, further)
-                index2, at_piece, at_tile, at_tiles = self.next_index(c, s, at_piece, at_tile, at_tiles)
+                index2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
                 base, phase = 4 * (turn & 1), ((turn >> 1) & 1) ^ 1
                 for p in cutlass.range_constexpr(4):
                     if const_expr(p == 2):
-                        if const_expr(self.bytes.has_rope):
+                        if const_expr(self.bytes.has_rope_slice):
                             cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
-                            self.load_rope(c, s, offsets)
+                            self.load_rope(c, s, offsets, c.rope_base)
+                        elif const_expr(self.bytes.rope_is_value):  # the second half of unit 3, which is filled next
+                            cute.arch.mbarrier_wait(c.empty + base + 3, phase)
+                            self.load_rope(c, s, offsets, c.ring_base + (base + 3) * UNIT_BYTES + SLICE_BYTES)
                         self.spread(s, offset, offsets)
                         self.note_valid(c, turn + 1, offset)
                     unit = base + ORDER[p]
@@ -421,18 +435,22 @@ class DecodeSparse:
                         self.store_unit(c, s, raw[p % 2], scales, unit, ORDER[p], i)
                         if const_expr(not self.config.load_late):
                             self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
+                    if const_expr(self.bytes.rope_is_value and ORDER[p] == 3):
+                        cute.arch.inline_ptx("cp.async.wait_all;")
                     # The tensor cores read the ring through the async proxy.
                     cute.arch.fence_view_async_shared()
                     self.arrive(c.full + unit)
                     if const_expr(self.config.load_late):
                         for i in cutlass.range_constexpr(4):
                             self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
-                if const_expr(self.bytes.has_rope):
+                if const_expr(self.bytes.has_rope_slice):
                     cute.arch.inline_ptx("cp.async.wait_all;")
                     cute.arch.fence_view_async_shared()
                     self.arrive(c.rope_full)
                 for x in cutlass.range_constexpr(self.bytes.scale_words):
                     scales[x] = later_scales[x]
+                    if const_expr(early):
+                        later_scales[x] = last_scales[x]
                 offset = further
                 turn += 1
             if c.warp_idx != 12:
@@ -443,13 +461,12 @@ class DecodeSparse:
                 self.load_q(c, piece)
 
     @cute.jit
-    def next_index(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, tile: Int32, tiles: Int32
-    ):  # fmt: skip
+    def next_index(self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, tile: Int32):
         """The index of key `lane % 16` of this warp in the tile at (piece, tile), and the tile after it."""
         index = Int32(-1)
+        where = piece % PIECES
+        tiles = cute.arch.make_warp_uniform(c.piece[TILES, where])
         if tiles > 0:
-            where = piece % PIECES
             position = (c.piece[FIRST_BLOCK, where] + tile) * 64 + 16 * c.warp + c.lane % 16
             if position < c.piece[STOP, where]:
                 index = c.indices[c.piece[REQUEST, where], c.token, position]
@@ -459,21 +476,27 @@ class DecodeSparse:
                 tile = Int32(0)
                 if s.is_lead:
                     self.describe(c, piece)
-                tiles = self.next_piece(c, piece)
-        return index, piece, tile, tiles
+                cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
+        return index, piece, tile
 
     @cute.jit
     def locate(self, c: cutlass.Constexpr, index: Int32):
-        """Where a key's bytes begin, in 16 bytes from the start of the cache; NO_ROW for none. Notes bad indices."""
-        offset = Int32(NO_ROW)
+        """Where a key's row begins, in 16 bytes from the start of the cache, NO_ROW for none; where its scales do, in 8.
+
+        Notes bad indices.
+        """
+        offset, scales = Int32(NO_ROW), Int32(0)
         if index != -1:
             page = index // c.page_size
             if (index >= 0) & (page < c.kv.shape[0]):
                 step = Int32(c.kv.stride[0] // 4)
-                offset = page * step + (index - page * c.page_size) * (self.bytes.row_bytes // 16)
+                place = index - page * c.page_size
+                offset = page * step + place * (self.bytes.row_bytes // 16)
+                if const_expr(self.bytes.scales_behind_page):
+                    scales = 2 * page * step + c.page_size * (self.bytes.row_bytes // 8) + place
             else:
                 cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_INDEX))
-        return offset
+        return offset, scales
 
     @cute.jit
     def spread(self, s: cutlass.Constexpr, offset: Int32, offsets: cute.Tensor):
@@ -502,16 +525,27 @@ class DecodeSparse:
             )
 
     @cute.jit
-    def load_scales(self, c: cutlass.Constexpr, offset: Int32, scales: cute.Tensor):
+    def load_scales(self, c: cutlass.Constexpr, offset: Int32, scale_offset: Int32, scales: cute.Tensor):
         """Scales of key `lane % 16`: lanes 0 to 15 hold those of units 0 and 1, the others those of 2 and 3."""
-        place = self.bytes.scale_place + (c.lane // 16) * 8
-        scales[0], scales[1] = cute.arch.inline_ptx(
-            "{ .reg .b64 a; .reg .b64 b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
-            " cvt.u64.u32 b, {$r2}; add.u64 a, a, b; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0;"
-            " @p ld.global.nc.v2.b32 {{$w0}, {$w1}}, [a]; }",
-            write_only_types=[Int32, Int32],
-            read_only_args=[c.kv.iterator.toint(), offset, place],
+        half = self.bytes.scale_bytes // 2
+        place = self.bytes.scale_place + c.lane // 16 * half
+        unit, start = (8, scale_offset) if const_expr(self.bytes.scales_behind_page) else (16, offset)
+        code = (
+            "{ .reg .b64 a, b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r3}, "
+            + str(unit)
+            + ", {$r0}; cvt.u64.u32 b, {$r2}; add.u64 a, a, b; mov.b32 {$w0}, 0; "
         )
+        args = [c.kv.iterator.toint(), offset, place, start]
+        if const_expr(self.bytes.scale_words == 2):
+            scales[0], scales[1] = cute.arch.inline_ptx(
+                code + "mov.b32 {$w1}, 0; @p ld.global.nc.v2.b32 {{$w0}, {$w1}}, [a]; }",
+                write_only_types=[Int32, Int32],
+                read_only_args=args,
+            )
+        else:
+            scales[0] = cute.arch.inline_ptx(
+                code + "@p ld.global.nc.b32 {$w0}, [a]; }", write_only_types=[Int32], read_only_args=args
+            )
 
     @cute.jit
     def load_codes(
@@ -529,11 +563,11 @@ class DecodeSparse:
         )
 
     @cute.jit
-    def load_rope(self, c: cutlass.Constexpr, s: cutlass.Constexpr, offsets: cute.Tensor):
+    def load_rope(self, c: cutlass.Constexpr, s: cutlass.Constexpr, offsets: cute.Tensor, slice_base: Int32):
         """The RoPE columns of this warp's keys, as they are stored; zeros for keys that are not there."""
         base = c.kv.iterator.toint() + Int64(s.rope_chunk * 16)
         for i in cutlass.range_constexpr(4):
-            there = c.rope_base + of_key(s.rope_place, i)
+            there = slice_base + of_key(s.rope_place, i)
             size = Int32(16) if offsets[i] != NO_ROW else Int32(0)
             offset = offsets[i] if offsets[i] != NO_ROW else Int32(0)
             cute.arch.inline_ptx(
@@ -550,16 +584,29 @@ class DecodeSparse:
         which: cutlass.Constexpr, i: cutlass.Constexpr,
     ):  # fmt: skip
         """bf16(code * scale) of sixteen columns of key i into the ring: two 16-byte chunks of the 128-byte swizzle."""
-        word = cute.arch.shuffle_sync(scales[which % 2], s.key + 4 * i + 16 * (which // 2))
+        holder = scale_holder(which, s.key + 4 * i)
+        scale = cute.arch.shuffle_sync(scales[scale_word(self.bytes, which)], holder)
+        if const_expr(self.bytes.is_e8m0):
+            byte = (scale >> scale_shift(self.bytes, which, s.chunk)) & 0xFF
+            # 2^(byte - 127); 0 is 2^-127, which is subnormal, and 255 is NaN: both have the top bit of the mantissa
+            scale = (byte << 23) | (Int32(0x400000) if ((byte + 1) & 0xFF) <= 1 else Int32(0))
         words = cute.make_rmem_tensor(8, Int32)
         for x in cutlass.range_constexpr(4):
-            words[2 * x], words[2 * x + 1] = self.dequantise(raw[4 * i + x], word)
+            words[2 * x], words[2 * x + 1] = self.dequantise(raw[4 * i + x], scale)
         there = c.ring_base + unit * UNIT_BYTES + of_key(s.place, i)
+        is_code = Int32(1)
+        if const_expr(self.bytes.rope_is_value and which == 3):
+            is_code = Int32(1) if s.chunk < 4 else Int32(0)  # columns from 448 on are RoPE and came by cp.async
         for h in cutlass.range_constexpr(2):
             cute.arch.inline_ptx(
-                "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-                read_only_args=[there ^ (16 * h), *(words[4 * h + x] for x in range(4))],
-            )
+                "{ .reg .pred p; setp.ne.s32 p, {$r5}, 0; @p st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}; }"
+                if const_expr(self.bytes.rope_is_value and which == 3)
+                else "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                read_only_args=[
+                    there ^ (16 * h), *(words[4 * h + x] for x in range(4)),
+                    *([is_code] if const_expr(self.bytes.rope_is_value and which == 3) else []),
+                ],
+            )  # fmt: skip
 
     @cute.jit
     def dequantise(self, codes: Int32, scale: Int32):
@@ -658,7 +705,7 @@ class DecodeSparse:
                 if const_expr(issued == cfg.gate_right):
                     self.arrive(c.go + right)
                 issued += 1
-        if const_expr(self.bytes.has_rope):
+        if const_expr(self.bytes.has_rope_slice):
             cute.arch.mbarrier_wait(c.rope_full, count & 1)
             for k in cutlass.range_constexpr(4):
                 cute.gemm(c.qk, acc, s.a[None, None, 32 + k], s.b_rope[None, None, k, 0], acc)
@@ -672,7 +719,7 @@ class DecodeSparse:
             self.arrive(c.go + left)
         if const_expr(cfg.gate_right == -2):
             self.arrive(c.go + right)
-        if const_expr(self.bytes.has_rope):
+        if const_expr(self.bytes.has_rope_slice):
             self.arrive(c.rope_empty)
         return valid0, valid1
 
