@@ -20,6 +20,8 @@ from openmla.backends.triton import DECODE, KERNELS, SPARSE_DECODE, SPARSE_PREFI
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem, SparseDecodeProblem, SparsePrefillProblem
 from openmla.core.target import Target
+from openmla.mods import attach, document, sigmoid, sliding_window, soft_cap
+from openmla.testing.mod_cases import library_cases
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(config.is_interpreted(), reason="TRITON_INTERPRET=1 replaces the compiler")
@@ -32,7 +34,15 @@ TARGETS = {
 }
 ELEMENT = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8",
+    torch.bool: "i1", torch.int64: "i64",
 }  # fmt: skip
+
+
+def form_of(value: Any) -> Any:
+    """A tuple argument as a signature."""
+    if isinstance(value, tuple):
+        return tuple(form_of(each) for each in value)
+    return f"*{ELEMENT[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
 
 
 class Recorder:
@@ -68,6 +78,8 @@ class Recorder:
             elif isinstance(value, int):
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 is_aligned = value % 16 == 0 and not is_free
+            elif isinstance(value, tuple):
+                signature[name] = form_of(value)  # tables of mods: not specialised
             else:
                 signature[name] = "fp32"
             if is_aligned:
@@ -106,7 +118,13 @@ def spilled(found: Any, tmp_path: Path) -> int:
 
 
 def decode_call(
-    h_q: int = 128, s_q: int = 1, layout: str = "bf16_576", page_size: int = 64, batch: int = 2, **options: Any
+    h_q: int = 128,
+    s_q: int = 1,
+    layout: str = "bf16_576",
+    page_size: int = 64,
+    batch: int = 2,
+    mods: Any = None,
+    **options: Any,
 ) -> tuple[DecodeProblem, DecodeOperands]:
     """A problem and operands of the right form, whose values nobody reads."""
     stored = kv_layout(layout)
@@ -116,13 +134,15 @@ def decode_call(
     ints = torch.zeros(8, dtype=torch.int32)
     problem = DecodeProblem(
         batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, h_kv=1, d_qk=stored.d_qk, d_v=512, dtype=dtype,
-        layout=stored, page_size=page_size, num_pages=4, max_pages=9, **options,
+        layout=stored, page_size=page_size, num_pages=4, max_pages=9,
+        mods=None if mods is None else attach(mods).form, **options,
     )  # fmt: skip
     lse = (h_q, batch * s_q) if problem.is_varlen else (batch, h_q, s_q)
     operands = DecodeOperands(
         torch.zeros(*shape, stored.d_qk, dtype=dtype), cache, torch.zeros(batch, 9, dtype=torch.int32), ints[:batch],
         0.04, torch.zeros(*shape, 512, dtype=dtype), torch.zeros(lse), ints[:1],
         ints[: batch + 1] if problem.is_varlen else None, torch.zeros(h_q) if problem.has_sink else None,
+        mods=attach(mods),
     )  # fmt: skip
     return problem, operands
 
@@ -144,6 +164,9 @@ def within_limits(found: Any, problem: Any, choice: Any, target: str, most: int,
     assert spilled(found, tmp_path) <= most
 
 
+MODS = library_cases(h_q=128, s_q=1, batch=2, capacity=576, d_rope=64)
+SEVERAL = MODS["several"]
+
 # What each may spill (bytes of stack; registers on AMD): the compiler of Triton 3.9. Limits may only shrink.
 DECODE_CASES = [
     pytest.param("h100_sxm", {}, 0, id="h100-128-heads"),
@@ -156,6 +179,13 @@ DECODE_CASES = [
     pytest.param("b200", {}, 40, id="b200-128-heads"),
     pytest.param("mi300x", {}, 0, id="mi300x-128-heads"),
     pytest.param("mi300x", {"h_q": 16, "is_causal": True, "s_q": 1}, 0, id="mi300x-16-heads"),
+    pytest.param("h100_sxm", {"mods": soft_cap(30.0)}, 0, id="h100-soft-cap"),
+    pytest.param("h100_sxm", {"mods": sliding_window(512)}, 208, id="h100-window-as-a-mod"),
+    pytest.param("h100_sxm", {"mods": SEVERAL, "s_q": 2, "is_causal": True}, 384, id="h100-several-mods"),
+    pytest.param("h100_sxm", {"mods": [sigmoid(-8.0)], "h_q": 16}, 0, id="h100-sigmoid"),
+    pytest.param("a100_sxm", {"mods": SEVERAL, "layout": "fp16_576"}, 24, id="a100-several-mods"),
+    pytest.param("b200", {"mods": SEVERAL}, 88, id="b200-several-mods"),
+    pytest.param("mi300x", {"mods": SEVERAL}, 0, id="mi300x-several-mods"),
 ]
 
 
@@ -167,10 +197,40 @@ def test_decode(target, options, most, recorded, tmp_path):
     if target == "h100_sxm" and choice.block_m >= 64:
         # Columns of k in steps of 16, and 64 keys: twice the first number where both warpgroups make all scores.
         once = problem.d_qk // 16 + choice.block_n // 16
-        loops = 2 if problem.is_causal else 1
+        loops = 2 if problem.is_causal and not (problem.mods and problem.mods.masks) else 1
         assert found.asm["ptx"].count("wgmma.mma_async") == once * loops
     if target != "mi300x" and not problem.layout.is_quantised:
         assert "cp.async" in found.asm["ptx"], "tiles must not pass through registers"
+
+
+@pytest.mark.parametrize("target", ["h100_sxm", "mi300x"])
+def test_every_mod_of_the_library_compiles(target, recorded):
+    for name, given in MODS.items():
+        recorder, _, _ = run_decode(target, recorded, h_q=16, mods=given)
+        assert compiled(recorder, target).metadata.shared, name
+
+
+def test_a_number_of_a_mod_is_part_of_the_key(recorded):
+    """Triton names functions by module when it looks for machine code: a cap of 30 must not find that of 50."""
+    keys = set()
+    for given in (soft_cap(30.0), soft_cap(50.0), sigmoid(30.0), None):
+        recorder, _, _ = run_decode("h100_sxm", recorded, mods=given)
+        keys.add(recorder.source()[0].hash())
+    assert len(keys) == 4
+
+
+def test_other_tables_compile_nothing(recorded):
+    """What Triton compiles anew for, it says here; in tuples it knows no exception, so numbers must be neither 1 nor 16."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    keys = set()
+    for batch, width in ((1, 1), (2, 16), (16, 33), (256, 2**20)):
+        tables = document(torch.zeros(1, 1, dtype=torch.int32).expand(batch, width))
+        recorder, _, _ = run_decode("h100_sxm", recorded, mods=tables, h_q=16)
+        given = dict(zip(recorder.kernel.arg_names, recorder.arguments, strict=False))["tables"]
+        keys.add(native_specialize_impl(CUDABackend, given, False, True, True))
+    assert len(keys) == 1
 
 
 def run_sparse(target: str, recorded: dict[str, Recorder], **options: Any) -> tuple[Recorder, Any, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from openmla.core.problem import Problem
 from openmla.core.target import Target
+from openmla.mods import Attached
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class DecodeOperands(NamedTuple):
     cu_seqlens_q: torch.Tensor | None = None  # [batch + 1] int32
     attn_sink: torch.Tensor | None = None  # [h_q] fp32
     workspace: torch.Tensor | None = None  # [>= workspace_bytes] uint8, 256-byte aligned, contents undefined
+    mods: Attached | None = None  # the tensors of Problem.mods
 
 
 class SparseDecodeOperands(NamedTuple):

@@ -27,6 +27,10 @@ class ProblemError(OpenMLAError, ValueError):
         return (type(self), (self.op, self.violations))
 
 
+class ModError(ProblemError):
+    """A function cannot be a mod (`openmla.mods`): it would not mean the same in every backend."""
+
+
 class PlanMismatchError(ProblemError):
     """A plan was reused for a different problem; the message names each differing field."""
 

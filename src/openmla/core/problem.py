@@ -8,11 +8,15 @@ reported through `openmla.core.faults`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 
 from openmla.core.errors import ConfigError, ProblemError
 from openmla.core.layout import KVLayout, kv_layout, plain_layout
+
+if TYPE_CHECKING:  # a layer above
+    from openmla.mods import Attached, Mods
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -207,6 +211,7 @@ class DecodeProblem:
     has_sink: bool = False
     is_aligned: bool = True  # q and kv_cache start at, and step by, multiples of 16 bytes: what bulk copies need
     is_scale_positive: bool = True  # softmax_scale > 0: the largest score belongs to the largest dot product
+    mods: Mods | None = None  # functions to inline, equal by fingerprint
 
     @classmethod
     def from_tensors(
@@ -224,6 +229,7 @@ class DecodeProblem:
         max_seqlen_q: int | None = None,
         attn_sink: torch.Tensor | None = None,
         softmax_scale: float | None = None,
+        mods: Attached | None = None,
     ) -> DecodeProblem:
         """Raises ProblemError with every violation at once."""
         bad = _Violations("decode")
@@ -252,6 +258,11 @@ class DecodeProblem:
         h_kv = kv_cache.shape[2] if isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4 else 1
         _heads(bad, h_q, h_kv)
         _sink(bad, attn_sink, h_q, device)
+        if mods is not None and table_ok and found is not None:
+            bad.found += mods.violations(
+                d_rope=d_qk - d_v, capacity=block_table.shape[1] * kv_cache.shape[1], page_size=kv_cache.shape[1],
+                device=device, has_sink=attn_sink is not None,
+            )  # fmt: skip
         bad.raise_if_any()
         assert found is not None
         return cls(
@@ -259,7 +270,7 @@ class DecodeProblem:
             d_qk=d_qk, d_v=d_v, dtype=q.dtype, layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0],
             max_pages=block_table.shape[1], is_causal=is_causal, is_varlen=cu_seqlens_q is not None,
             window=window or 0, has_sink=attn_sink is not None, is_aligned=_is_aligned(q) and _is_aligned(kv_cache),
-            is_scale_positive=softmax_scale is None or softmax_scale > 0,
+            is_scale_positive=softmax_scale is None or softmax_scale > 0, mods=None if mods is None else mods.form,
         )  # fmt: skip
 
     def __str__(self) -> str:

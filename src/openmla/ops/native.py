@@ -29,6 +29,7 @@ from openmla.core.problem import (
     SparseDecodeProblem,
     SparsePrefillProblem,
 )
+from openmla.mods import Attachable, Attached, attach
 from openmla.ops import dispatch
 from openmla.ops.dispatch import LOG2_E, LseBase
 from openmla.split.schedule import POLICIES, Policy
@@ -91,6 +92,7 @@ def plan(
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     attn_sink: torch.Tensor | None = None,
+    mods: Attachable = None,
     kv_layout: KVLayout | str | None = None,
     backend: str | None = None,
 ) -> Plan:
@@ -99,7 +101,7 @@ def plan(
     Args:
         q, kv_cache, block_table, cache_seqlens: as for `decode`; only their metadata and the lengths are read.
         policy: `balanced`, or `batch_invariant` where the bits of a row must not depend on its batch mates.
-        d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, kv_layout, backend: as for `decode`.
+        d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, mods, kv_layout, backend: as for `decode`.
 
     Raises:
         ProblemError: as `decode`.
@@ -107,7 +109,7 @@ def plan(
     _check_policy(policy)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
-        kv_layout, backend,
+        attach(mods), kv_layout, backend,
     )  # fmt: skip
     kernel = cast(DecodeKernel, prepared.kernel)
     pieces = kernel.plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
@@ -117,8 +119,8 @@ def plan(
 def _prepare_decode(
     q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
     softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None, attn_sink: torch.Tensor | None, kv_layout: KVLayout | str | None, backend: str | None,
-    out: torch.Tensor | None = None,
+    max_seqlen_q: int | None, attn_sink: torch.Tensor | None, mods: Attached | None,
+    kv_layout: KVLayout | str | None, backend: str | None, out: torch.Tensor | None = None,
 ) -> dispatch.Prepared:  # fmt: skip
     """The checked and compiled decode of these tensors."""
     tensors = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink, out)
@@ -127,6 +129,7 @@ def _prepare_decode(
         problem = DecodeProblem.from_tensors(
             q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
+            mods=mods,
         )  # fmt: skip
         dispatch.check_out("decode", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
         return problem
@@ -135,6 +138,7 @@ def _prepare_decode(
         (
             "decode", *map(dispatch.signature, tensors), d_v, is_causal, window, max_seqlen_q, kv_layout,
             type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
+            None if mods is None else (mods.form, *map(dispatch.signature, mods.tensors())),
         ),
         build,
         dispatch.device_of(q),
@@ -164,6 +168,7 @@ def decode(
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     attn_sink: torch.Tensor | None = None,
+    mods: Attachable = None,
     kv_layout: KVLayout | str | None = None,
     plan: Plan | None = None,
     policy: Policy = "balanced",
@@ -191,6 +196,8 @@ def decode(
         cu_seqlens_q: [batch + 1] int32, start of each request's queries in q, for varlen queries.
         max_seqlen_q: longest query of the batch; needed with cu_seqlens_q.
         attn_sink: [h_q] fp32 extra logit per head with value 0: out is multiplied by 1 / (1 + exp(sink - lse)).
+        mods: Python functions that the kernel inlines, and RoPE of q: one or several of `openmla.mods`. With an
+            activation in place of softmax, out = sum_j weight_j v_j and lse = ln sum_j weight_j.
         kv_layout: layout of kv_cache; default: plain elements.
         plan: from `openmla.plan(...)`; default: made for this call.
         policy: `balanced` or `batch_invariant`, when no plan is given.
@@ -214,7 +221,9 @@ def decode(
         CUDA graphs: safe after one warm call. Values inside tensors are guarded, see `openmla.check_errors`.
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
-    if torch.compiler.is_compiling() and out is None and plan is None and workspace is None:
+    if torch.compiler.is_compiling() and mods is not None:
+        torch._dynamo.graph_break("a graph stores no Python functions: mods run eagerly")
+    elif torch.compiler.is_compiling() and out is None and plan is None and workspace is None:
         traced, traced_lse = torch.ops.openmla.decode(
             q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
             attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend,
@@ -222,16 +231,19 @@ def decode(
         return traced, traced_lse if return_lse else None
     _check_policy(policy)
     dispatch.check_lse_base("decode", lse_base)
+    attached = None if mods is None else attach(mods)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-        attn_sink, kv_layout, backend, out,
+        attn_sink, attached, kv_layout, backend, out,
     )  # fmt: skip
     problem: DecodeProblem = prepared.problem
-    inputs = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink)
+    tables = attached.tensors() if attached else ()
+    inputs = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink, *tables)
     result, lse = _outputs(prepared, q, out, inputs)
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse,
         faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device, plan.policy if plan else policy),
+        attached,
     )  # fmt: skip
     dispatch.launch(prepared, operands, _pieces(plan, prepared, cache_seqlens, policy))
     return result, _finish_lse(lse, return_lse, lse_base)
@@ -285,6 +297,7 @@ def workspace_bytes(
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     attn_sink: torch.Tensor | None = None,
+    mods: Attachable = None,
     kv_layout: KVLayout | str | None = None,
     backend: str | None = None,
 ) -> int:
@@ -295,7 +308,7 @@ def workspace_bytes(
     """
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
-        kv_layout, backend,
+        attach(mods), kv_layout, backend,
     )  # fmt: skip
     return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
 

@@ -35,6 +35,8 @@ from typing import Literal
 import torch
 
 from openmla.core.layout import KVLayout, kv_layout, plain_layout
+from openmla.mods import Attachable, attach
+from openmla.reference.modded import PLAIN, Scores, scores_of
 from openmla.reference.quant import read_rows
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -82,15 +84,17 @@ class Attention:
 
 
 def _softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, softmax_scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, softmax_scale: float, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out [..., m, d_v], lse [..., m], max_logits [..., m]) of q [..., m, d_qk] over the keys that each row sees.
 
     k [..., n, d_qk], v [..., n, d_v], seen [..., m, n] bool. Computes in the dtype of its inputs.
     """
-    logits = softmax_scale * (q @ k.transpose(-1, -2))
-    logits = logits.masked_fill(~seen, -torch.inf)
+    logits = scores.changed(softmax_scale * (q @ k.transpose(-1, -2))).masked_fill(~seen, -torch.inf)
     top = _max_keys(logits)
+    if scores.has_activation:
+        weights = scores.weights(logits)
+        return _weighted_sum(weights, v, seen), torch.log(weights.sum(-1)), top
     shift = top.masked_fill(top == -torch.inf, 0)
     weights = torch.exp(logits - shift[..., None])
     total = weights.sum(-1)
@@ -126,6 +130,7 @@ def _emulated_attention(
     softmax_scale: float,
     dtype: torch.dtype,
     num_splits: int,
+    scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`_softmax_attention` with the roundings of a kernel: inputs fp32 holding values of `dtype`."""
     blocks = -(-k.shape[-2] // BLOCK_KEYS)
@@ -134,8 +139,8 @@ def _emulated_attention(
         begin = split * blocks // num_splits * BLOCK_KEYS
         end = min((split + 1) * blocks // num_splits * BLOCK_KEYS, k.shape[-2])
         out, lse, top = online_softmax(
-            q, k[..., begin:end, :], v[..., begin:end, :], seen[..., begin:end], softmax_scale, dtype
-        )
+            q, k[..., begin:end, :], v[..., begin:end, :], seen[..., begin:end], softmax_scale, dtype, scores, begin
+        )  # fmt: skip
         outs.append(out)
         lses.append(lse)
         tops.append(top)
@@ -144,7 +149,7 @@ def _emulated_attention(
     shift = top.masked_fill(top == -torch.inf, 0)
     weights = torch.exp(partial_lse - shift)
     total = weights.sum(0)
-    share = weights / total.masked_fill(total == 0, 1)
+    share = torch.ones_like(weights) if scores.has_activation else weights / total.masked_fill(total == 0, 1)
     merged = torch.zeros_like(outs[0])
     for part, weight in zip(outs, share, strict=True):
         merged = merged + weight[..., None] * part
@@ -158,6 +163,8 @@ def online_softmax(
     seen: torch.Tensor,
     softmax_scale: float,
     dtype: torch.dtype,
+    scores: Scores = PLAIN,
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One split of the emulated kernel: fp32 (out, lse, max_logits) of one stretch of keys, block after block."""
     top = q.new_full(q.shape[:-1], -torch.inf)
@@ -165,31 +172,42 @@ def online_softmax(
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     for begin in range(0, k.shape[-2], BLOCK_KEYS):
         block = slice(begin, begin + BLOCK_KEYS)
-        logits = softmax_scale * (q @ k[..., block, :].transpose(-1, -2))
+        logits = scores.changed(softmax_scale * (q @ k[..., block, :].transpose(-1, -2)), first + begin)
         logits = logits.masked_fill(~seen[..., block], -torch.inf)
         higher = torch.maximum(top, logits.amax(-1))
-        shift = higher.masked_fill(higher == -torch.inf, 0)
-        weights = torch.exp(logits - shift[..., None])
-        rescale = torch.exp(top - shift)
+        if scores.has_activation:
+            weights, rescale = scores.weights(logits, first + begin), torch.ones_like(top)
+        else:
+            shift = higher.masked_fill(higher == -torch.inf, 0)
+            weights = torch.exp(logits - shift[..., None])
+            rescale = torch.exp(top - shift)
         total = total * rescale + weights.sum(-1)
         rounded = weights.to(dtype).to(torch.float32)
         out = out * rescale[..., None] + _weighted_sum(rounded, v[..., block, :], seen[..., block])
         top = higher
+    if scores.has_activation:
+        return out, torch.log(total), top
     shift = top.masked_fill(top == -torch.inf, 0)
     return out / total.masked_fill(total == 0, 1)[..., None], shift + torch.log(total), top
 
 
 def _bounds(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, softmax_scale: float, top: torch.Tensor
-) -> Bounds:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, softmax_scale: float, top: torch.Tensor,
+    scores: Scores,
+) -> Bounds:  # fmt: skip
     """The quantities of the tolerance rule, shapes as in `_softmax_attention`."""
-    logits = (softmax_scale * (q @ k.transpose(-1, -2))).masked_fill(~seen, -torch.inf)
-    weights = torch.exp(logits - top.masked_fill(top == -torch.inf, 0)[..., None])
-    total = weights.sum(-1)
-    share = weights / total.masked_fill(total == 0, 1)[..., None]
+    raw = softmax_scale * (q @ k.transpose(-1, -2))
+    logits = scores.changed(raw).masked_fill(~seen, -torch.inf)
+    if scores.has_activation:
+        share = scores.weights(logits).abs()
+        total = torch.ones_like(top)
+    else:
+        weights = torch.exp(logits - top.masked_fill(top == -torch.inf, 0)[..., None])
+        total = weights.sum(-1)
+        share = weights / total.masked_fill(total == 0, 1)[..., None]
     size = v.masked_fill(~v.isfinite(), 0).abs()
-    count = seen.to(q.dtype).expand(weights.shape)
-    reach = (abs(softmax_scale) * (q.abs() @ k.abs().transpose(-1, -2))).masked_fill(~seen, 0)
+    count = seen.to(q.dtype).expand(share.shape)
+    reach = scores.reach(raw, abs(softmax_scale) * (q.abs() @ k.abs().transpose(-1, -2))).masked_fill(~seen, 0)
     return Bounds(
         A=share @ size,
         B=share.square() @ size.square(),
@@ -211,6 +229,7 @@ def _attend(
     precision: Precision,
     with_bounds: bool,
     num_splits: int,
+    scores: Scores = PLAIN,
 ) -> Attention:
     """Rows that share their keys: q [rows, h_q, d_qk], k [n, h_kv, d_qk], v [n, h_kv, d_v], seen [rows, n].
 
@@ -226,23 +245,23 @@ def _attend(
     q, k, v = (x.to(wide) for x in (q, k, v))
     q = q.reshape(rows, h_kv, group, q.shape[-1]).transpose(0, 1).reshape(h_kv, rows * group, q.shape[-1])
     k, v = k.transpose(0, 1), v.transpose(0, 1)
-    seen = (seen if seen.dim() == 3 else seen[None]).expand(h_kv, rows, k.shape[1])
+    seen = (seen if seen.dim() == 3 else seen[None]).expand(h_kv, rows, k.shape[1]).repeat_interleave(group, 1)
+    seen = scores.visible(seen)
     # What nobody sees is masked anyway; zeros keep poisoned caches on the short path of _weighted_sum.
     used = seen.any(1)[..., None]
     k, v = k.masked_fill(~used, 0), v.masked_fill(~used, 0)
-    seen = seen.repeat_interleave(group, 1)
 
     if precision in _NARROW:
-        out, lse, top = _emulated_attention(q, k, v, seen, softmax_scale, _NARROW[precision], num_splits)
+        out, lse, top = _emulated_attention(q, k, v, seen, softmax_scale, _NARROW[precision], num_splits, scores)
     else:
-        out, lse, top = _softmax_attention(q, k, v, seen, softmax_scale)
+        out, lse, top = _softmax_attention(q, k, v, seen, softmax_scale, scores)
 
     def back(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(h_kv, rows, group, *x.shape[2:]).transpose(0, 1).reshape(rows, h_q, *x.shape[2:])
 
     bounds = None
     if with_bounds:
-        found = _bounds(q, k, v, seen, softmax_scale, top)
+        found = _bounds(q, k, v, seen, softmax_scale, top, scores)
         bounds = Bounds(**{field.name: back(getattr(found, field.name)) for field in fields(Bounds)})
     result = Attention(back(out), back(lse), back(top), heads_first=False, bounds=bounds)
     if attn_sink is not None:
@@ -340,6 +359,7 @@ def decode(
     window: int = 0,
     cu_seqlens_q: torch.Tensor | None = None,
     attn_sink: torch.Tensor | None = None,
+    mods: Attachable = None,
     precision: Precision = "fp64",
     with_bounds: bool = False,
     num_splits: int = 1,
@@ -357,6 +377,7 @@ def decode(
         is_causal, window: see the module docstring; window 0 means all keys.
         cu_seqlens_q: [batch + 1] integer offsets of each request's query rows.
         attn_sink: [h_q] fp32, natural-log units.
+        mods: what `openmla.mods` changes; its meaning is `openmla.mods.attached`. An activation has lse = ln sum weights.
         precision: see the module docstring.
         with_bounds: also return the quantities of the tolerance rule.
         num_splits: stretches of keys whose partial results are merged (bf16, fp16 only).
@@ -377,21 +398,17 @@ def decode(
     begin, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
     capacity = block_table.shape[1] * page_size
     nothing = kv_cache.new_zeros((0, kv_cache.shape[2], found.d_qk), dtype=q.dtype)
+    attached = attach(mods)
 
-    def attend(span: tuple[int, int], keys: torch.Tensor, present: torch.Tensor) -> Attention:
+    def attend(span: tuple[int, int], keys: torch.Tensor, present: torch.Tensor, request: int = 0) -> Attention:
         s_q, s_k = span[1] - span[0], keys.shape[0]
         seen = _band(s_q, s_k, is_causal, window, q.device) & present
+        mine, scores = rows[slice(*span)], PLAIN
+        if attached is not None and s_k:
+            mine, scores = scores_of(attached, mine, request, s_k, kv_cache.shape[2], d_v)
         return _attend(
-            rows[slice(*span)],
-            keys,
-            keys[..., :d_v],
-            seen,
-            softmax_scale,
-            attn_sink,
-            precision,
-            with_bounds,
-            num_splits,
-        )
+            mine, keys, keys[..., :d_v], seen, softmax_scale, attn_sink, precision, with_bounds, num_splits, scores
+        )  # fmt: skip
 
     nobody = torch.zeros(0, dtype=torch.bool, device=q.device)
     parts = [attend((0, begin), nothing, nobody)]
@@ -400,7 +417,7 @@ def decode(
         page = block_table[request].to(torch.int64)[position // page_size]
         present = (page >= 0) & (page < num_pages)
         slots = torch.where(present, page * page_size + position % page_size, -1)
-        parts.append(attend(span, _read_heads(kv_cache, found, slots), present))
+        parts.append(attend(span, _read_heads(kv_cache, found, slots), present, request))
     parts.append(attend((end, total), nothing, nobody))
     return _join(parts, tuple(q.shape[:-2]), heads_first=True)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from openmla.backends.base import DecodeOperands, PrefillOperands, SparseDecodeOperands, SparsePrefillOperands
-from openmla.backends.torch.batched import ReadKeys, apply_sink, attend, note
+from openmla.backends.torch.batched import Modded, ReadKeys, apply_sink, attend, note
 from openmla.backends.torch.rows import read_slots
 from openmla.core.faults import Fault
 from openmla.core.layout import KVLayout
@@ -60,9 +60,16 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
     if problem.is_causal or problem.window:
         end = torch.minimum((s_k - s_q + position + 1).clamp_min(0), s_k)
     begin = (end - problem.window).clamp_min(0) if problem.window else torch.zeros_like(end)
+    modded = None
+    if operands.mods is not None:
+        q_idx = (s_k - s_q + position).int()
+        heads = torch.arange(problem.h_q, dtype=torch.int32, device=q.device)
+        modded = Modded(operands.mods, request.int(), heads, q_idx)
+        if operands.mods.rope is not None:
+            q = operands.mods.rope.rotated(q, problem.d_v, q_idx)
     out, lse, _ = _per_head(
         q, problem.h_kv, problem.d_v, operands.softmax_scale, capacity if batch else 0,
-        lambda head: _paged_keys(problem, operands, request, begin, end, head),
+        lambda head: _paged_keys(problem, operands, request, begin, end, head), modded,
     )  # fmt: skip
     out = apply_sink(out, lse, operands.attn_sink)
     _store(operands.out, operands.lse, out, lse)
@@ -96,12 +103,14 @@ def _keys(
 
 
 def _per_head(
-    q: torch.Tensor, h_kv: int, d_v: int, softmax_scale: float, capacity: int, reader: Callable[[int], ReadKeys]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, h_kv: int, d_v: int, softmax_scale: float, capacity: int, reader: Callable[[int], ReadKeys],
+    modded: Modded | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`attend` per KV head; q [total, h_q, d_qk] -> out [total, h_q, d_v], lse and top [total, h_q]."""
-    parts = [
-        attend(each, reader(head), capacity, d_v, softmax_scale) for head, each in enumerate(q.tensor_split(h_kv, 1))
-    ]
+    parts = []
+    for head, each in enumerate(q.tensor_split(h_kv, 1)):
+        mine = modded and modded._replace(h=modded.h.tensor_split(h_kv)[head])
+        parts.append(attend(each, reader(head), capacity, d_v, softmax_scale, mine))
     outs, lses, tops = zip(*parts, strict=True)
     return torch.cat(outs, 1), torch.cat(lses, 1), torch.cat(tops, 1)
 

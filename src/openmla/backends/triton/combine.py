@@ -6,6 +6,9 @@ The law is that of `openmla.split.combine`. Sums run over the splits in order, s
 (slot, row): slot = num_splits[request] + split, or request * SPLITS + split where every request has SPLITS; the rows
 of a slot are [h_kv, s_q, h_q / h_kv].
 
+With an activation in place of softmax (IS_SUM) partials are plain sums, out = sum_i out_i, and what stands in place of
+lse2_i is the sum of weights.
+
 Programs (row block, request) leave at once where a request has one piece: the attention kernel has finished it. With
 varlen queries, offsets that do not rise from 0 to total_q leave rows to nobody; the program past the last request, and
 each request that is longer than announced, writes those as empty rows and sets the fault bit.
@@ -85,7 +88,7 @@ def combine_kernel(
     batch, total_q, s_q, out_batch_stride, out_token_stride, out_head_stride, lse_batch_stride, lse_token_stride,
     lse_head_stride,
     H_KV: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr,
-    DIMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    IS_SUM: tl.constexpr, DIMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """See the module."""
     request = tl.program_id(1)
@@ -121,15 +124,23 @@ def combine_kernel(
         acc = tl.zeros((BLOCK_ROWS, D_LATENT), tl.float32)
         for split in range(0, splits):
             part = place + split * rows
-            weight = tl.exp2(tl.load(lse_accum_ptr + part, mask=valid, other=float("-inf")) - shift)
-            mass += weight
+            weight = tl.load(lse_accum_ptr + part, mask=valid, other=float("-inf"))
+            if IS_SUM:
+                mass += tl.where(valid, weight, 0.0)
+                weight = tl.where(valid, 1.0, 0.0)
+            else:
+                weight = tl.exp2(weight - shift)
+                mass += weight
             acc += weight[:, None] * tl.load(
                 out_accum_ptr + part[:, None] * DIMS[1] + column[None, :], mask=wanted, other=0.0
             )  # fmt: skip
-        is_empty = mass == 0.0
-        divisor = tl.where(is_empty, 1.0, mass)
-        out = acc / divisor[:, None]
-        lse2 = tl.where(is_empty, float("-inf"), shift + tl.log2(divisor))
+        if IS_SUM:
+            out, lse2 = acc, tl.log2(mass)
+        else:
+            is_empty = mass == 0.0
+            divisor = tl.where(is_empty, 1.0, mass)
+            out = acc / divisor[:, None]
+            lse2 = tl.where(is_empty, float("-inf"), shift + tl.log2(divisor))
         if HAS_SINK:
             out *= sink_share(lse2, tl.load(sink_ptr + head, mask=valid, other=0.0))[:, None]
         lead = tl.cast(request, tl.int64)

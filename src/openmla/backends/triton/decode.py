@@ -26,6 +26,7 @@ Deep dive: docs/kernels/triton.md
 import triton
 import triton.language as tl
 
+from openmla.backends.triton.inline import rotate_queries
 from openmla.backends.triton.rows import load_latent, load_rope, wanted_columns
 from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, sink_share
 
@@ -124,8 +125,8 @@ def load_page(table, start, length, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N:
 @triton.jit
 def attend_range(
     q_latent, q_rope, kv_ptr, table, low, high, turn, step, begin, end, hull_begin, hull_end, num_pages, kv_page_stride,
-    sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
-    LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+    MODS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """KV tiles low to high - 1, of which those from `turn` on stand `step` tiles further; returns state and strays.
 
@@ -150,7 +151,7 @@ def attend_range(
         if MIXED:
             seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
         peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED, APART, DIMS
+            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED, APART, MODS, DIMS
         )  # fmt: skip
     return peak, mass, acc, strays
 
@@ -158,12 +159,14 @@ def attend_range(
 @triton.jit
 def attend_piece(
     q_latent, q_rope, kv_ptr, table, first_block, end_block, token, token_low, token_high, count, length, num_pages,
-    kv_page_stride, sign, scale2, strays, KV_ROW_STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    IS_MIXED: tl.constexpr, APART: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    kv_page_stride, sign, scale2, strays, site, KV_ROW_STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr, MODS: tl.constexpr, LAYOUT: tl.constexpr,
+    DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(out [BLOCK_M, D_LATENT], lse2 [BLOCK_M], strays) of the rows over KV tiles first_block to end_block - 1.
 
+    MIXED: where rows may differ in what they see, "nowhere", at the "edges" of causal and window, or "everywhere".
+    With an activation lse2 is the sum of weights itself, which pieces can add.
     token [BLOCK_M] is the query of each row, from token_low to token_high; token_high < 0 where there is no row.
     """
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -178,22 +181,29 @@ def attend_piece(
     high = tl.maximum(tl.minimum(end_block, (hull_end + BLOCK_N - 1) // BLOCK_N), low)
     # Tiles that every row sees in full come first; those at the edges of causal and window need care and come last.
     inner_low, inner_high = low, high
-    if IS_MIXED:
+    if MIXED == "edges":
         inner_low = tl.minimum(tl.maximum((high_begin + BLOCK_N - 1) // BLOCK_N, low), high)
         inner_high = tl.maximum(tl.minimum(low_end // BLOCK_N, high), inner_low)
-    peak, mass, acc, strays = attend_range(
-        q_latent, q_rope, kv_ptr, table, inner_low, inner_high, inner_high, 0, begin, end, hull_begin, hull_end,
-        num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, False, APART, LAYOUT, DIMS,
-        PAGE_SIZE, BLOCK_N,
-    )  # fmt: skip
-    if IS_MIXED:
+    if MIXED == "everywhere":
+        inner_high = inner_low
+    else:
+        peak, mass, acc, strays = attend_range(
+            q_latent, q_rope, kv_ptr, table, inner_low, inner_high, inner_high, 0, begin, end, hull_begin, hull_end,
+            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE, False, APART, MODS,
+            LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
+        )  # fmt: skip
+    if MIXED != "nowhere":
         inner = inner_high - inner_low
         peak, mass, acc, strays = attend_range(
             q_latent, q_rope, kv_ptr, table, low, high - inner, inner_low, inner, begin, end, hull_begin, hull_end,
-            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, True, APART, LAYOUT, DIMS,
-            PAGE_SIZE, BLOCK_N,
+            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE, True, APART, MODS,
+            LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
         )  # fmt: skip
-    out, lse2 = finish(peak, mass, acc, scale2)
+    HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
+    if HAS_ACTIVATION:
+        out, lse2 = acc, mass
+    else:
+        out, lse2 = finish(peak, mass, acc, scale2)
     return out, lse2, strays
 
 
@@ -231,19 +241,21 @@ def decode_kernel(
     out_ptr,  # like q, d_v columns
     lse_ptr,  # [batch, h_q, s_q] or [h_q, total_q] fp32
     out_accum_ptr,  # [slots, h_q * s_q, d_v] fp32
-    lse_accum_ptr,  # [slots, h_q * s_q] fp32, base 2
+    lse_accum_ptr,  # [slots, h_q * s_q] fp32, base 2; sums of weights with an activation
     fault_ptr,  # [1] int32
-    sign, scale2, total_q, s_q, capacity, num_pages, chunk_blocks, tiles,
+    tables, rope,  # of mods: see `openmla.backends.triton.inline`
+    sign, scale2, scale, total_q, s_q, capacity, num_pages, chunk_blocks, tiles,
     q_batch_stride, q_token_stride, kv_page_stride, kv_head_stride, table_stride, out_batch_stride, out_token_stride,
     lse_batch_stride, lse_token_stride, lse_head_stride,
     Q_HEAD_STRIDE: tl.constexpr, KV_ROW_STRIDE: tl.constexpr, OUT_HEAD_STRIDE: tl.constexpr, IS_FLAT: tl.constexpr,
-    H_KV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr, IS_MIXED: tl.constexpr,
-    IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, APART: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MIXED: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, APART: tl.constexpr, MODS: tl.constexpr,
+    LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """See the module. GROUP = h_q / h_kv; IS_MIXED: rows of a tile may see different keys; COMPUTE: dtype of the
-    products; APART: see `fold_tile`; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
+    """See the module. GROUP = h_q / h_kv; MIXED: see `attend_piece`; COMPUTE: dtype of the products; APART: see
+    `fold_tile`; MODS: see `inline`; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
     """
+    HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
     tile = tl.program_id(0) % tiles
     kv_head = tl.program_id(0) // tiles
     metadata = metadata_ptr + tl.program_id(1) * 8
@@ -269,6 +281,10 @@ def decode_kernel(
             q_ptr + lead * q_batch_stride, first, tile, place, head, q_token_stride, Q_HEAD_STRIDE, IS_FLAT, BLOCK_M
         )  # fmt: skip
         q_latent, q_rope = load_queries(query, valid, DIMS)
+        q_idx = length - count + token
+        site = (request, head, q_idx, scale, tables)
+        if MODS is not None and MODS[3] is not None:
+            q_rope = rotate_queries(q_rope, query, valid, q_idx, rope, MODS[3], DIMS)
         splits = tl.load(num_splits_ptr + request + 1) - tl.load(num_splits_ptr + request)
         here = pieces_here(metadata, request, splits, chunk_blocks)
         for index in tl.range(0, here, disable_licm=True):
@@ -278,10 +294,12 @@ def decode_kernel(
             out, lse2, strays = attend_piece(
                 q_latent.to(COMPUTE), q_rope.to(COMPUTE), kv_ptr + tl.cast(kv_head, tl.int64) * kv_head_stride,
                 table_ptr + tl.cast(request, tl.int64) * table_stride, first_block, end_block, token, token_low,
-                token_high, count, length, num_pages, kv_page_stride, sign, scale2, strays, KV_ROW_STRIDE, IS_CAUSAL,
-                WINDOW, IS_MIXED, APART, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
+                token_high, count, length, num_pages, kv_page_stride, sign, scale2, strays, site, KV_ROW_STRIDE,
+                IS_CAUSAL, WINDOW, MIXED, APART, MODS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if splits == 1:
+                if HAS_ACTIVATION:
+                    lse2 = tl.log2(lse2)
                 if HAS_SINK:
                     out *= sink_share(lse2, tl.load(sink_ptr + head))[:, None]
                 target = row_pointers(

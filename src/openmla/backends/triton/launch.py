@@ -27,6 +27,8 @@ from openmla.backends.triton.config import (
     tiles,
 )
 from openmla.backends.triton.decode import decode_kernel
+from openmla.backends.triton.inline import constants as mod_constants
+from openmla.backends.triton.inline import rope_arguments, table_arguments
 from openmla.backends.triton.schedule import plan_kernel
 from openmla.backends.triton.selected import selected_kernel
 from openmla.core.layout import KVLayout
@@ -65,15 +67,17 @@ def make_ready(problem: AnyProblem, config: Config, target: Target) -> Ready:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
-    merge = common | {"IS_VARLEN": False, "SPLITS": 0, "BLOCK_ROWS": COMBINE_ROWS}
+    merge = common | {"IS_VARLEN": False, "SPLITS": 0, "IS_SUM": False, "BLOCK_ROWS": COMBINE_ROWS}
     parts = splits = 1
     if isinstance(problem, DecodeProblem):
         parts = num_parts(problem, config, target)
         merge["IS_VARLEN"] = problem.is_varlen
+        merge["IS_SUM"] = problem.mods is not None and problem.mods.activation is not None
         constants |= {
             "IS_CAUSAL": problem.is_causal,
             "WINDOW": problem.window,
-            "IS_MIXED": problem.s_q > 1 and (problem.is_causal or problem.window > 0),
+            "MIXED": _mixed(problem),
+            "MODS": mod_constants(problem.mods),
             "IS_VARLEN": problem.is_varlen,
             "LAYOUT": stored_rows(problem.layout, problem.page_size),
             "PAGE_SIZE": problem.page_size,
@@ -83,6 +87,13 @@ def make_ready(problem: AnyProblem, config: Config, target: Target) -> Ready:
         merge["SPLITS"] = splits
         constants |= {"SPLITS": splits, "HAS_LENGTH": problem.has_topk_length, **_sources(problem)}
     return Ready(config, parts, splits, constants, merge)
+
+
+def _mixed(problem: DecodeProblem) -> str:
+    """Where rows of a tile may differ in what they see."""
+    if problem.mods is not None and problem.mods.masks:
+        return "everywhere"
+    return "edges" if problem.s_q > 1 and (problem.is_causal or problem.window > 0) else "nowhere"
 
 
 def _sources(problem: SparseDecodeProblem | SparsePrefillProblem) -> dict[str, Any]:
@@ -198,7 +209,8 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
         if problem.total_q and problem.s_q and problem.batch:
             decode_kernel[(num_tiles * problem.h_kv, pieces.tile_scheduler_metadata.shape[0])](
                 o.q, kv, o.block_table, o.cache_seqlens, cu, sink, pieces.tile_scheduler_metadata, pieces.num_splits,
-                o.out, o.lse, out_accum, lse_accum, o.fault_word, *_scale(o.softmax_scale), problem.total_q,
+                o.out, o.lse, out_accum, lse_accum, o.fault_word, table_arguments(o.mods), rope_arguments(o.mods),
+                *(_scale(o.softmax_scale) if o.mods is None else (1.0, LOG2_E)), o.softmax_scale, problem.total_q,
                 problem.s_q, _capacity(problem), problem.num_pages, pieces.chunk_blocks, num_tiles, *q_strides[:2],
                 kv.stride(0), kv.stride(2), o.block_table.stride(0), *out_strides[:2], *lse_strides,
                 Q_HEAD_STRIDE=q_strides[2], KV_ROW_STRIDE=kv.stride(1), OUT_HEAD_STRIDE=out_strides[2],

@@ -61,7 +61,8 @@ def attend_selection(
         if DIMS[3] > 0:
             rope = load_rope(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
         peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, False, APART, DIMS
+            q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, (), place, False, APART,
+            None, DIMS,
         )  # fmt: skip
     return peak, mass, acc, strays
 

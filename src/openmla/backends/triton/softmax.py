@@ -16,6 +16,7 @@ has the largest weight. The peak is subtracted before scaling: the largest weigh
 import triton
 import triton.language as tl
 
+from openmla.backends.triton.inline import activate, change
 from openmla.backends.triton.rows import load_plain
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,13 +37,25 @@ def load_queries(row, valid, DIMS: tl.constexpr):
 
 
 @triton.jit
-def weigh(scores, seen, sign, scale2, peak, mass, dtype: tl.constexpr):
-    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile."""
+def weigh(scores, seen, sign, scale2, peak, mass, site, place, MODS: tl.constexpr, dtype: tl.constexpr):
+    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile.
+
+    With MODS, scores are in natural units behind `change`, scale2 is log2(e) and sign 1; an activation leaves the peak
+    alone, and nothing that was summed is scaled.
+    """
+    if MODS is not None:
+        scores, seen = change(scores, seen, site, place, MODS)
     scores = tl.where(seen, scores * sign, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2((scores - shift[:, None]) * scale2)
-    rescale = tl.exp2((peak - shift) * scale2)
+    HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
+    if HAS_ACTIVATION:
+        higher = peak
+        rescale = tl.zeros_like(mass) + 1.0
+        weights = activate(scores, site, place, MODS)
+    else:
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2((scores - shift[:, None]) * scale2)
+        rescale = tl.exp2((peak - shift) * scale2)
     return higher, mass * rescale + tl.sum(weights, 1), rescale, weights.to(dtype)
 
 
@@ -54,13 +67,14 @@ def unused_tile(peak, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def fold_tile(
-    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, MIXED: tl.constexpr, APART: tl.constexpr,
-    DIMS: tl.constexpr,
+    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED: tl.constexpr,
+    APART: tl.constexpr, MODS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
 
     seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
     a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
+    site, place, MODS: see `openmla.backends.triton.inline`; place [BLOCK_N] is the position of each key.
 
     APART hides from the compiler that the product with v needs the scores: each is made inside a condition that always
     holds. It would else give both of Hopper's warpgroups the same rows, and have each of them compute all scores.
@@ -76,14 +90,18 @@ def fold_tile(
         if sign < 2.0:  # another condition, or both blocks become one
             if DIMS[3] > 0:
                 scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
-            higher, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, latent.dtype)
+            higher, mass, rescale, weights = weigh(
+                scores, seen, sign, scale2, peak, mass, site, place, MODS, latent.dtype
+            )  # fmt: skip
         else:
             weights = unused_tile(peak, BLOCK_N).to(latent.dtype)
     else:
         scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         if DIMS[3] > 0:
             scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
-        higher, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, latent.dtype)
+        higher, mass, rescale, weights = weigh(
+            scores, seen, sign, scale2, peak, mass, site, place, MODS, latent.dtype
+        )  # fmt: skip
     if MIXED:
         latent = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
     acc = tl.dot(weights, latent, acc=acc * rescale[:, None], input_precision="ieee")
