@@ -1,0 +1,263 @@
+"""Coverage of dense decode: every pair of options that a call can have, and a fuzz at the sizes of real kernels.
+
+`cases.draw` spends its seeds on shapes of every kernel, small ones above all. Here every case has the columns, heads
+and page sizes that tensor-core kernels are built for, is called in every way a caller may call, and is judged where it
+ran: the oracle computes on the device of the kernel, so that two thousand cases take a minute on a GPU.
+
+    for case, call in pairs():
+        print(judge(case, call, backend="cute", device="cuda"))     # which kernel ran; AssertionError if it is wrong
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal, cast
+
+import torch
+
+from openmla.core.faults import Fault, check_errors
+from openmla.split.schedule import Policy
+from openmla.testing import budget
+from openmla.testing.cases import Case, native_arguments
+from openmla.testing.families import FAMILIES, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a case is called. Outputs and scratch of the caller hold NaN beforehand."""
+
+    policy: Policy = "balanced"
+    lse: Literal["e", "2", "none"] = "e"
+    out: Literal["new", "strided", "odd"] = "new"  # odd: rows that do not start at multiples of 16 bytes
+    has_plan: bool = False
+    has_workspace: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+LENGTHS: dict[str, tuple[int, ...]] = {
+    "zeros": (0, 64, 0),
+    "ragged": (1, 63, 65, 130),
+    "tiles": (64, 128, 576),
+    "long": (2049,),
+    "fewer keys than queries": (2, 1),
+    "no lengths": (-1, 70, 2**31 - 1),
+}
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "dtype": (torch.bfloat16, torch.float16),
+    "d_qk": (576, 512),
+    "h_q": (1, 2, 3, 8, 9, 16, 17, 24, 32, 33, 48, 64, 96, 126, 127, 128),
+    "h_kv": (1, 2, 4, 8),
+    "s_q": (1, 2, 3, 4),
+    "is_varlen": (False, True),
+    "is_causal": (False, True),
+    "page_size": (64, 1, 16, 32, 53, 128),
+    "window": (0, 1, 70),
+    "has_sink": (False, True),
+    "lengths": tuple(LENGTHS),
+    "policy": ("balanced", "batch_invariant"),
+    "lse": ("e", "2", "none"),
+    "out": ("new", "strided", "odd"),
+    "has_plan": (False, True),
+    "has_workspace": (False, True),
+}
+
+
+def _fits(chosen: dict[str, Any]) -> bool:
+    return "h_q" not in chosen or "h_kv" not in chosen or chosen["h_q"] % chosen["h_kv"] == 0
+
+
+def pairs() -> Iterator[tuple[Case, Call]]:
+    """Calls that hold every possible pair of values of two axes; about 150, the same ones every time."""
+    pick = random.Random(0)
+    missing = {
+        ((a, x), (b, y)): None
+        for a, b in combinations(AXES, 2)
+        for x in AXES[a]
+        for y in AXES[b]
+        if _fits({a: x, b: y})
+    }
+    number = 0
+    while missing:
+        best: dict[str, Any] = {}
+        most = 0
+        fixed = dict(next(iter(missing)))
+        for _ in range(20):
+            chosen = {name: fixed[name] if name in fixed else pick.choice(values) for name, values in AXES.items()}
+            gained = sum(pair in missing for pair in combinations(chosen.items(), 2)) if _fits(chosen) else 0
+            if gained > most:
+                best, most = chosen, gained
+        for pair in combinations(best.items(), 2):
+            missing.pop(pair, None)
+        if best:
+            yield _from_axes(best, number)
+            number += 1
+
+
+def _from_axes(chosen: dict[str, Any], seed: int) -> tuple[Case, Call]:
+    pick = random.Random(f"axes {seed}")
+    call = Call(*(chosen[name] for name in ("policy", "lse", "out", "has_plan", "has_workspace")))
+    lengths, s_q = LENGTHS[chosen["lengths"]], chosen["s_q"]
+    tokens = [s_q] * len(lengths)
+    if chosen["is_varlen"]:
+        tokens = [s_q, *(pick.randint(0, s_q) for _ in lengths[1:])]
+    same = {name: chosen[name] for name in ("dtype", "h_q", "h_kv", "d_qk", "is_varlen", "is_causal", "page_size")}
+    case = Case(
+        op="decode", seed=seed, family=pick.choices(FAMILIES, WEIGHTS)[0], d_v=512, softmax_scale=chosen["d_qk"] ** -0.5,
+        seqlens_q=tuple(tokens), seqlens_k=lengths, window=chosen["window"], has_sink=chosen["has_sink"], **same,
+    )  # fmt: skip
+    return case, call
+
+
+def draw(seed: int) -> tuple[Case, Call]:
+    """The fuzz case of that seed: real columns and heads, lengths around tiles, now and then thousands of keys."""
+    pick = random.Random(f"dense decode {seed}")
+    d_qk = pick.choice((576, 576, 512))
+    h_q = pick.choice((1, 8, 16, 16, 32, 64, 128, 128, 128, pick.randint(1, 128)))
+    h_kv = pick.choice([1, 1, 1, 1, *(x for x in (2, 3, 4, 8) if h_q % x == 0)])
+    s_q = pick.choices((0, 1, 2, 3, 4, 7), (1, 12, 8, 3, 2, 1))[0]
+    is_long = pick.random() < 0.15
+    batch = pick.choice((1, 2)) if is_long else pick.choices((1, 2, 3, 5, 9, 40), (6, 6, 4, 3, 2, 1))[0]
+    lengths = [pick.choice((pick.choice(_RESIDUES), pick.randint(0, 4900 if is_long else 300))) for _ in range(batch)]
+    for request in range(batch):
+        if pick.random() < 0.03:
+            lengths[request] = pick.choice((-1, -(2**31), 2**31 - 1, 10_000))
+    is_varlen = pick.random() < 0.2
+    case = Case(
+        op="decode", seed=seed, family=pick.choices(FAMILIES, WEIGHTS)[0],
+        dtype=pick.choice((torch.bfloat16, torch.bfloat16, torch.float16)), h_q=h_q, h_kv=h_kv, d_qk=d_qk, d_v=512,
+        softmax_scale=d_qk**-0.5 * pick.choice((1.0, 1.0, 1.73)),
+        seqlens_q=tuple(pick.choice((0, 1, 1, 2, 4)) if is_varlen else s_q for _ in range(batch)),
+        seqlens_k=tuple(lengths), is_varlen=is_varlen, is_causal=pick.random() < 0.5,
+        window=pick.choice((1, 5, 64, 100, 1000)) if pick.random() < 0.12 else 0,
+        page_size=pick.choice((64, 64, 64, 64, 64, 1, 2, 16, 32, 53, 61, 128, 256)), has_sink=pick.random() < 0.25,
+        invalid_share=pick.choices((0.0, 0.3, 1.0), (10, 2, 1))[0], nan_tokens=pick.random() < 0.05,
+    )  # fmt: skip
+    call = Call(
+        pick.choice(("balanced", "balanced", "batch_invariant")), pick.choice(("e", "e", "2", "none")),
+        pick.choice(("new", "strided", "odd")), pick.random() < 0.5, pick.random() < 0.5,
+    )  # fmt: skip
+    return case, call
+
+
+_RESIDUES = (0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257, 320, 511, 513, 640)
+
+
+def moved(operands: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Operands on another device with the strides, offsets and gaps that they have: `Tensor.to` would pack them."""
+    pools: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        pool = tensor.untyped_storage()
+        key = pool.data_ptr() if pool.nbytes() else -1
+        if key not in pools:
+            pools[key] = torch.empty(0, dtype=torch.uint8).set_(pool).to(device)
+        elements = pools[key].view(tensor.dtype) if pool.nbytes() else pools[key].new_empty(0, dtype=tensor.dtype)
+        return elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return {name: move(value) if isinstance(value, torch.Tensor) else value for name, value in operands.items()}
+
+
+def judge(
+    case: Case,
+    call: Call,
+    *,
+    backend: str | None,
+    device: torch.device | str,
+    operands: dict[str, Any] | None = None,
+) -> str:
+    """Run a decode case as `call` says and judge everything that it promises.
+
+    Args:
+        case: of dense decode.
+        call: how to call.
+        backend: as for `openmla.decode`.
+        device: where to run; the oracle runs there too.
+        operands: `case.tensors()` on that device, changed perhaps; default: made here.
+
+    Returns:
+        "backend/kernel" that ran.
+
+    Raises:
+        AssertionError: out or lse outside the tolerance, memory around `out` or of an input written, or faults other
+            than those that the values in the tensors deserve.
+        UnsupportedError: from the operation.
+    """
+    import openmla
+
+    given = moved(case.tensors(), device) if operands is None else operands
+    arguments = native_arguments("decode", given)
+    planned = {name: value for name, value in arguments.items() if name != "softmax_scale"}
+    plan = openmla.plan(**planned, policy=call.policy, backend=backend)
+    scratch = None
+    if call.has_workspace:
+        size = openmla.workspace_bytes(**planned, policy=call.policy, backend=backend)
+        scratch = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+    pool, out = _poisoned_out(call, given["q"], case.d_v)
+    inputs = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    before = {name: _bytes(value).clone() for name, value in inputs.items()}
+    check_errors(given["q"].device)
+    result, lse = openmla.decode(
+        **arguments, plan=plan if call.has_plan else None, policy=call.policy, out=out, return_lse=call.lse != "none",
+        lse_base="2" if call.lse == "2" else "e", workspace=scratch, backend=backend,
+    )  # fmt: skip
+    found = set(check_errors(given["q"].device))
+    where = f"{plan.backend}/{plan.kernel}, {call}\n  {case}"
+    for name, value in inputs.items():
+        assert torch.equal(_bytes(value), before[name]), f"{where}\n  {name} was written"
+    if lse is not None and call.lse == "2":
+        lse = lse * math.log(2)
+    assert (lse is None) == (call.lse == "none"), f"{where}\n  lse returned against return_lse"
+    budget.check(result, lse, case.golden(given), dtype=case.dtype).require(where)
+    if pool is not None:
+        result.fill_(torch.nan)
+        assert bool(pool.isnan().all()), f"{where}\n  memory beside out was written"
+    must, may = _faults(case, given)
+    assert must <= found <= may, f"{where}\n  faults {found}, expected {must} and at most {may}"
+    return f"{plan.backend}/{plan.kernel}"
+
+
+def _poisoned_out(call: Call, q: torch.Tensor, d_v: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(memory, the `out` in it), all NaN; (None, None) where the operation makes its own."""
+    if call.out == "new":
+        return None, None
+    margin = 8 if call.out == "strided" else 3
+    pool = torch.full((*q.shape[:-1], d_v + 2 * margin), torch.nan, dtype=q.dtype, device=q.device)
+    return pool, pool[..., margin : margin + d_v]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _faults(case: Case, operands: dict[str, Any]) -> tuple[set[Fault], set[Fault]]:
+    """(faults that must be reported, faults that may be): a page that no row reaches may be seen or not."""
+    table, lengths = operands["block_table"].cpu(), operands["cache_seqlens"].tolist()
+    num_pages, size = operands["kv_cache"].shape[:2]
+    capacity = table.shape[1] * size
+    must: set[Fault] = set()
+    if any(length < 0 for length in lengths):
+        must.add(Fault.LENGTH_NEGATIVE)
+    if any(length > capacity for length in lengths):
+        must.add(Fault.LENGTH_OVER_CAPACITY)
+    may = set(must)
+    for row, length in zip(table, lengths, strict=True):
+        used = row[: -(-min(max(length, 0), capacity) // size)]
+        if bool(((used < 0) | (used >= num_pages)).any()):
+            may.add(Fault.PAGE_OUT_OF_RANGE)
+    has_all_rows = not case.is_varlen and bool(case.seqlens_q) and case.seqlens_q[0] > 0
+    if not has_all_rows:
+        return set(), may
+    return (must if case.window or case.is_causal else set(may)), may
+
+
+def reasons(error: Any, backend: str) -> str:
+    """Why no kernel of a backend takes a case, in one line."""
+    mine = [(kernel, why) for kernel, why in error.reasons.items() if kernel.startswith(f"{backend}/")]
+    return "; ".join(f"{kernel}: {', '.join(cast(tuple[str, ...], why))}" for kernel, why in mine) or error.headline

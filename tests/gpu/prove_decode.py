@@ -1,0 +1,349 @@
+"""One command that proves dense decode on a GPU, through the public operations, in at most eight minutes.
+
+    python tests/gpu/prove_decode.py [--backend cute|triton|torch] [--seconds 480] [--out prove_decode.json]
+    python tests/gpu/prove_decode.py --backend cute --sections fuzz --case-seed 17     one item, here, with traceback
+    python tests/gpu/prove_decode.py --backend torch --device cpu --small              the script itself, without a GPU
+
+Needs PyTorch and what the backend needs (cute: a bundle in OPENMLA_AOT_DIR, or the DSL). What is proved is in
+`decode_sections.py`. A section runs in processes of its own that leave a record behind after every item: one that
+crashes or hangs costs the item that it was at, and goes on behind it. Items that a backend does not support are
+counted with the reason. Exit status: 0 when everything that ran passed and something ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MAX_FAILURES = 20  # per process; a broken kernel fails everything, and twenty say as much as all
+MAX_STARTS = 6  # of one section's process: crashes and hangs that it may have
+WATCH_SECONDS = 0.2
+
+
+@dataclass
+class Job:
+    """A section, or every n-th item of one, in a process of its own."""
+
+    section: str
+    shard: int = 0
+    shards: int = 1
+    begin: int = 0  # the first item, counted within the shard
+    starts: int = 1
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.section if self.shards == 1 else f"{self.section} {self.shard + 1}/{self.shards}"
+
+
+@dataclass
+class Record:
+    """What happened in a section."""
+
+    planned: int = 0  # items
+    done: int = 0
+    passed: int = 0
+    unsupported: Counter[str] = field(default_factory=Counter)  # reason -> items
+    not_run: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    ran: Counter[str] = field(default_factory=Counter)  # kernel -> items
+    measured: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    running: str = ""  # the item at work
+    is_cut: bool = False  # by the time or by failures
+
+    def add(self, other: Record) -> None:
+        """Count another process of the same section in."""
+        for name in ("unsupported", "not_run", "ran"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("done", "passed", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.failures += other.failures
+        self.measured.update(other.measured)
+        self.is_cut |= other.is_cut
+        self.planned += other.planned
+
+    @staticmethod
+    def read(path: Path) -> Record:
+        """What a process left; an empty record where it left nothing."""
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return Record()
+        counters = {name: Counter(found[name]) for name in ("unsupported", "not_run", "ran")}
+        return Record(**{**found, **counters})
+
+    def write(self, path: Path) -> None:
+        """In one step, so that a reader never sees half of it."""
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(vars(self)))
+        draft.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------- inside one process
+
+
+def run_items(items: Sequence[Any], record: Record, save: Callable[[], None], begin: int, seconds: float) -> bool:
+    """Run items in order from `begin`. False when the device is lost: a new process has to go on."""
+    from decode_sections import NotRunError
+
+    from openmla.core.errors import UnsupportedError
+    from openmla.testing.coverage import reasons
+
+    record.planned = len(items) - begin
+    is_alive = True
+    at = time.monotonic()
+    for item in items[begin:]:
+        record.seconds = time.monotonic() - at
+        record.is_cut = record.seconds > seconds or len(record.failures) >= MAX_FAILURES
+        if record.is_cut:
+            break
+        record.running = item.name
+        save()
+        try:
+            found = item.run()
+            record.passed += 1
+            record.ran.update(found.get("ran", ()))
+            record.measured.update({f"{item.name}: {key}": value for key, value in found.get("measured", {}).items()})
+        except NotRunError as error:
+            record.not_run[str(error)] += 1
+        except UnsupportedError as error:
+            record.unsupported[reasons(error, item.backend)] += 1
+        except Exception as error:  # whatever it is, it is this item's result
+            text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            record.failures.append({"item": item.name, "repro": item.repro, "report": text[:4000]})
+            is_alive = "CUDA" not in text or isinstance(error, AssertionError)
+        record.done += 1
+        record.running = ""
+        record.seconds = time.monotonic() - at
+        if not is_alive:
+            break
+    save()
+    return is_alive
+
+
+def work(options: argparse.Namespace) -> int:
+    """The child: one shard of one section."""
+    import decode_sections
+    import torch
+
+    torch.set_num_threads(2)  # several of these run at a time
+    setup = decode_sections.Setup(options.backend, options.device, options.small)
+    items = decode_sections.SECTIONS[options.sections](setup)[options.shard :: options.shards]
+    record = Record()
+    is_alive = run_items(items, record, lambda: record.write(Path(options.child)), options.begin, options.seconds)
+    return 0 if is_alive else 3
+
+
+def single(options: argparse.Namespace) -> int:
+    """One item in this process, with its traceback."""
+    import decode_sections
+
+    setup = decode_sections.Setup(options.backend, options.device, options.small)
+    items = decode_sections.SECTIONS[options.sections](setup, only=options.case_seed)
+    for item in items:
+        print(item.name)
+        print(item.run())
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- around processes
+
+
+def supervise(
+    jobs: Sequence[Job],
+    command: Callable[[Job, Path, float], list[str]],
+    *,
+    parallel: int,
+    seconds: float,
+    item_seconds: float,
+    say: Callable[[str], None],
+) -> dict[str, Record]:
+    """Run jobs, some at a time; start one again behind the item at which it crashed or hung.
+
+    Args:
+        jobs: in order.
+        command: (job, path of its record, seconds that it has) -> argv.
+        parallel: processes at a time.
+        seconds: for all of them; what is not begun by then is cut.
+        item_seconds: a process whose record stands still for so long hangs.
+        say: called with lines of progress.
+    """
+    records = {job.section: Record() for job in jobs}
+    waiting, at_work, begin = deque(jobs), [], time.monotonic()
+    last = begin
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            while waiting or at_work:
+                left = seconds - (time.monotonic() - begin)
+                while waiting and len(at_work) < parallel:
+                    job = waiting.popleft()
+                    path = Path(folder, f"{job.section}-{job.shard}-{job.starts}.json")
+                    log = path.with_suffix(".log").open("w")
+                    process = subprocess.Popen(
+                        command(job, path, max(left, 1.0)), stdout=log, stderr=log, start_new_session=True
+                    )
+                    at_work.append((job, path, process, log, time.monotonic()))
+                for entry in list(at_work):
+                    job, path, process, log, started = entry
+                    stood = time.time() - path.stat().st_mtime if path.exists() else time.monotonic() - started
+                    is_hung = process.poll() is None and (stood > item_seconds or left < -min(item_seconds, 30))
+                    if process.poll() is None and not is_hung:
+                        continue
+                    if is_hung:
+                        os.killpg(process.pid, signal.SIGKILL)  # with what it started: the sanitizer has a child
+                    process.wait()
+                    log.close()
+                    at_work.remove(entry)
+                    found, again = _finish(job, path, process.returncode, is_hung, stood)
+                    found.is_cut |= again is not None and left <= 0
+                    if again is not None and left > 0:
+                        found.planned = found.done
+                        waiting.append(again)
+                    records[job.section].add(found)
+                    say(f"{job.name}: {found.passed} passed, {len(found.failures)} failed, {found.seconds:.0f} s")
+                if time.monotonic() - last > 10:
+                    last = time.monotonic()
+                    doing = [f"{job.name} {(now := Record.read(path)).done}/{now.planned}" for job, path, *_ in at_work]
+                    say(f"{left:.0f} s left: {', '.join(doing)}")
+                time.sleep(WATCH_SECONDS)
+        finally:
+            for _, _, process, log, _ in at_work:
+                os.killpg(process.pid, signal.SIGKILL)
+                log.close()
+    return records
+
+
+def _finish(job: Job, path: Path, status: int, is_hung: bool, stood: float) -> tuple[Record, Job | None]:
+    """(what the process did, the job that goes on behind it or None)."""
+    found = Record.read(path)
+    is_whole = status == 0 and not found.running
+    if is_whole:
+        return found, None
+    if found.running or status != 3:  # 3: the item's failure is in the record already, and the device is lost
+        log = path.with_suffix(".log").read_text(errors="replace")[-2000:]
+        how = f"no end after {stood:.0f} s" if is_hung else f"the process ended with status {status}"
+        where = found.running or ("at its end" if found.planned else "before the first item")
+        found.failures.append({"item": f"{job.name}: {where}", "repro": "", "report": f"{how}\n{log}"})
+        found.done += bool(found.running)
+    rest = found.planned - found.done
+    if not found.planned or rest <= 0 or job.starts >= MAX_STARTS:
+        found.is_cut |= rest > 0 or not found.planned
+        return found, None
+    return found, replace(job, begin=job.begin + found.done, starts=job.starts + 1)
+
+
+def table(records: dict[str, Record]) -> str:
+    """One line per section, then reasons and failures."""
+    lines = [f"{'section':<12} {'passed':>6} {'failed':>6} {'unsupported':>11} {'not run':>7} {'of':>6} {'s':>5}"]
+    for name, each in records.items():
+        skipped, not_run = sum(each.unsupported.values()), sum(each.not_run.values())
+        cut = "  cut" if each.is_cut else ""
+        lines.append(
+            f"{name:<12} {each.passed:>6} {len(each.failures):>6} {skipped:>11} {not_run:>7} {each.planned:>6} "
+            f"{each.seconds:>5.0f}{cut}"
+        )
+    for name, each in records.items():
+        lines += [f"{name}: {kernel} {count} items" for kernel, count in each.ran.most_common()]
+        lines += [f"{name}: {key} = {value}" for key, value in each.measured.items()]
+        lines += [f"{name}: unsupported {count}: {why}" for why, count in each.unsupported.most_common(12)]
+        lines += [f"{name}: not run {count}: {why}" for why, count in each.not_run.most_common()]
+    for name, each in records.items():
+        for failure in each.failures:
+            lines += ["", f"FAILED {name}: {failure['item']}", failure["report"], failure["repro"]]
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", default="cute", choices=("cute", "triton", "torch"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--sections", default="", help="comma-separated; default: all")
+    parser.add_argument("--case-seed", type=int, default=None, help="one item of one section, in this process")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
+    parser.add_argument("--item-seconds", type=float, default=90.0, help="an item that takes longer hangs")
+    parser.add_argument("--parallel", type=int, default=5, help="processes on the device at a time")
+    parser.add_argument("--small", action="store_true", help="a few items of each section")
+    parser.add_argument("--out", type=Path, default=Path("prove_decode.json"), help="the JSON record")
+    for name in ("--shard", "--begin"):
+        parser.add_argument(name, type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--shards", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Everything in stages: what may share the device, then host times alone, then the sanitizer."""
+    options = parse(argv)
+    if options.child:
+        return work(options)
+    if options.case_seed is not None:
+        return single(options)
+    import decode_sections
+
+    from openmla.core.target import Target
+    from openmla.lab import store
+
+    wanted = options.sections.split(",") if options.sections else list(decode_sections.DEFAULT)
+    unknown = sorted(set(wanted) - set(decode_sections.SECTIONS))
+    if unknown:
+        raise SystemExit(f"unknown section {', '.join(unknown)}; use {', '.join(decode_sections.SECTIONS)}")
+
+    def command(job: Job, path: Path, seconds: float) -> list[str]:
+        given = {"backend": options.backend, "device": options.device, "sections": job.section, "child": path,
+                 "shard": job.shard, "shards": job.shards, "begin": job.begin, "seconds": seconds}  # fmt: skip
+        argv = [f"--{key}={value}" for key, value in given.items()] + ["--small"] * options.small
+        return [sys.executable, str(HERE / "prove_decode.py"), *argv]
+
+    begin = time.monotonic()
+    records: dict[str, Record] = {}
+    stages = [("host",), ("sanitize",)]
+    stages.insert(0, tuple(name for name in wanted if name not in ("host", "sanitize")))
+    for number, stage in enumerate(stages):
+        names = [name for name in stage if name in wanted]
+        jobs = [
+            Job(name, shard, shards)
+            for name in names
+            for shards in [1 if options.small else decode_sections.SHARDS.get(name, 1)]
+            for shard in range(shards)
+        ]
+        left = options.seconds - (time.monotonic() - begin)
+        share = left * (0.6 if number == 0 and "sanitize" in wanted else 1.0)
+        if jobs:
+            records |= supervise(
+                jobs, command, parallel=options.parallel, seconds=share,
+                item_seconds=share if stage == ("sanitize",) else options.item_seconds,
+                say=lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True),
+            )  # fmt: skip
+    has_failed = any(each.failures for each in records.values())
+    has_run = any(each.passed for each in records.values())
+    is_whole = not any(each.is_cut or each.not_run for each in records.values())
+    verdict = "FAILED" if has_failed else "passed" if has_run else "nothing ran"
+    print(table(records))
+    print(f"\n{verdict}{'' if is_whole else ', not whole: see cut and not run'}; {time.monotonic() - begin:.0f} s")
+    found = {
+        "schema": 1, "passed": has_run and not has_failed, "is_whole": is_whole, "backend": options.backend,
+        "seconds": time.monotonic() - begin, "utc": store.now(),
+        "environment": store.environment(Target.detect(options.device)),
+        "sections": {name: vars(each) for name, each in records.items()},
+    }  # fmt: skip
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if has_run and not has_failed else 1
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    raise SystemExit(main())

@@ -1,0 +1,131 @@
+"""The script that proves dense decode on a GPU, in small on the CPU backend; and that a crash or a hang costs one item."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = ROOT / "tests" / "gpu"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(GPU))
+    import decode_sections
+    import prove_decode
+
+    return prove_decode, decode_sections
+
+
+@pytest.mark.parametrize(
+    ("section", "numbers"),
+    [
+        ("matrix", (0, 57)), ("fuzz", (3, 4, 5)), ("repeats", (6,)), ("graphs", (0, 9, 12, 23)), ("invariance", (1,)),
+        ("big", (1,)), ("border", (1,)), ("host", (0,)), ("smallest", (1, 5)),
+    ],
+)  # fmt: skip
+def test_a_section_passes_on_the_cpu_backend(scripts, section, numbers):
+    prove, sections = scripts
+    setup = sections.Setup("torch", "cpu", is_small=True)
+    items = [item for number in numbers for item in sections.SECTIONS[section](setup, only=number)]
+    record, saved = prove.Record(), []
+    assert prove.run_items(items, record, lambda: saved.append(record.running), 0, 600)
+    assert not record.failures, record.failures
+    assert record.passed == record.done == record.planned == len(numbers)
+    assert saved == [*(item.name for item in items), ""]
+
+
+@pytest.mark.parametrize("section", ["plans", "sanitize"])
+def test_what_cannot_run_here_says_why(scripts, section):
+    prove, sections = scripts
+    record = prove.Record()
+    items = sections.SECTIONS[section](sections.Setup("torch", "cpu"), only=0)
+    prove.run_items(items, record, lambda: None, 0, 600)
+    assert sum(record.not_run.values()) == 1 and not record.passed and not record.failures
+
+
+def test_what_a_backend_refuses_is_counted_with_the_reason(scripts):
+    prove, sections = scripts
+    record = prove.Record()
+    prove.run_items(sections.SECTIONS["border"](sections.Setup("cute", "cpu"), only=1), record, lambda: None, 0, 600)
+    assert not record.failures and not record.passed
+    (reason,) = record.unsupported
+    assert "sm_90a" in reason
+
+
+def test_a_wrong_kernel_is_found_by_graphs_and_repeats(scripts, monkeypatch):
+    prove, sections = scripts
+    import openmla
+
+    right, calls = openmla.decode, iter(range(10**6))
+
+    def drifting(*args, **options):
+        out, lse = right(*args, **options)
+        return out.mul_(1 + 0.01 * (next(calls) % 3)), lse
+
+    monkeypatch.setattr(openmla, "decode", drifting)
+    for section, number in (("graphs", 0), ("repeats", 6), ("invariance", 0)):
+        record = prove.Record()
+        setup = sections.Setup("torch", "cpu", is_small=True)
+        prove.run_items(sections.SECTIONS[section](setup, only=number), record, lambda: None, 0, 600)
+        (failure,) = record.failures
+        assert "differ" in failure["report"] or "changed" in failure["report"]
+        assert f"--sections {section} --case-seed {number}" in failure["repro"]
+
+
+# A process of six items: crashes at one, hangs at another, loses the device at a third.
+_CHILD = """
+import json, os, sys, time
+path, begin = sys.argv[1], int(sys.argv[2])
+record = dict(planned=6 - begin, done=0, passed=0, unsupported={}, not_run={}, failures=[], ran={}, measured={},
+              seconds=0.0, running="", is_cut=False)
+def save():
+    open(path + ".x", "w").write(json.dumps(record)); os.replace(path + ".x", path)
+for item in range(begin, 6):
+    record["running"] = str(item); save()
+    if item == 1: os._exit(11)
+    if item == 3: time.sleep(60)
+    if item == 4:
+        record["failures"].append(dict(item="4", repro="", report="CUDA error"))
+    else:
+        record["passed"] += 1
+    record["done"] += 1; record["running"] = ""; save()
+    if item == 4: sys.exit(3)
+"""
+
+
+def test_a_crash_a_hang_and_a_lost_device_cost_one_item_each(scripts):
+    prove, _ = scripts
+    records = prove.supervise(
+        [prove.Job("odd")],
+        lambda job, path, seconds: [sys.executable, "-c", _CHILD, str(path), str(job.begin)],
+        parallel=2, seconds=120, item_seconds=1.5, say=lambda text: None,
+    )  # fmt: skip
+    found = records["odd"]
+    assert (found.passed, found.done, found.planned, found.is_cut) == (3, 6, 6, False)
+    assert [failure["report"].split("\n")[0][:12] for failure in found.failures] == [
+        "the process ",
+        "no end after",
+        "CUDA error",
+    ]
+    assert "FAILED odd: odd: 1" in prove.table(records)
+
+
+def test_from_the_command_line(tmp_path):
+    out = tmp_path / "record.json"
+    done = subprocess.run(
+        [sys.executable, str(GPU / "prove_decode.py"), "--backend", "torch", "--device", "cpu", "--small", "--sections",
+         "plans,invariance", "--out", str(out)],
+        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["passed"] and not found["is_whole"] and found["environment"]["arch"] == "cpu"
+    assert found["sections"]["invariance"]["passed"] == 1
+    assert sum(found["sections"]["plans"]["not_run"].values()) == 1
+    assert "passed, not whole" in done.stdout
