@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(verbs)
     _add_report(verbs)
     _add_roofline(verbs)
+    _add_tune(verbs)
     _add_verify(verbs)
     _add_compile(verbs)
     return parser
@@ -132,6 +133,7 @@ def _add_explain(verbs: Any) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--kv-layout", metavar="NAME", help="bf16_576, fp8_656, ...")
     parser.add_argument("--causal", action="store_true", default=None)
+    parser.add_argument("--mod", action="append", metavar="NAME", help="'soft_cap(30.0)', alibi, my_module:my_mod, ...")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -166,6 +168,10 @@ def _asked_problem(args: argparse.Namespace, op: str) -> Any:
         changes["layout"] = kv_layout(f"{args.dtype or 'bf16'}_{changes.get('d_qk', problem.d_qk)}")
     if args.causal:
         changes["is_causal"] = True
+    if args.mod:
+        from openmla.mods import named
+
+        changes["mods"] = named(args.mod)
     if args.s_k:
         changes["max_pages"] = -(-args.s_k // changes.get("page_size", getattr(problem, "page_size", 64)))
     strangers = sorted(set(changes) - names)
@@ -421,6 +427,38 @@ def _show(args: argparse.Namespace, found: Any, as_page: Any) -> None:
     else:
         print(_fold(str(found)))
         print(f"page: {args.out}" if args.out else "a page with figures: add --out page.html")
+
+
+# tune
+
+
+def _add_tune(verbs: Any) -> None:
+    parser = _verb(verbs, "tune", _tune, "search a kernel's settings on this machine; what each parameter is worth")
+    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
+    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches")
+    _add_sweep(parser)
+    parser.add_argument("--backend", metavar="NAME", help="default: OPENMLA_BACKEND")
+    parser.add_argument("--seconds", type=_seconds, default=0.3, help="per setting and sweep; default: 0.3")
+    _add_device(parser)
+    parser.add_argument("--trials", type=Path, metavar="TRIALS.jsonl", help="append trials here, and continue from it")
+    parser.add_argument("--table", type=Path, metavar="TUNED.json", help="write the tuned table with its provenance")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from openmla.core.target import Target
+    from openmla.lab import progress, tune
+
+    _, cases = _chosen_cases(args)
+    (backend,) = _known_backends([args.backend] if args.backend else None)
+    with progress.on_stderr() as say:
+        found = tune.tune(
+            cases, Target.detect(args.device), backend=backend, seconds=args.seconds, trials=args.trials, say=say
+        )
+    if args.table:
+        tune.write(found, args.table)
+    _show(args, found, tune.page)
+    return 0 if found.entries else 1
 
 
 # verify

@@ -25,14 +25,18 @@ class Verdict:
     text: str
 
 
-def check(case: Case, inputs: DecodeInputs, out: torch.Tensor | None, lse: torch.Tensor | None) -> Verdict:
-    """Compare whole requests: all of them where the oracle can afford it, else longest, shortest and a spread."""
-    if out is None:
-        return Verdict(False, "returned nothing")
-    if tuple(out.shape) != (case.batch, case.s_q, case.h_q, case.d_v):
-        return Verdict(False, f"returned out of shape {tuple(out.shape)}")
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """The oracle's answer for some whole requests of a case: computed once, held against many results."""
+
+    chosen: list[int]
+    answer: attention.Attention
+
+
+def golden(case: Case, inputs: DecodeInputs) -> Golden:
+    """All requests where the oracle can afford it, else longest, shortest and a spread."""
     chosen = requests(case, inputs)
-    golden = attention.decode(
+    answer = attention.decode(
         inputs.q[chosen],
         inputs.kv_cache,
         inputs.block_table[chosen],
@@ -43,7 +47,20 @@ def check(case: Case, inputs: DecodeInputs, out: torch.Tensor | None, lse: torch
         is_causal=case.is_causal,
         with_bounds=True,
     )
-    report = budget.check(out[chosen], None if lse is None else lse[chosen], golden, dtype=case.torch_dtype)
+    return Golden(chosen, answer)
+
+
+def check(
+    case: Case, inputs: DecodeInputs, out: torch.Tensor | None, lse: torch.Tensor | None, known: Golden | None = None
+) -> Verdict:
+    """Compare whole requests with the oracle, under the tolerance rule. `known`: of the same case and inputs."""
+    if out is None:
+        return Verdict(False, "returned nothing")
+    if tuple(out.shape) != (case.batch, case.s_q, case.h_q, case.d_v):
+        return Verdict(False, f"returned out of shape {tuple(out.shape)}")
+    want = known or golden(case, inputs)
+    chosen = want.chosen
+    report = budget.check(out[chosen], None if lse is None else lse[chosen], want.answer, dtype=case.torch_dtype)
     worst = max(report.findings, key=lambda finding: finding.ratio)
     where = f"{len(chosen)} of {case.batch} requests"
     if report.passed:

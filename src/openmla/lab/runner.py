@@ -140,6 +140,21 @@ def run_case(
     return result
 
 
+def time_in_turn(
+    contenders: Sequence[Contender], num_sets: int, target: Target, case: Case, floor_us: float, seconds: float,
+    say: Progress,
+) -> tuple[str, list[list[float]]]:  # fmt: skip
+    """(how it was timed, seconds of every round per contender), by the rules of `run`; the gate is the caller's.
+
+    floor_us: what the roofline allows; a call that may be shorter than GRAPH_BELOW_US is timed in a graph on a GPU.
+    """
+    device = torch.device("cuda" if target.is_cuda else "cpu")
+    in_graph = target.is_cuda and floor_us < GRAPH_BELOW_US
+    hosts = [_host_us(each, device) if target.is_cuda else None for each in contenders]
+    timing, timers = _timers(contenders, hosts, num_sets, device, case.cache == "cold", in_graph)
+    return timing, _rounds(timers, seconds, say)
+
+
 def _contenders(
     suite: Suite, case: Case, sets: peers.Sets, options: Options, target: Target, result: CaseResult
 ) -> list[Contender]:

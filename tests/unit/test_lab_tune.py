@@ -1,0 +1,136 @@
+"""Tuning: gated, resumable, and honest about noise. The kernel is a fake, and so are its times."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from openmla.backends.torch import products, tiled
+from openmla.core.errors import ConfigError
+from openmla.core.target import Target
+from openmla.lab import page, peers, tune, workload
+from openmla.lab.peers import Contender
+from openmla.lab.suite import Case
+from openmla.lab.tune import Trial
+
+CPU = Target.detect("cpu")
+CASE = Case(batch=2, s_k=70, h_q=4, dtype="fp32")
+
+
+@pytest.fixture
+def knobs(monkeypatch):
+    """A kernel with two parameters: `speed` 3 takes a third of the time, `safe` 0 is wrong, 2 fails to compile."""
+    honest = peers.backend
+    made: list[dict[str, int]] = []
+
+    def fake(case, sets, target, backend):
+        right = honest(case, sets, target, "torch")
+
+        def under(setting):
+            made.append(setting)
+            if setting["safe"] == 2:
+                raise RuntimeError("no room for 2")
+
+            def call(i):
+                out, lse = right.call(i)
+                return (out, lse) if setting["safe"] else (torch.zeros_like(out), lse)
+
+            return Contender("x", "backend", "fake", str(setting["speed"]), call)
+
+        space = {"speed": (1, 3), "safe": (0, 1, 2)}
+        return tune._Knobs("torch", next(iter(tune.kernels("decode"))), {"speed": 1, "safe": 1}, space, under)
+
+    def timed(contenders, *_):
+        return "call", [[0.003 / int(each.config) + 1e-6 * i for i in range(10)] for each in contenders]
+
+    monkeypatch.setattr(tune, "_knobs", fake)
+    monkeypatch.setattr(tune.runner, "time_in_turn", timed)
+    return made
+
+
+def test_the_fast_value_wins_and_the_wrong_one_cannot(knobs):
+    record = tune.tune([CASE], CPU, seconds=0.01)
+    (found,) = record.entries
+    assert found.best == {"speed": 3, "safe": 1}
+    assert found.speedup == pytest.approx(3, rel=0.01)
+    safe = next(each for each in found.worth if each.parameter == "safe")
+    assert {value for value, time in safe.medians.items() if time} == {1}
+    speed = next(each for each in found.worth if each.parameter == "speed")
+    assert speed.spread == pytest.approx(3, rel=0.01)
+    assert "speed 1 -> 3" in str(record)
+    json.dumps(record.as_dict(), allow_nan=False)
+    html = page.render(tune.page(record))
+    assert "a better setting for 1 of 1 cases" in html
+
+
+def test_a_second_run_continues_from_the_file(knobs, tmp_path):
+    file = tmp_path / "trials.jsonl"
+    first = tune.tune([CASE], CPU, seconds=0.01, trials=file).entries[0]
+    lines = file.read_text().splitlines()
+    assert len(lines) == first.trials
+    reasons = {json.loads(line)["gate"] for line in lines}
+    assert any(reason.startswith("outside the tolerance") for reason in reasons)
+    assert "failed: RuntimeError: no room for 2" in reasons
+    knobs.clear()
+    second = tune.tune([CASE], CPU, seconds=0.01, trials=file).entries[0]
+    assert knobs == []
+    assert (second.trials, second.reused) == (0, first.trials)
+    assert second.best == first.best
+    file.write_text("\n".join(lines[:2]) + "\n")
+    assert tune.tune([CASE], CPU, seconds=0.01, trials=file).entries[0].reused == 2
+    other = [line.replace("sources", "source") for line in lines]
+    file.write_text("\n".join(other) + "\n")
+    assert tune.tune([CASE], CPU, seconds=0.01, trials=file).entries[0].reused == 0
+
+
+def trial(value: int, median: float | None, spread: float = 0.01) -> Trial:
+    low, high = (median * (1 - spread), median * (1 + spread)) if median else (None, None)
+    return Trial("c", "b", "k", "s", {"p": value}, median, low, high, 10, "", "")
+
+
+@pytest.mark.parametrize(
+    ("present", "other", "wins"),
+    [
+        (trial(1, 10.0), trial(2, 9.0), 2),
+        (trial(1, 10.0), trial(2, 9.9), 1),  # 1 %
+        (trial(1, 10.0, 0.2), trial(2, 9.0, 0.2), 1),  # the bands touch
+        (trial(1, None), trial(2, 9.0), 2),
+        (trial(1, 10.0), trial(2, None), 1),
+    ],
+)
+def test_noise_changes_nothing(present, other, wins):
+    assert tune._better([present, other], {"p": 1}).setting == {"p": wins}
+
+
+def test_the_torch_backend_under_other_numbers_is_right_and_put_back():
+    before = (tiled.TASK_ROWS, products._PAIR_KEYS, products.Arithmetic.tile_keys)
+    sets = [workload.decode_inputs(dataclasses.replace(CASE, s_k=700), torch.device("cpu"))]
+    case = dataclasses.replace(CASE, s_k=700)
+    knobs = tune._knobs(case, sets, CPU, "torch")
+    spans = []
+    original = tiled.tile_spans
+    try:
+        tiled.tile_spans = lambda first, last, step: spans.append(step) or original(first, last, step)
+        out, lse = knobs.under({"tile_keys": 256, "task_rows": 32, "pair_keys": 256}).call(0)
+    finally:
+        tiled.tile_spans = original
+    assert tune.gate.check(case, sets[0], out, lse).is_green
+    assert set(spans) == {256}
+    assert before == (tiled.TASK_ROWS, products._PAIR_KEYS, products.Arithmetic.tile_keys)
+
+
+def test_refusals_and_malformed_files(tmp_path):
+    record = tune.tune([CASE], CPU, backend="cute")
+    assert record.entries == ()
+    assert "cute" in record.refused[CASE.name]
+    assert "not tuned" in str(record)
+    path = tmp_path / "trials.jsonl"
+    path.write_text('{"case": 1}\n')
+    with pytest.raises(ConfigError, match=r"trials\.jsonl:1: not a trial"):
+        tune.read(path)
+    assert tune.read(tmp_path / "none.jsonl") == []
+    with pytest.raises(ConfigError, match="cannot write"):
+        tune.write(record, tmp_path / "no" / "t.json")
+    with pytest.raises(ConfigError, match="cannot append"):
+        tune.append(path / "x", [trial(1, 1.0)])
