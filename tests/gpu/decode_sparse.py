@@ -116,7 +116,6 @@ def case(
     return SimpleNamespace(
         name=name, layout=layout, operands=operands, plan=plan, metadata=plan.tile_scheduler_metadata(CUDA),
         num_splits=plan.num_splits_tensor(CUDA), is_hostile=hostile > 0,
-        lengths=torch.full((batch,), topk, dtype=torch.int32, device=CUDA),
         out_accum=torch.full((plan.num_pieces, rows, 512), nan, device=CUDA),
         lse2_accum=torch.full((plan.num_pieces, rows), nan, device=CUDA),
     )  # fmt: skip
@@ -125,7 +124,7 @@ def case(
 def run(module, name, c):
     """The whole operator: the decode kernel and, where the plan splits a request, the merge."""
     o = c.operands
-    launch(module[name], o, c.lengths, c.metadata, c.num_splits, c.out_accum, c.lse2_accum)
+    launch(module[name], o, c.metadata, c.num_splits, c.out_accum, c.lse2_accum)
     if c.plan.num_pieces > c.plan.batch:
         out, lse = (o.out, o.lse) if o.q.dim() == 4 else (o.out.unsqueeze(1), o.lse.T.unsqueeze(2))
         sink = c.lse2_accum[0] if o.attn_sink is None else o.attn_sink
@@ -337,7 +336,6 @@ def timing_case(layout, batch, s_q, h_q, topk, parts=None):
     )  # fmt: skip
     c = SimpleNamespace(
         name=f"{layout} b{batch} s_q{s_q} h{h_q} topk{topk}", layout=layout, operands=operands,
-        lengths=torch.full((batch,), topk, dtype=torch.int32, device=CUDA),
     )  # fmt: skip
     return planned(c, sparse.plan(batch, topk, parts or max(132 // (-(-h_q // 64) * s_q), 1)))
 

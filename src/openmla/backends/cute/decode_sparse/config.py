@@ -10,7 +10,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -166,6 +165,14 @@ class Config:
         return bytes_of(self.layout)
 
     @property
+    def roles(self) -> tuple[int, int, int]:
+        """Registers per thread of the scores, values (two warpgroups) and producers: 512 in all.
+
+        What the assembler needs to keep everything in registers; it differs by a few from layout to layout.
+        """
+        return (88, 160, 104) if self.layout == "fp8_584" else (96, 160, 96)
+
+    @property
     def name(self) -> str:
         """Exported function name; the digest stands for the fields of the schedule."""
         schedule = {key: value for key, value in self.as_dict().items() if key != "layout"}
@@ -226,13 +233,8 @@ def plan(batch: int, topk: int, parts: int) -> SplitPlan:
     """Who computes which tiles of which request: a function of shapes, made on the host.
 
     Lists may be shorter than topk (`topk_length`, -1); their tokens then skip tiles of their own pieces, and nothing has to
-    be known about them here. Whole requests per part where that costs no more than cutting evenly and merging.
+    be known about them here.
     """
-    blocks = -(-topk // BLOCK_TOKENS)
-    whole = -(-batch // parts) * (blocks + OVERHEAD_BLOCKS)
-    even = batch * (blocks + OVERHEAD_BLOCKS) / parts + OVERHEAD_BLOCKS + MERGE_BLOCKS
-    if whole > even:
-        return plan_decode((topk,) * batch, parts, block_tokens=BLOCK_TOKENS, overhead_blocks=OVERHEAD_BLOCKS)
-    edges = [part * batch // parts for part in range(parts + 1)]
-    stretches = tuple((a, b - 1, 0, blocks, 0) if b > a else (0, -1, 0, 0, 0) for a, b in pairwise(edges))
-    return SplitPlan("balanced", BLOCK_TOKENS, 0, (blocks,) * batch, stretches, tuple(range(batch + 1)))
+    return plan_decode(
+        (topk,) * batch, parts, block_tokens=BLOCK_TOKENS, overhead_blocks=OVERHEAD_BLOCKS, merge_blocks=MERGE_BLOCKS
+    )

@@ -26,7 +26,7 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
 
 Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
     shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 96 scores, 160 values, 96 producers
-    (x 128 = 65,536), no spills.
+    (x 128 = 65,536; `Config.roles`), no spills.
 
 Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_sparse_protocol.py)
     full[unit]           producers -> scores (and, through P, values)   4 warps
@@ -72,7 +72,6 @@ from openmla.backends.cute.decode_sparse.config import (
 )
 
 THREADS = 512
-REGS_SCORES, REGS_VALUES, REGS_PRODUCERS = 96, 160, 96  # x 128 threads = 65,536
 UNIT_BYTES = 2 * SLICE_BYTES
 UNITS = 8  # two tiles of four
 ORDER = (0, 2, 1, 3)  # in which the values warpgroups free the units of a tile, so in which they are filled and read
@@ -115,7 +114,6 @@ class DecodeSparse:
         kv: cute.Tensor,  # int32 [num_pages, words of a page]
         indices: cute.Tensor,  # int32 [batch, s_q, topk]
         topk_length: cute.Tensor,  # int32 [batch, s_q]; read only with has_length
-        lengths: cute.Tensor,  # int32 [batch]: positions of the index lists that the plan was made for
         metadata: cute.Tensor,  # int32 [num_parts, 8]
         num_splits: cute.Tensor,  # int32 [batch + 1]
         sink: cute.Tensor,  # fp32 [h_q]; read only with has_sink
@@ -181,7 +179,7 @@ class DecodeSparse:
         self.storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
-            tma_q, t_q, kv, indices, topk_length, lengths, metadata, num_splits, sink, out, lse, out_accum, lse2_accum,
+            tma_q, t_q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum,
             fault_word, page_size, chunk_blocks, has_length, has_sink, scale_log2, qk_first, qk, pv,
             ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
@@ -199,7 +197,6 @@ class DecodeSparse:
         kv: cute.Tensor,
         indices: cute.Tensor,
         topk_length: cute.Tensor,
-        lengths: cute.Tensor,
         metadata: cute.Tensor,
         num_splits: cute.Tensor,
         sink: cute.Tensor,
@@ -242,7 +239,7 @@ class DecodeSparse:
             s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
             ring_base=store.ring.data_ptr().toint(), rope_base=store.rope.data_ptr().toint(),
-            tma_q=tma_q, t_q=t_q, kv=kv, indices=indices, topk_length=topk_length, lengths=lengths, metadata=metadata,
+            tma_q=tma_q, t_q=t_q, kv=kv, indices=indices, topk_length=topk_length, metadata=metadata,
             num_splits=num_splits, sink=sink, out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum,
             fault_word=fault_word, page_size=page_size, chunk_blocks=chunk_blocks, has_length=has_length,
             has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2], qk_first=qk_first, qk=qk, pv=pv,
@@ -273,14 +270,15 @@ class DecodeSparse:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
+        of_scores, of_values, of_producers = self.config.roles
         if warp_idx < 4:
-            cute.arch.setmaxregister_decrease(REGS_SCORES)
+            cute.arch.setmaxregister_decrease(of_scores)
             self.scores(c)
         elif warp_idx < 12:
-            cute.arch.setmaxregister_increase(REGS_VALUES)
+            cute.arch.setmaxregister_increase(of_values)
             self.values(c)
         else:
-            cute.arch.setmaxregister_decrease(REGS_PRODUCERS)
+            cute.arch.setmaxregister_decrease(of_producers)
             self.produce(c)
 
     # ------------------------------------------------------------------ small steps that several roles share
@@ -316,14 +314,14 @@ class DecodeSparse:
         cute.arch.mbarrier_wait(c.piece_empty + index, ((piece // PIECES) & 1) ^ 1)
         if c.lane == 0:
             request, block, split = plan[0], plan[1], plan[2]
-            last = cutlass.min(meta[c.part, 1], c.lengths.shape[0] - 1)
+            last = cutlass.min(meta[c.part, 1], c.out.shape[0] - 1)
             tiles = Int32(-1)
             if request <= last:
-                length = cutlass.min(cutlass.max(c.lengths[request], 0), c.indices.shape[2])
-                end = (length + 63) // 64
+                topk = c.indices.shape[2]
+                end = (topk + 63) // 64
                 if request == meta[c.part, 1]:
                     end = cutlass.min(end, meta[c.part, 3])
-                own = c.indices.shape[2]
+                own = topk
                 if c.has_length != 0:
                     asked = c.topk_length[request, c.token]
                     own = cutlass.min(cutlass.max(asked, 0), own)

@@ -35,7 +35,6 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Int32, (None, None), stride=(stride(4), 1)),  # kv
         fake_tensor(Int32, (None, None, None), stride=(None, None, 1), align=4),  # indices
         fake_tensor(Int32, (None, None), stride=(None, None), align=4),  # topk_length
-        ints(None),  # lengths
         ints(None, 8),  # metadata
         ints(None),  # num_splits
         fake_tensor(Float32, (None,), align=4),  # sink
@@ -72,7 +71,6 @@ def per_token(topk_length: torch.Tensor, batch: int, s_q: int) -> torch.Tensor:
 def launch(
     function: Any,
     operands: SparseDecodeOperands,
-    lengths: torch.Tensor,
     metadata: torch.Tensor,
     num_splits: torch.Tensor,
     out_accum: torch.Tensor,
@@ -85,8 +83,7 @@ def launch(
     Args:
         function: the exported function of a variant.
         operands: checked tensors; kv_cache steps from page to page by a multiple of 16 bytes.
-        lengths: int32 [requests]; positions of each request's index lists, as the plan counted them.
-        metadata, num_splits: the plan (`openmla.split.schedule`) over `lengths`.
+        metadata, num_splits: the plan (`config.plan`).
         out_accum: fp32 [pieces, s_q * h_q, 512]; row = token, head.
         lse2_accum: fp32 [pieces, s_q * h_q], base 2.
         chunk_blocks: piece length of batch_invariant, else 0.
@@ -97,8 +94,7 @@ def launch(
     asked, sink = operands.topk_length, operands.attn_sink
     function(
         q, words_of_pages(operands.kv_cache), indices,
-        lengths.view(-1, 1) if asked is None else per_token(asked, q.shape[0], q.shape[1]),
-        lengths, metadata, num_splits, lse2_accum[0] if sink is None else sink, out, lse, out_accum, lse2_accum,
+        num_splits.view(-1, 1) if asked is None else per_token(asked, q.shape[0], q.shape[1]), metadata, num_splits, lse2_accum[0] if sink is None else sink, out, lse, out_accum, lse2_accum,
         operands.fault_word, operands.kv_cache.shape[1], chunk_blocks, int(asked is not None), int(sink is not None),
         operands.softmax_scale * LOG2_E,
     )  # fmt: skip

@@ -1,0 +1,132 @@
+"""The token-sparse decode kernel of this backend behind the four verbs: run, merge.
+
+A call is one launch, or two where the plan splits requests between CTAs. The plan depends on shapes alone and is made on
+the host, once per shape; nothing waits for the device, so a CUDA graph holds all of it after one warm call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmla.backends.base import SparseDecodeOperands, Verdict
+from openmla.backends.cute import bundle
+from openmla.backends.cute.decode import CombineVariant, build_combine
+from openmla.backends.cute.decode_sparse import config as sparse
+from openmla.backends.cute.toolchain import CompiledObject
+from openmla.core.problem import SparseDecodeProblem
+from openmla.core.target import Target
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A sparse decode ready to launch."""
+
+    config: sparse.Config
+    num_parts: int
+    decode: Any
+    combine: Any
+
+
+def build_sparse(config: sparse.Config, folder: Path) -> CompiledObject:
+    """Compile one variant of decode_sparse. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_sparse.launch import build
+
+    return build(config, folder)
+
+
+def _combine_variant(problem: SparseDecodeProblem) -> CombineVariant:
+    """Narrow columns where whole rows would leave SMs idle: fewer rows than four per SM of an H100."""
+    return CombineVariant("bf16", 128 if problem.total_q * problem.h_q < 4 * 132 else 512)
+
+
+def _serve(family: str, config: Any, build: Callable[[Any, Path], CompiledObject]) -> Any:
+    """The launchable function of one variant."""
+    return bundle.serve(family, config, lambda folder: build(config, folder)).function
+
+
+@lru_cache(maxsize=256)
+def _plan_on(device: torch.device, batch: int, topk: int, parts: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(metadata, num_splits, pieces) of a shape on a device; kept, so that a CUDA graph may hold the tensors."""
+    plan = sparse.plan(batch, topk, parts)
+    return plan.tile_scheduler_metadata(device), plan.num_splits_tensor(device), plan.num_pieces
+
+
+@dataclass(frozen=True)
+class SparseDecode:
+    """`decode_sparse`: quantised caches, any number of heads, indices, pages."""
+
+    op: str = field(default="sparse_decode", init=False)
+    backend: str = field(default="cute", init=False)
+    name: str = field(default=sparse.FAMILY, init=False)
+
+    def supports(self, problem: SparseDecodeProblem, target: Target) -> Verdict:
+        """The family's own rules, then whether its code can be had here."""
+        verdict = sparse.supports(problem, target)
+        if not verdict:
+            return verdict
+        needed = ((sparse.FAMILY, sparse.configs(problem, target)[0]), ("combine", _combine_variant(problem)))
+        return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
+
+    def configs(self, problem: SparseDecodeProblem, target: Target) -> Sequence[sparse.Config]:
+        """Variants, best first."""
+        return sparse.configs(problem, target)
+
+    def compile(self, problem: SparseDecodeProblem, config: sparse.Config, target: Target) -> Compiled:
+        """Load both functions, compiling what neither bundle nor cache has."""
+        return Compiled(
+            config,
+            sparse.num_parts(problem, target),
+            _serve(sparse.FAMILY, config, build_sparse),
+            _serve("combine", _combine_variant(problem), build_combine),
+        )
+
+    def launch(
+        self, compiled: Compiled, problem: SparseDecodeProblem, operands: SparseDecodeOperands, plan: None
+    ) -> None:
+        """The kernel, then the merge of the requests that it had to split."""
+        from openmla.backends.cute.decode_sparse.launch import launch
+
+        batch, s_q = sparse.requests(problem)
+        device = operands.q.device
+        metadata, num_splits, pieces = _plan_on(device, batch, problem.topk, compiled.num_parts)
+        is_split = pieces > batch
+        rows, slots = s_q * problem.h_q, pieces if is_split else 1
+        out_accum = torch.empty((slots, rows if is_split else 1, sparse.D_V), dtype=torch.float32, device=device)
+        lse2_accum = torch.empty((slots, rows if is_split else 1), dtype=torch.float32, device=device)
+        direct = _aligned(operands)
+        launch(compiled.decode, direct, metadata, num_splits, out_accum, lse2_accum)
+        if is_split:
+            out, lse, sink = direct.out, direct.lse, direct.attn_sink
+            if out.dim() == 3:
+                out, lse = out.unsqueeze(1), lse.T.unsqueeze(2)
+            compiled.combine(
+                out_accum, lse2_accum, num_splits, out, lse, lse2_accum[0] if sink is None else sink, 1,
+                int(sink is not None),
+            )  # fmt: skip
+        if direct.out is not operands.out:
+            operands.out.copy_(direct.out)
+
+
+def _aligned(operands: SparseDecodeOperands) -> SparseDecodeOperands:
+    """The operands, with fresh q and out where the caller's do not step by the 16 bytes that wide accesses need."""
+
+    def is_aligned(tensor: torch.Tensor) -> bool:
+        steps = [step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+        return tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+
+    q, out = operands.q, operands.out
+    if is_aligned(q) and is_aligned(out):
+        return operands
+    return operands._replace(
+        q=q if is_aligned(q) else q.clone(memory_format=torch.contiguous_format),
+        out=out if is_aligned(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device),
+    )
+
+
+SPARSE_DECODE = SparseDecode()
