@@ -27,6 +27,8 @@ import torch
 
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.kv.cache import PagedKVCache
+from openmla.nn import forms
+from openmla.nn.passes import Pass
 from openmla.ops import native
 from openmla.ops.prefill import prefill
 
@@ -62,11 +64,7 @@ class _Step:
     """What every layer of one forward pass needs to know; travels through the model as a keyword argument."""
 
     paged: PagedModel
-    requests: tuple[Hashable, ...]
-    slots: torch.Tensor  # [batch * s_q] int64
-    block_table: torch.Tensor
-    cache_seqlens: torch.Tensor
-    is_fresh: bool  # no request had context before this pass
+    over: Pass
 
 
 class PagedModel:
@@ -154,25 +152,19 @@ class PagedModel:
                     f"rows of length {[len(row) for row in tokens]}; call once per length"
                 ],
             )
-        cache = self.cache
-        begins = [cache.allocator.length(request) for request in requests]
-        slots = cache.extend(requests, [s_q] * len(requests))
-        step = _Step(
-            self, tuple(requests), slots, cache.block_table(requests), cache.cache_seqlens(requests), not any(begins)
-        )
-        positions = torch.tensor(begins, device=cache.device)[:, None] + torch.arange(s_q, device=cache.device)
+        over = Pass.begin(self.cache, requests, [s_q] * len(requests))
         result = self.model(
-            input_ids=torch.tensor([list(row) for row in tokens], device=cache.device),
-            position_ids=positions,
+            input_ids=torch.tensor([list(row) for row in tokens], device=self.cache.device),
+            position_ids=over.positions.view(len(requests), s_q),
             use_cache=False,
             logits_to_keep=1,
-            openmla_step=step,
+            openmla_step=_Step(self, over),
         )
         logits: torch.Tensor = result.logits[:, -1]
         return logits
 
     def attend(
-        self, module: Any, query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float, step: _Step
+        self, module: Any, query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float, step: Pass
     ) -> torch.Tensor:
         """Attention of one layer. query [batch, h_q, s_q, d_nope + d_rope], latent and rope [batch, 1, s_q, columns].
 
@@ -183,9 +175,8 @@ class PagedModel:
         self.cache.write(layer, step.slots, new_rows.flatten(0, 1))
         if step.is_fresh and new_rows.shape[1] > 1:
             return self._attend_expanded(module, query, latent, rope, scale, step, new_rows)
-        w_uk, w_uv = _up_projections(module)
-        q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], -1)
-        q = torch.cat([torch.einsum("bhsd,hdr->bshr", q_nope, w_uk), q_rope.transpose(1, 2)], -1)
+        w_uk, w_uv = forms.up_projections(module.kv_b_proj.weight, module.qk_nope_head_dim, module.v_head_dim)
+        q = forms.absorb(query.transpose(1, 2), w_uk)
         out, lse = native.decode(
             q, self.cache.pages(layer), step.block_table, step.cache_seqlens, d_v=module.kv_lora_rank,
             softmax_scale=scale, is_causal=True, kv_layout=self.cache.layout, backend=self.backend,
@@ -193,11 +184,10 @@ class PagedModel:
         if self.observe is not None:
             assert lse is not None, "asked for by default"
             self.observe(AttentionCall("decode", layer, step.requests, q, new_rows, out, lse, scale))
-        heads: torch.Tensor = torch.einsum("bshr,hvr->bshv", out, w_uv)
-        return heads
+        return forms.project(out, w_uv)
 
     def _attend_expanded(
-        self, module: Any, query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float, step: _Step,
+        self, module: Any, query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float, step: Pass,
         new_rows: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         batch, _, s_q, _ = query.shape
@@ -214,12 +204,6 @@ class PagedModel:
         return heads
 
 
-def _up_projections(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W_UK [h_q, d_nope, d_latent], W_UV [h_q, d_v, d_latent]): views of the weight, no copies."""
-    both = module.kv_b_proj.weight.unflatten(0, (-1, module.qk_nope_head_dim + module.v_head_dim))
-    return both[:, : module.qk_nope_head_dim], both[:, module.qk_nope_head_dim :]
-
-
 def _keep_latent(latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stands in for `expand_kv`: the attention function gets the latent itself."""
     return latent, rope
@@ -234,7 +218,7 @@ def _attention(
         raise ProblemError(
             "attention", ["an attached model runs through PagedModel.forward; call detach() to use the model directly"]
         )
-    return openmla_step.paged.attend(module, query, key, value, scaling, openmla_step), None
+    return openmla_step.paged.attend(module, query, key, value, scaling, openmla_step.over), None
 
 
 def _register() -> None:

@@ -1,0 +1,142 @@
+"""Continuous batching of transformers (`generate_batch`) for MLA, which stock transformers crashes on.
+
+Its cache has room for `num_key_value_heads` keys and values of `head_dim` numbers. MLA caches one row of d_latent +
+d_rope numbers, in two tensors of different widths. Here the row is cut in two equal halves: the cache is told of one
+head of (d_latent + d_rope) / 2 columns, keeps one half as "key" and the other as "value", and a token takes exactly
+d_latent + d_rope numbers. Its paged route is named `paged|eager`; modules that are attached go to OpenMLA from there.
+
+transformers has no public door for this. What is replaced, all of it checked by name when a model is attached:
+
+    find_num_key_value_heads, find_head_dim                in the cache and in its allocator, for attached configs only
+    ContinuousBatchingManager.switch_to_cb_friendly_attn   lets an attached model through to `paged|eager`
+    the attention function `paged|eager`                   attached modules to OpenMLA, all others as before
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.eager_paged import eager_paged_attention_forward
+
+from openmla.core.errors import UnsupportedError
+from openmla.nn import forms
+from openmla.ops import native
+from openmla.ops.prefill import prefill
+
+PAGED = "paged|eager"
+_MARK = "_openmla_row"  # on the config of an attached model: d_latent + d_rope
+_HOME = "transformers.generation.continuous_batching"
+
+
+def repair(config: Any) -> None:
+    """Make continuous batching work for models of this config; installs the replacements once per process.
+
+    Does nothing where this transformers has no continuous batching that looks as expected: `generate_batch` then says
+    what it says without OpenMLA.
+    """
+    text = config.get_text_config()
+    if hasattr(text, "kv_lora_rank") and (text.kv_lora_rank + text.qk_rope_head_dim) % 2 == 0 and _install():
+        setattr(text, _MARK, text.kv_lora_rank + text.qk_rope_head_dim)
+
+
+def forget(config: Any) -> None:
+    """Undo `repair` for this config."""
+    text = config.get_text_config()
+    if hasattr(text, _MARK):
+        delattr(text, _MARK)
+
+
+def _install() -> bool:
+    """Put the replacements in place, unless they are; False where a name to replace is missing."""
+    places = [(f"{_HOME}.cache", name) for name in ("find_num_key_value_heads", "find_head_dim")]
+    places.append((f"{_HOME}.cache_allocators.full_attention", "find_head_dim"))
+    try:
+        modules = [importlib.import_module(module) for module, _ in places]
+        manager = importlib.import_module(f"{_HOME}.continuous_api").ContinuousBatchingManager
+        stock = [getattr(module, name) for module, (_, name) in zip(modules, places, strict=True)]
+        switch = manager.switch_to_cb_friendly_attn
+    except (ImportError, AttributeError):
+        return False
+    if hasattr(switch, "openmla_stock"):
+        return True
+    for module, (_, name), function in zip(modules, places, stock, strict=True):
+        setattr(module, name, _sized(function, 1 if name == "find_num_key_value_heads" else None))
+    manager.switch_to_cb_friendly_attn = _let_through(switch)
+    AttentionInterface.register(PAGED, _attention)
+    return True
+
+
+def _sized(stock: Callable[[Any], int], heads: int | None) -> Callable[[Any], int]:
+    """`stock`, but for attached configs 1 head, or half a row."""
+
+    def size(config: Any) -> int:
+        row: int | None = getattr(config, _MARK, None)
+        if row is None:
+            return stock(config)
+        return heads if heads is not None else row // 2
+
+    return size
+
+
+def _let_through(stock: Callable[..., None]) -> Callable[..., None]:
+    """`stock`, but an attached model goes to the paged route and back to where it was afterwards."""
+
+    def switch(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(model.config.get_text_config(), _MARK):
+            stock(self, model, *args, **kwargs)
+        elif model.config._attn_implementation != PAGED:
+            self._original_attn_impl = model.config._attn_implementation
+            model.set_attn_implementation(PAGED)
+
+    switch.openmla_stock = stock  # type: ignore[attr-defined]
+    return switch
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, Any]:  # fmt: skip
+    """Requests behind one another: query [1, h_q, total_q, d_nope + d_rope], latent and RoPE [1, 1, total_q, columns]."""
+    seam = getattr(module, "openmla_seam", None)
+    if seam is None:
+        stock: tuple[torch.Tensor, Any] = eager_paged_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        return stock
+    cache = options.pop("cache", None)
+    if cache is None:
+        raise UnsupportedError(
+            f"{PAGED} is the route of continuous batching",
+            {"transformers": ("there is no paged cache in this call; use generate() or generate_batch()",)},
+            "attention",
+        )
+    scale, d_latent = options["scaling"], module.kv_lora_rank
+    row = torch.cat([key, value], -1)
+    halves = row.chunk(2, -1)
+    held = cache.update(key_states=halves[0], value_states=halves[1], layer_idx=module.layer_idx, kwargs=options)
+    rows = torch.cat(held, -1)[0, 0]  # [total_k, d_latent + d_rope], request behind request
+    starts_q, starts_k = options["cu_seq_lens_q"].to(torch.int32), options["cu_seq_lens_k"].to(torch.int32)
+    total_q, total_k = query.shape[2], rows.shape[0]
+    q = query[0].transpose(0, 1)  # [total_q, h_q, d]
+    if total_q == total_k:  # nobody has a context
+        whole_key, whole_value = seam.expand(rows[None, None, :, :d_latent], rows[None, None, :, d_latent:])
+        out, _ = prefill(
+            q, whole_key[0].transpose(0, 1), whole_value[0].transpose(0, 1), starts_q, starts_k, total_q, total_k,
+            softmax_scale=scale, is_causal=True, backend=seam.backend,
+        )  # fmt: skip
+        return out[None], None
+    w_uk, w_uv = seam.up_projections(module)
+    lengths = starts_k.diff()
+    # Pages of one token, since requests begin anywhere. The width is a number of the host; no length is longer.
+    table = starts_k[:-1, None] + torch.arange(total_k, dtype=torch.int32, device=rows.device)
+    out, _ = native.decode(
+        forms.absorb(q, w_uk), rows[:, None, None], table.clamp(max=max(total_k - 1, 0)), lengths, d_v=d_latent,
+        softmax_scale=scale, is_causal=True, cu_seqlens_q=starts_q, max_seqlen_q=total_q, return_lse=False,
+        backend=seam.backend,
+    )  # fmt: skip
+    return forms.project(out, w_uv)[None], None
