@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import linecache
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +136,30 @@ def test_the_same_input_gives_the_same_bits(machine):
     given = native_arguments("decode", CASE.tensors())
     first, again = (openmla.decode(**given, mods=LIBRARY["several"], backend="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_the_page_runs_on_torch_and_on_triton_unchanged(machine, monkeypatch):
+    """The blocks of docs/mods.md, with the backend named from outside."""
+    machine(4)
+    page = Path(__file__).resolve().parents[2] / "docs" / "mods.md"
+    found = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("OPENMLA_BACKEND", backend)
+        scope: dict[str, Any] = {"__name__": "page"}
+        for number, block in enumerate(
+            re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        ):
+            name = f"mods.md block {number} for {backend}"
+            linecache.cache[name] = (len(block), None, block.splitlines(True), name)
+            exec(compile(block, name, "exec"), scope)
+            found[backend, number] = (scope["out"], scope["lse"])
+        source = inspect.getsource(scope["fading"].function)
+        assert len(re.sub(r'""".*?"""', "", source).split("\n")) - 2 <= 5
+    assert len(found) == 4
+    for number in (0, 1):
+        (out, lse), (mine, my_lse) = found["torch", number], found["triton", number]
+        torch.testing.assert_close(mine, out, rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(my_lse, lse, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ the functions of m

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import openmla
-from openmla import backends, mods
-from openmla.core.errors import ModError, ProblemError
+from openmla import backends, cli, mods
+from openmla.core.errors import ConfigError, ModError, ProblemError
 from openmla.mods import Rope, activation, attach, m, mask_mod, score_mod
 from openmla.reference import attention
 from openmla.testing import budget
@@ -386,6 +386,45 @@ def test_explain_says_who_inlines_a_mod():
     rows = {(row.backend, bool(row.verdict)) for row in openmla.explain(problem, target="h100_sxm").candidates}
     assert ("torch", True) in rows
     assert ("cute", False) in rows
+
+
+def test_explain_takes_mods_by_name(capsys, monkeypatch, tmp_path):
+    (tmp_path / "my_mods_of_a_test.py").write_text(
+        "from openmla.mods import mask_mod\n\n\n"
+        "@mask_mod\ndef every_second(b, h, q_idx, kv_idx):\n    return (kv_idx & 1) == 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = ["--mod", "soft_cap(30.0)", "--mod", "alibi", "--mod", "rope", "--mod", "my_mods_of_a_test:every_second"]
+    assert cli.main(["explain", "decode", "--target", "h100_sxm", *asked]) == 0
+    text = capsys.readouterr().out
+    for part in ("soft_cap(cap=30.0)#", "alibi#", "every_second#", "+rope", "does not inline mods yet"):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("nope", "unknown mod 'nope'; the library has: alibi"),
+        ("soft_cap", "write its numbers as in soft_cap(30.0)"),
+        ("math:pi", "is a float, no mod"),
+        ("no.such.module:x", "cannot be imported"),
+        ("a b", "names no mod"),
+    ],
+)
+def test_bad_names_of_mods(name, part):
+    with pytest.raises(ConfigError) as caught:
+        mods.named([name])
+    assert part in str(caught.value)
+
+
+def test_under_torch_compile_a_mod_runs_eagerly():
+    arguments = native_arguments("decode", CASE.tensors())
+
+    def twice(**given):
+        return openmla.decode(**given, mods=mods.soft_cap(2.0))[0] * 2
+
+    expected = twice(**arguments)
+    torch.testing.assert_close(torch.compile(twice, backend="eager")(**arguments), expected)
 
 
 @activation

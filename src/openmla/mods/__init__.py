@@ -13,9 +13,10 @@ from openmla.mods.library import (
     soft_cap,
     tree,
 )
+from openmla.mods.named import named
 from openmla.mods.rope import Rope
 
 __all__ = [
-    "Attachable", "Attached", "Mod", "Mods", "Rope", "Site", "activation", "alibi", "attach", "document", "m", "mask_mod",
+    "Attachable", "Attached", "Mod", "Mods", "Rope", "Site", "activation", "alibi", "attach", "document", "m", "mask_mod", "named",
     "relative_bias", "score_mod", "sigmoid", "sink_tokens", "sliding_window", "soft_cap", "tree",
 ]  # fmt: skip

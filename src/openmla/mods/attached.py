@@ -160,34 +160,44 @@ def attach(mods: Attachable) -> Attached | None:
     given = (mods,) if isinstance(mods, Mod | Rope) else tuple(mods or ())
     if not given:
         return None
-    kinds: dict[str, list[Mod]] = {"score_mod": [], "mask_mod": [], "activation": []}
-    ropes, broken = [], []
+    form = form_of(given)
+    sorted_mods = sorted((each for each in given if isinstance(each, Mod)), key=lambda each: _ORDER.index(each.kind))
+    broken = []
+    for each in sorted_mods:
+        missing = [name for name, _ in each.tables if name not in each.given]
+        if missing:
+            names = ", ".join(f"{name}=..." for name in missing)
+            broken.append(f"{each.name} reads tables that were not given; use {each.name}.aux({names})")
+    if broken:
+        raise ModError("mods", broken)
+    tables = tuple(tuple(each.given[name] for name, _ in each.tables) for each in sorted_mods)
+    return Attached(form, tables, next((each for each in given if isinstance(each, Rope)), None))
+
+
+_ORDER = ("score_mod", "mask_mod", "activation")
+
+
+def form_of(given: Sequence[Mod | Rope | RopeForm]) -> Mods:
+    """What a kernel is compiled for. Raises ModError for something else, two activations or two ropes."""
+    broken, kinds, ropes = [], {kind: [] for kind in _ORDER}, []  # type: ignore[var-annotated]
     for each in given:
         if isinstance(each, Mod):
-            kinds[each.kind].append(each)
-            missing = [name for name, _ in each.tables if name not in each.given]
-            if missing:
-                names = ", ".join(f"{name}=..." for name in missing)
-                broken.append(f"{each.name} reads tables that were not given; use {each.name}.aux({names})")
-        elif isinstance(each, Rope):
-            ropes.append(each)
+            kinds[each.kind].append(_bare(each))
+        elif isinstance(each, Rope | RopeForm):
+            ropes.append(each.form if isinstance(each, Rope) else each)
         else:
-            kind = getattr(each, "__name__", type(each).__name__)
-            broken.append(f"{kind} is no mod; decorate it with @score_mod, @mask_mod or @activation of openmla.mods")
+            name = getattr(each, "__name__", type(each).__name__)
+            broken.append(f"{name} is no mod; decorate it with @score_mod, @mask_mod or @activation of openmla.mods")
     for what, found in (("activation", kinds["activation"]), ("Rope", ropes)):
         if len(found) > 1:
             broken.append(f"one {what} at most, got {len(found)}")
     if broken:
         raise ModError("mods", broken)
-    functions = (*kinds["score_mod"], *kinds["mask_mod"], *kinds["activation"])
-    form = Mods(
-        tuple(_bare(each) for each in kinds["score_mod"]),
-        tuple(_bare(each) for each in kinds["mask_mod"]),
-        _bare(kinds["activation"][0]) if kinds["activation"] else None,
-        ropes[0].form if ropes else None,
-    )
-    tables = tuple(tuple(each.given[name] for name, _ in each.tables) for each in functions)
-    return Attached(form, tables, ropes[0] if ropes else None)
+    activations = kinds["activation"]
+    return Mods(
+        tuple(kinds["score_mod"]), tuple(kinds["mask_mod"]), activations[0] if activations else None,
+        ropes[0] if ropes else None,
+    )  # fmt: skip
 
 
 def _bare(mod: Mod) -> Mod:

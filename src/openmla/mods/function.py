@@ -66,7 +66,7 @@ class Mod:
         captured = {name: number(value) for name, value in self.captured}
         code = self.function.__code__
         cells = tuple(CellType(captured.get(name)) for name in code.co_freevars)
-        names = {"__name__": self.function.__module__, **captured}
+        names = {"__name__": self.function.__module__, "__builtins__": {}, **captured}
         if self.math_name is not None:
             names[self.math_name] = functions
             cells = tuple(
