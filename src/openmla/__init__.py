@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from openmla.ops.native import sparse_prefill as sparse_prefill
     from openmla.ops.native import workspace_bytes as workspace_bytes
     from openmla.ops.prefill import prefill as prefill
+    from openmla.ops.prefix import decode_shared_prefix as decode_shared_prefix
 
 __version__ = "0.1.0.dev0"
 
@@ -32,6 +33,7 @@ _HOME = {
     "Target": "openmla.core.target",
     "check_errors": "openmla.core.faults",
     "decode": "openmla.ops.native",
+    "decode_shared_prefix": "openmla.ops.prefix",
     "explain": "openmla.backends",
     "kv_layout": "openmla.core.layout",
     "plan": "openmla.ops.native",

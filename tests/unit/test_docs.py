@@ -17,7 +17,13 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
-OPERATIONS = [openmla.decode, openmla.sparse_decode, openmla.sparse_prefill, openmla.prefill]
+OPERATIONS = [
+    openmla.decode,
+    openmla.decode_shared_prefix,
+    openmla.sparse_decode,
+    openmla.sparse_prefill,
+    openmla.prefill,
+]
 BORDER = [
     getattr(openmla.flash_mla, name)
     for name in openmla.flash_mla.__all__
