@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(verbs)
     _add_report(verbs)
     _add_roofline(verbs)
+    _add_profile(verbs)
     _add_tune(verbs)
     _add_verify(verbs)
     _add_compile(verbs)
@@ -427,6 +428,35 @@ def _show(args: argparse.Namespace, found: Any, as_page: Any) -> None:
     else:
         print(_fold(str(found)))
         print(f"page: {args.out}" if args.out else "a page with figures: add --out page.html")
+
+
+# profile
+
+
+def _add_profile(verbs: Any) -> None:
+    parser = _verb(verbs, "profile", _profile, "where the time of a case goes, and what it asks of the memory")
+    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
+    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches")
+    _add_sweep(parser)
+    parser.add_argument("--tool", metavar="NAME", default="auto", help="auto, ncu, torch or counters; default: auto")
+    parser.add_argument("--backend", metavar="NAME", help="default: OPENMLA_BACKEND")
+    parser.add_argument("--seconds", type=_seconds, default=0.3, help="for the time without the tool; default: 0.3")
+    _add_device(parser)
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from openmla.core.target import Target
+    from openmla.lab import profile, profile_page, progress
+
+    _, cases = _chosen_cases(args)
+    (backend,) = _known_backends([args.backend] if args.backend else None)
+    with progress.on_stderr() as say:
+        found = profile.profile(
+            cases, Target.detect(args.device), tool=args.tool, backend=backend, seconds=args.seconds, say=say
+        )
+    _show(args, found, profile_page.page)
+    return 0 if found.profiles else 1
 
 
 # tune

@@ -203,6 +203,27 @@ def dots(
     return draw((4.6, 0.9 + 0.215 * len(labels)), salt, title, paint)
 
 
+def bars(values: Sequence[tuple[str, float]], *, salt: str, title: str, heading: str) -> str:
+    """Horizontal bars with their numbers, in the order given."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        rows = range(len(values))
+        axes.barh(list(rows), [value for _, value in values], height=0.62, color=SERIES[0])
+        for row, (_, value) in zip(rows, values, strict=True):
+            axes.annotate(
+                f"{value:.1f}", (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=POINT - 1
+            )
+        axes.set_yticks(list(rows), [name if len(name) <= 30 else name[:28] + "..." for name, _ in values])
+        axes.set_ylim(len(values) - 0.4, -0.6)
+        axes.set_xlim(0, 1.15 * max([1e-9, *(value for _, value in values)]))
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+
+    return draw((4.6, 0.9 + 0.26 * len(values)), salt, title, paint)
+
+
 @dataclass(frozen=True)
 class Spot:
     """One point under a roof: FLOP per byte, TFLOP/s that were reached, or the roof itself where nothing was run."""
