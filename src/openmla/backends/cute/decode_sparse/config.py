@@ -21,6 +21,7 @@ from openmla.core.target import Target
 from openmla.split.schedule import SplitPlan, plan_decode
 
 FAMILY = "decode_sparse"
+ROLES = {"scores": 88, "values": 160, "producers": 104}  # registers per thread; two warpgroups of values: 512
 BLOCK_ROWS = 64  # query heads per CTA: one wgmma M
 BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
 OVERHEAD_BLOCKS = 2  # of a piece: filling the pipeline and the epilogue
@@ -163,14 +164,6 @@ class Config:
     def bytes(self) -> Bytes:
         """The layout as the producers read it."""
         return bytes_of(self.layout)
-
-    @property
-    def roles(self) -> tuple[int, int, int]:
-        """Registers per thread of the scores, values (two warpgroups) and producers: 512 in all.
-
-        What the assembler needs to keep everything in registers; it differs by a few from layout to layout.
-        """
-        return (88, 160, 104) if self.layout == "fp8_584" else (96, 160, 96)
 
     @property
     def name(self) -> str:

@@ -25,8 +25,8 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     has the tensor cores for itself. A warp only handles its own 16 keys of every tile: producers never wait for each other.
 
 Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
-    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 96 scores, 160 values, 96 producers
-    (x 128 = 65,536; `Config.roles`), no spills.
+    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 88 scores, 160 values, 104 producers
+    (x 128 = 65,536), no spills.
 
 Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_sparse_protocol.py)
     full[unit]           producers -> scores (and, through P, values)   4 warps
@@ -58,6 +58,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from openmla.backends.cute.decode_sparse.config import (
+    ROLES,
     SLICE_BYTES,
     Config,
     lane_chunk,
@@ -218,7 +219,6 @@ class DecodeSparse:
         q_layout: cute.ComposedLayout,
         p_layout: cute.ComposedLayout,
     ):
-        tidx, _, _ = cute.arch.thread_idx()
         m_block, token, part = cute.arch.block_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         store = SmemAllocator().allocate(self.storage)
@@ -243,8 +243,7 @@ class DecodeSparse:
             num_splits=num_splits, sink=sink, out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum,
             fault_word=fault_word, page_size=page_size, chunk_blocks=chunk_blocks, has_length=has_length,
             has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2], qk_first=qk_first, qk=qk, pv=pv,
-            m_block=m_block, token=token, part=part, thread=tidx % 128, warp=warp_idx % 4, lane=cute.arch.lane_idx(),
-            warp_idx=warp_idx,
+            m_block=m_block, token=token, part=part, warp=warp_idx % 4, warp_idx=warp_idx,
         )  # fmt: skip
 
         if warp_idx == 0:
@@ -270,18 +269,25 @@ class DecodeSparse:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        of_scores, of_values, of_producers = self.config.roles
         if warp_idx < 4:
-            cute.arch.setmaxregister_decrease(of_scores)
-            self.scores(c)
+            cute.arch.setmaxregister_decrease(ROLES["scores"])
+            self.scores(self.with_thread(c))
         elif warp_idx < 12:
-            cute.arch.setmaxregister_increase(of_values)
-            self.values(c)
+            cute.arch.setmaxregister_increase(ROLES["values"])
+            self.values(self.with_thread(c))
         else:
-            cute.arch.setmaxregister_decrease(of_producers)
-            self.produce(c)
+            cute.arch.setmaxregister_decrease(ROLES["producers"])
+            self.produce(self.with_thread(c))
 
     # ------------------------------------------------------------------ small steps that several roles share
+
+    def with_thread(self, c: Scope) -> Scope:
+        """The names of a role and its thread's place, through a shuffle: that stays where it is written.
+
+        One thread index for all roles would be kept in memory between them.
+        """
+        lane = cute.arch.shuffle_sync_bfly(cute.arch.lane_idx(), 0)
+        return Scope(**vars(c), thread=c.warp * 32 + lane, lane=lane)
 
     @cute.jit
     def arrive(self, barrier: cutlass.Constexpr):
@@ -431,6 +437,7 @@ class DecodeSparse:
                     cute.arch.mbarrier_wait(c.empty + unit, phase)
                     for i in cutlass.range_constexpr(4):
                         self.store_unit(c, s, raw[p % 2], scales, unit, ORDER[p], i)
+                        cute.arch.sync_warp()  # one key after the other: all at once, conversions would spill
                         if const_expr(not self.config.load_late):
                             self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
                     if const_expr(self.bytes.rope_is_value and ORDER[p] == 3):
