@@ -3,7 +3,8 @@
 matrix       every pair of options of a call: dtype, d_qk, h_q 1 to 128, h_kv, s_q, varlen, causal, page sizes, window,
              sink, lengths (empty, negative, beyond the table), policy, LSE, out=, plan, workspace; strided hostile views,
              NaN in every KV byte that no row reaches, against the fp64 oracle under the tolerance rule
-fuzz         2,000 seeded cases of the same kind at the sizes of real kernels
+             first what the backend has a kernel for, then everything
+fuzz         4,000 seeded cases of the same kind at the sizes of real kernels
 plans        device plans against `plan_decode`, field by field
 repeats      10,000 runs whose bits must not change, with other work on the card
 graphs       50 CUDA-graph scenarios: lengths, queries and tables change between replays; bits as without a graph
@@ -33,13 +34,16 @@ import torch
 
 import openmla
 from openmla import flash_mla
+from openmla.backends import select
 from openmla.core.errors import UnsupportedError
+from openmla.core.problem import DecodeProblem
+from openmla.core.target import Target
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget, coverage
 from openmla.testing.cases import Case, native_arguments
 
-FUZZ_CASES = 2000
+FUZZ_CASES = 4000
 REPEATS = 1000  # of each of ten problems
 HOST_US = 15.0
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -62,6 +66,28 @@ class Setup:
     def is_cuda(self) -> bool:
         """Whether there are streams and graphs."""
         return self.device == "cuda"
+
+    def takes(self, case: Case) -> bool:
+        """Whether the backend has a kernel for a case here."""
+        rows, batch = sum(case.seqlens_q), len(case.seqlens_k)
+        pages = max(-(-length // case.page_size) for length in (1, *case.seqlens_k) if length < 5000)
+
+        def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        lead = (rows,) if case.is_varlen else (batch, rows // batch)
+        problem = DecodeProblem.from_tensors(
+            like(case.dtype, *lead, case.h_q, case.d_qk), like(case.dtype, pages, case.page_size, case.h_kv, case.d_qk),
+            like(torch.int32, batch, pages), like(torch.int32, batch), d_v=case.d_v, is_causal=case.is_causal,
+            window=case.window or None, cu_seqlens_q=like(torch.int32, batch + 1) if case.is_varlen else None,
+            max_seqlen_q=max(case.seqlens_q) if case.is_varlen else None,
+            attn_sink=like(torch.float32, case.h_q) if case.has_sink else None, softmax_scale=case.softmax_scale,
+        )  # fmt: skip
+        try:
+            select(problem, Target.detect(self.device), self.backend)
+        except UnsupportedError:
+            return False
+        return True
 
     def some(self, items: list[Any], count: int) -> list[Any]:
         """`count` of the items in the small form, evenly spread; else all."""
@@ -99,11 +125,13 @@ class Item:
 Made = list[tuple[str, Callable[[Setup], dict[str, Any]]]]
 
 
-def _items(section: str, make: Callable[[], Made], small: int) -> Callable[..., list[Item]]:
+def _items(section: str, make: Callable[[Setup], Made], small: int) -> Callable[..., list[Item]]:
     """The items of a section: all, `small` of them, or only one."""
 
     def listed(setup: Setup, only: int | None = None) -> list[Item]:
-        items = [Item(section, number, f"{number} {name}", setup, call) for number, (name, call) in enumerate(make())]
+        items = [
+            Item(section, number, f"{number} {name}", setup, call) for number, (name, call) in enumerate(make(setup))
+        ]
         return setup.some(items, small) if only is None else [items[only]]
 
     return listed
@@ -138,12 +166,17 @@ def _judged(case: Case, call: coverage.Call) -> Callable[[Setup], dict[str, Any]
     return run
 
 
-def matrix() -> Made:
-    """Every pair of options."""
-    return [(f"{call} {case}", _judged(case, call)) for case, call in coverage.pairs()]
+def matrix(setup: Setup) -> Made:
+    """Every pair of the options that each kernel takes alone, then every pair of all options."""
+    lists = [coverage.axes_around({"h_q": 16}, setup.takes, is_fixed=False)]
+    for base in ({"h_q": 128}, {"h_q": 128, "lengths": "deep"}, {"h_q": 64, "lengths": "deep"}):
+        lists.append(coverage.axes_around(base, setup.takes, is_fixed=True))
+    made = [pair for axes in lists if axes for pair in coverage.pairs(axes, setup.takes)]
+    made += coverage.pairs()
+    return [(f"{call} {case}", _judged(case, call)) for case, call in dict.fromkeys(made)]
 
 
-def fuzz() -> Made:
+def fuzz(setup: Setup) -> Made:
     """Seeds; an item's number is its seed."""
 
     def seeded(seed: int) -> Callable[[Setup], dict[str, Any]]:
@@ -152,7 +185,7 @@ def fuzz() -> Made:
     return [("seed", seeded(seed)) for seed in range(FUZZ_CASES)]
 
 
-def plans() -> Made:
+def plans(setup: Setup) -> Made:
     """Batches of every size, twenty to an item."""
 
     def check(h_q: int, seed: int) -> Callable[[Setup], dict[str, Any]]:
@@ -165,10 +198,6 @@ def _check_plans(setup: Setup, h_q: int, seed: int) -> dict[str, Any]:
     """The device's plan is the Python function's, for the options that the kernel was compiled with."""
     if setup.backend != "cute":
         raise NotRunError("plans of this backend are compared in tests/interpret and tests/unit")
-    from openmla.backends import select
-    from openmla.core.problem import DecodeProblem
-    from openmla.core.target import Target
-
     pick = random.Random(f"plans {h_q} {seed}")
     for number in range(20):
         batch = pick.choice((1, 2, 3, 17, 64, 128, 129, 511, 512, 513, 1500, pick.randint(1, 300)))
@@ -199,7 +228,7 @@ def _check_plans(setup: Setup, h_q: int, seed: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- repeats
 
 
-def repeats() -> Made:
+def repeats(setup: Setup) -> Made:
     """Ten problems; their plans split, deal whole requests, cut chunks."""
     problems = [
         dense((4900,), 16), dense((4900,), 128), dense((700, 0, 64, 3000), 16, s_q=2), dense((700, 0, 64, 3000), 128),
@@ -233,18 +262,18 @@ def _repeat(setup: Setup, case: Case, policy: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------- graphs, invariance
 
-CAPACITY = 1300
-CAPTURED: LIST = (700, 64, 1, 900)
+CAPACITY = 4200
+CAPTURED: LIST = (700, 64, 1, 3900)
 STATES: dict[str, tuple[LIST, ...]] = {
-    "grow": ((CAPACITY,) * 4, (1299, 1, 1300, 65), CAPTURED),
+    "grow": ((CAPACITY,) * 4, (4199, 1, 4200, 65), CAPTURED),
     "shrink": ((5, 1, 0, 63), (64, 0, 0, 0), CAPTURED),
     "empty": ((0, 0, 0, 0), (0, 0, 0, 1), CAPTURED),
-    "permute": ((900, 700, 64, 1), (1, 900, 700, 64), CAPTURED),
+    "permute": ((3900, 700, 64, 1), (1, 3900, 700, 64), CAPTURED),
     "table": (CAPTURED, CAPTURED, CAPTURED),
 }
 
 
-def graphs() -> Made:
+def graphs(setup: Setup) -> Made:
     """Two kernels, five ways to call, five ways to change."""
     forms = [("decode", "balanced"), ("decode", "batch_invariant"), ("plan", "balanced"), ("plan", "batch_invariant")]
     forms.append(("flash_mla", "balanced"))
@@ -333,7 +362,7 @@ def _replay(setup: Setup, h_q: int, form: str, policy: str, change: str) -> dict
     return {}
 
 
-def invariance() -> Made:
+def invariance(setup: Setup) -> Made:
     """Heads, query tokens, dtypes, calls and graphs."""
 
     def check(h_q: int, s_q: int, dtype: torch.dtype, has_graph: bool) -> Callable[[Setup], dict[str, Any]]:
@@ -373,7 +402,7 @@ def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: 
 # ------------------------------------------------------------------------------------------- big, border, host
 
 
-def big() -> Made:
+def big(setup: Setup) -> Made:
     """Pools of 8.6 GB, packed or with pages twice as far apart."""
 
     def check(h_q: int, is_strided: bool) -> Callable[[Setup], dict[str, Any]]:
@@ -412,7 +441,7 @@ def _big(setup: Setup, h_q: int, is_strided: bool) -> dict[str, Any]:
     return {"ran": [f"{plan.backend}/{plan.kernel}"], "measured": {"elements": pool.numel() // 2}}
 
 
-def border() -> Made:
+def border(setup: Setup) -> Made:
     """flash_mla's calls."""
 
     def check(h_q: int, s_q: int, is_tuple: bool) -> Callable[[Setup], dict[str, Any]]:
@@ -447,7 +476,7 @@ def _border(setup: Setup, h_q: int, s_q: int, is_tuple: bool) -> dict[str, Any]:
     return {}
 
 
-def host() -> Made:
+def host(setup: Setup) -> Made:
     """Both kernels, with and without a plan."""
 
     def check(h_q: int, is_planned: bool) -> Callable[[Setup], dict[str, Any]]:
@@ -482,7 +511,7 @@ def _host(setup: Setup, h_q: int, is_planned: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- sanitizer
 
 
-def smallest() -> Made:
+def smallest(setup: Setup) -> Made:
     """What the sanitizer watches: a run, no oracle; inputs come from the host, so that every byte was written."""
     problems = [
         dense((130,), 16), dense((0, 65, 1), 16, s_q=2), dense((130,), 128), dense((0, 65, 1), 128, s_q=2),
@@ -503,7 +532,7 @@ def _once(setup: Setup, case: Case) -> dict[str, Any]:
     return {}
 
 
-def sanitize() -> Made:
+def sanitize(setup: Setup) -> Made:
     """One item per tool."""
 
     def check(tool: str) -> Callable[[Setup], dict[str, Any]]:
@@ -558,7 +587,7 @@ SECTIONS: dict[str, Callable[..., list[Item]]] = {
     )
 }  # fmt: skip
 DEFAULT = tuple(name for name in SECTIONS if name != "smallest")
-SHARDS = {"fuzz": 3, "sanitize": len(TOOLS), "graphs": 2}  # processes of a section
+SHARDS = {"fuzz": 4, "matrix": 2, "sanitize": len(TOOLS), "graphs": 2}  # processes of a section
 
 if __name__ == "__main__":
     raise SystemExit(watched(sys.argv[1]))

@@ -275,7 +275,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--case-seed", type=int, default=None, help="one item of one section, in this process")
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
     parser.add_argument("--item-seconds", type=float, default=90.0, help="an item that takes longer hangs")
-    parser.add_argument("--parallel", type=int, default=5, help="processes on the device at a time")
+    parser.add_argument("--parallel", type=int, default=6, help="processes on the device at a time")
     parser.add_argument("--small", action="store_true", help="a few items of each section")
     parser.add_argument("--out", type=Path, default=Path("prove_decode.json"), help="the JSON record")
     for name in ("--shard", "--begin"):

@@ -37,6 +37,20 @@ def test_every_pair_of_options_is_in_some_case():
     assert made == list(coverage.pairs())
 
 
+def test_pairs_and_axes_keep_to_what_a_kernel_takes():
+    def takes(case: Case) -> bool:
+        return not case.is_varlen and case.page_size == 64 and (case.h_q == 16 or case.window == 0)
+
+    axes = coverage.axes_around({"h_q": 16}, takes, is_fixed=False)
+    assert axes["page_size"] == (64,) and axes["is_varlen"] == (False,) and axes["window"] == (0, 1, 70)
+    assert axes["h_q"] == coverage.AXES["h_q"]
+    made = [case for case, _ in coverage.pairs(axes, takes)]
+    assert all(takes(case) for case in made)
+    assert {(case.h_q, case.window) for case in made} >= {(16, 0), (16, 1), (16, 70), (128, 0)}
+    assert coverage.axes_around({"h_q": 16}, takes, is_fixed=True)["h_q"] == (16,)
+    assert coverage.axes_around({"h_q": 16}, lambda case: False, is_fixed=True) == {}
+
+
 def test_the_fuzz_reaches_every_value_that_kernels_branch_on():
     drawn = [coverage.draw(seed) for seed in range(2000)]
     assert drawn[:50] == [coverage.draw(seed) for seed in range(50)]

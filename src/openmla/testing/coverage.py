@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal, cast
@@ -45,6 +45,7 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "ragged": (1, 63, 65, 130),
     "tiles": (64, 128, 576),
     "long": (2049,),
+    "deep": (4900, 0, 64, 4097),
     "fewer keys than queries": (2, 1),
     "no lengths": (-1, 70, 2**31 - 1),
 }
@@ -73,14 +74,21 @@ def _fits(chosen: dict[str, Any]) -> bool:
     return "h_q" not in chosen or "h_kv" not in chosen or chosen["h_q"] % chosen["h_kv"] == 0
 
 
-def pairs() -> Iterator[tuple[Case, Call]]:
-    """Calls that hold every possible pair of values of two axes; about 150, the same ones every time."""
+def pairs(
+    axes: Mapping[str, tuple[Any, ...]] = AXES, takes: Callable[[Case], bool] = lambda case: True
+) -> Iterator[tuple[Case, Call]]:
+    """Calls that hold every possible pair of values of two axes; about 120 for all of AXES, the same ones every time.
+
+    Args:
+        axes: AXES, or fewer values of each.
+        takes: whether a kernel takes a case. Pairs that 40 draws find in no such case are left out.
+    """
     pick = random.Random(0)
     missing = {
         ((a, x), (b, y)): None
-        for a, b in combinations(AXES, 2)
-        for x in AXES[a]
-        for y in AXES[b]
+        for a, b in combinations(axes, 2)
+        for x in axes[a]
+        for y in axes[b]
         if _fits({a: x, b: y})
     }
     number = 0
@@ -88,16 +96,43 @@ def pairs() -> Iterator[tuple[Case, Call]]:
         best: dict[str, Any] = {}
         most = 0
         fixed = dict(next(iter(missing)))
-        for _ in range(20):
-            chosen = {name: fixed[name] if name in fixed else pick.choice(values) for name, values in AXES.items()}
+        for attempt in range(40):
+            if attempt >= 20 and best:
+                break
+            chosen = {name: fixed[name] if name in fixed else pick.choice(values) for name, values in axes.items()}
             gained = sum(pair in missing for pair in combinations(chosen.items(), 2)) if _fits(chosen) else 0
-            if gained > most:
+            if gained > most and takes(_from_axes(chosen, number)[0]):
                 best, most = chosen, gained
         for pair in combinations(best.items(), 2):
             missing.pop(pair, None)
+        missing.pop(tuple(fixed.items()), None)
         if best:
             yield _from_axes(best, number)
             number += 1
+
+
+def axes_around(
+    base: Mapping[str, Any], takes: Callable[[Case], bool], *, is_fixed: bool
+) -> dict[str, tuple[Any, ...]]:
+    """The values that a kernel takes one at a time.
+
+    Args:
+        base: values that differ from the first of each axis.
+        takes: whether the kernel takes a case.
+        is_fixed: whether the axes of the base keep their one value.
+
+    Returns:
+        AXES with the values v for which the base with that axis at v is taken; {} if the base itself is not.
+    """
+    plain = {name: values[0] for name, values in AXES.items()} | {"lengths": "ragged"} | dict(base)
+
+    def is_taken(chosen: dict[str, Any]) -> bool:
+        return _fits(chosen) and takes(_from_axes(chosen, 0)[0])
+
+    if not is_taken(plain):
+        return {}
+    axes = {name: (base[name],) if is_fixed and name in base else values for name, values in AXES.items()}
+    return {name: tuple(value for value in values if is_taken(plain | {name: value})) for name, values in axes.items()}
 
 
 def _from_axes(chosen: dict[str, Any], seed: int) -> tuple[Case, Call]:
@@ -116,28 +151,36 @@ def _from_axes(chosen: dict[str, Any], seed: int) -> tuple[Case, Call]:
 
 
 def draw(seed: int) -> tuple[Case, Call]:
-    """The fuzz case of that seed: real columns and heads, lengths around tiles, now and then thousands of keys."""
+    """The fuzz case of that seed: real columns and heads, lengths around tiles, now and then thousands of keys.
+
+    Half of the seeds are plain (pages of 64, 576 columns, one KV head, equally many queries, no window): what every
+    kernel takes, and what is most often run.
+    """
     pick = random.Random(f"dense decode {seed}")
-    d_qk = pick.choice((576, 576, 512))
-    h_q = pick.choice((1, 8, 16, 16, 32, 64, 128, 128, 128, pick.randint(1, 128)))
-    h_kv = pick.choice([1, 1, 1, 1, *(x for x in (2, 3, 4, 8) if h_q % x == 0)])
+    is_plain = pick.random() < 0.5
+    h_q = pick.choice((1, 8, 16, 16, 32, 64, 128, 128, 128, 128, pick.randint(1, 128)))
     s_q = pick.choices((0, 1, 2, 3, 4, 7), (1, 12, 8, 3, 2, 1))[0]
-    is_long = pick.random() < 0.15
-    batch = pick.choice((1, 2)) if is_long else pick.choices((1, 2, 3, 5, 9, 40), (6, 6, 4, 3, 2, 1))[0]
+    is_long = pick.random() < 0.25
+    batch = pick.choice((1, 2, 4)) if is_long else pick.choices((1, 2, 3, 5, 9, 40), (5, 5, 4, 3, 2, 1))[0]
     lengths = [pick.choice((pick.choice(_RESIDUES), pick.randint(0, 4900 if is_long else 300))) for _ in range(batch)]
     for request in range(batch):
         if pick.random() < 0.03:
             lengths[request] = pick.choice((-1, -(2**31), 2**31 - 1, 10_000))
-    is_varlen = pick.random() < 0.2
+    odd: dict[str, Any] = {"d_qk": 576, "h_kv": 1, "page_size": 64}
+    if not is_plain:
+        odd = {
+            "d_qk": pick.choice((576, 512)), "is_varlen": pick.random() < 0.4, "has_sink": pick.random() < 0.4,
+            "h_kv": pick.choice([1, 1, 1, 1, *(x for x in (2, 3, 4, 8) if h_q % x == 0)]),
+            "window": pick.choice((1, 5, 64, 100, 1000)) if pick.random() < 0.25 else 0,
+            "page_size": pick.choice((64, 64, 64, 1, 2, 16, 32, 53, 61, 128, 256)),
+        }  # fmt: skip
     case = Case(
         op="decode", seed=seed, family=pick.choices(FAMILIES, WEIGHTS)[0],
-        dtype=pick.choice((torch.bfloat16, torch.bfloat16, torch.float16)), h_q=h_q, h_kv=h_kv, d_qk=d_qk, d_v=512,
-        softmax_scale=d_qk**-0.5 * pick.choice((1.0, 1.0, 1.73)),
-        seqlens_q=tuple(pick.choice((0, 1, 1, 2, 4)) if is_varlen else s_q for _ in range(batch)),
-        seqlens_k=tuple(lengths), is_varlen=is_varlen, is_causal=pick.random() < 0.5,
-        window=pick.choice((1, 5, 64, 100, 1000)) if pick.random() < 0.12 else 0,
-        page_size=pick.choice((64, 64, 64, 64, 64, 1, 2, 16, 32, 53, 61, 128, 256)), has_sink=pick.random() < 0.25,
-        invalid_share=pick.choices((0.0, 0.3, 1.0), (10, 2, 1))[0], nan_tokens=pick.random() < 0.05,
+        dtype=pick.choice((torch.bfloat16, torch.bfloat16, torch.float16)), h_q=h_q, d_v=512,
+        softmax_scale=odd["d_qk"] ** -0.5 * pick.choice((1.0, 1.0, 1.73)),
+        seqlens_q=tuple(pick.choice((0, 1, 1, 2, 4)) if odd.get("is_varlen") else s_q for _ in range(batch)),
+        seqlens_k=tuple(lengths), is_causal=pick.random() < 0.5,
+        invalid_share=pick.choices((0.0, 0.3, 1.0), (10, 2, 1))[0], nan_tokens=pick.random() < 0.05, **odd,
     )  # fmt: skip
     call = Call(
         pick.choice(("balanced", "balanced", "batch_invariant")), pick.choice(("e", "e", "2", "none")),
