@@ -1,0 +1,168 @@
+"""Context-parallel decode over the GPUs of one host, through NCCL: right, timed, and a rank that dies is named.
+
+    torchrun --nproc-per-node 2 tests/multi_gpu/context_parallel.py [--out rows.jsonl]
+    torchrun --nproc-per-node 2 tests/multi_gpu/context_parallel.py --cpu --small      the script itself, over gloo
+
+Needs PyTorch alone. Every rank runs the same checks against the fp64 oracle (rank 0 computes it once for the small
+cases); then batch 4, 128k tokens, h_q 128 on one GPU and on all of them, interleaved: what the speed-up is of. Rank 0
+writes one JSON row per fact. `--stall` stops the last rank before a collective: the others must name it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from openmla.distributed import ContextParallel, DeadRankError
+from openmla.ops import native
+from openmla.reference import attention as reference
+from openmla.testing import budget
+
+PAGE, SCALE = 64, 192**-0.5
+
+
+def paged(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[batch, s, 576] as pages, table and lengths."""
+    batch, s, _ = rows.shape
+    pages = -(-s // PAGE)
+    pool = torch.nn.functional.pad(rows, (0, 0, 0, pages * PAGE - s)).reshape(batch * pages, PAGE, 1, 576)
+    table = torch.arange(batch * pages, dtype=torch.int32, device=rows.device).view(batch, pages)
+    return pool, table, torch.full((batch,), s, dtype=torch.int32, device=rows.device)
+
+
+def check(ranks: ContextParallel, device: torch.device, dtype: torch.dtype) -> int:
+    """Both exchanges, all heads and own heads, one and two causal tokens, on scattered tokens; returns cases."""
+    generator = torch.Generator(device).manual_seed(7)
+    cases = 0
+    for batch, s_k, h_q, s_q in ((3, 700, 16, 1), (2, 1500, 128, 2), (1, 1, 16, 1)):
+        rows = torch.randn(batch, s_k, 576, generator=generator, device=device).to(dtype)
+        q = torch.randn(batch, s_q, h_q, 576, generator=generator, device=device).to(dtype)
+        golden = reference.decode(
+            q, *paged(rows), d_v=512, softmax_scale=SCALE, is_causal=True, with_bounds=True
+        )  # fmt: skip
+        mine = rows[:, torch.arange(s_k, device=device) % ranks.world == ranks.rank]
+        pool, table, _ = paged(mine if mine.shape[1] else rows[:, :1])
+        lengths = torch.full((batch,), s_k, dtype=torch.int32, device=device)
+        seen = ranks.visible(lengths, s_q)
+        own = slice(ranks.rank * h_q // ranks.world, (ranks.rank + 1) * h_q // ranks.world)
+        for exchange in ("all_gather", "all_to_all"):
+            out, lse = ranks.decode(q, pool, table, seen, exchange=exchange, softmax_scale=SCALE)
+            ranks.wait()
+            budget.check(out, lse, golden, dtype=dtype).require(f"{exchange}, {batch=} {s_k=} {h_q=} {s_q=}")
+            part, part_lse = ranks.decode(
+                q[:, :, own], pool, table, seen, heads="own", exchange=exchange, softmax_scale=SCALE
+            )
+            ranks.wait()
+            whole, whole_lse = golden.out.to(dtype), golden.lse.float()
+            whole[:, :, own], whole_lse[:, own] = part, part_lse
+            budget.check(whole, whole_lse, golden, dtype=dtype).require(f"own {exchange}, {batch=} {s_k=} {h_q=}")
+            cases += 2
+    return cases
+
+
+def seconds(call, device: torch.device) -> float:
+    """One call, behind a barrier, on this rank's clock."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(ranks: ContextParallel, device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, object]:
+    """Batch 4, 128k tokens, h_q 128: every rank alone over everything, and all of them over a share each."""
+    batch, s_k, h_q = (2, 1024, 16) if small else (4, 131072, 128)
+    rows = torch.randn(batch, s_k, 576, device=device).to(dtype)
+    q = torch.randn(batch, 1, h_q, 576, device=device).to(dtype)
+    dist.broadcast(rows, 0)
+    dist.broadcast(q, 0)
+    whole = paged(rows)
+    share = paged(rows[:, ranks.rank :: ranks.world].contiguous())
+    link = ranks.measure(device)
+    calls = {"one": lambda: native.decode(q, *whole, softmax_scale=SCALE)}
+    for exchange in ("all_gather", "all_to_all"):
+        calls[exchange] = lambda e=exchange: ranks.decode(q, *share, exchange=e, softmax_scale=SCALE)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(4 if small else 24):
+        for name, call in calls.items():
+            slowest = torch.tensor([seconds(call, device)], dtype=torch.float64, device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            if turn >= 2:
+                times[name].append(float(slowest))
+    median = {name: statistics.median(each) for name, each in times.items()}
+    fastest = min(median["all_gather"], median["all_to_all"])
+    return {
+        "what": "context_parallel_decode", "world": ranks.world, "backend": dist.get_backend(), "batch": batch,
+        "s_k": s_k, "h_q": h_q, "dtype": str(dtype), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__, "median_us": {name: round(1e6 * each, 2) for name, each in median.items()},
+        "spread_us": {name: round(1e6 * (max(each) - min(each)), 2) for name, each in times.items()},
+        "speedup": round(median["one"] / fastest, 3), "chosen": link.choose(batch * h_q, 1028, 1028, ranks.world, "all"),
+        "link": {"latency_us": round(1e6 * link.latency_s, 2), "gbps": round(link.bytes_per_s / 1e9, 2)},
+    }  # fmt: skip
+
+
+def stall(ranks: ContextParallel, device: torch.device) -> str:
+    """The last rank stands still; everybody else must say so. (torchrun itself ends all ranks when one is killed.)"""
+    pids: list[int] = [0] * ranks.world
+    dist.all_gather_object(pids, os.getpid())
+    if ranks.rank == ranks.world - 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)  # when rank 0 wakes it up
+    pool, table, lengths = paged(torch.randn(1, 64, 576, device=device).to(torch.bfloat16))
+    q = torch.randn(1, 1, 16, 576, device=device).to(torch.bfloat16)
+    try:
+        ranks.decode(q, pool, table, lengths)
+        ranks.wait()
+    except DeadRankError as error:
+        if ranks.rank == 0:
+            os.kill(pids[-1], signal.SIGCONT)
+        if error.ranks != (ranks.world - 1,):
+            raise AssertionError(f"the wrong rank is named: {error}") from error
+        return str(error)
+    raise AssertionError("nobody noticed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--stall", action="store_true")
+    options = parser.parse_args()
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu") if options.cpu else torch.device("cuda", local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if options.cpu else "nccl")
+    ranks = ContextParallel(timeout_s=5 if options.cpu else 60)  # a rank may still be compiling
+    dtype = torch.bfloat16
+    found: list[dict[str, object]] = [{"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}]
+    found.append(measure(ranks, device, dtype, options.small))
+    if options.stall:
+        found.append({"what": "dead_rank", "message": stall(ranks, device)})
+    if ranks.rank == 0:
+        for row in found:
+            print(json.dumps(row))
+        if options.out:
+            with options.out.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+    sys.stdout.flush()
+    os._exit(0)  # NCCL would wait for the dead rank in its own farewell
+
+
+if __name__ == "__main__":
+    main()
