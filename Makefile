@@ -13,7 +13,7 @@ BIN := .venv/bin
 TIERS := $(wildcard tests/unit tests/interpret tests/compile tests/integration)
 BENCH_ROWS ?= bench/results/cpu_decode.jsonl
 
-.PHONY: help demo test lint pytest bench-cpu clean venv-demo venv-test
+.PHONY: help demo test lint pytest bench-cpu guide clean venv-demo venv-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -36,6 +36,9 @@ pytest: venv-test ## the test tiers alone; ARGS="-k name" narrows
 
 bench-cpu: venv-test ## the CPU decode beside gather + SDPA and the bare GEMMs; appends rows to bench/results
 	$(BIN)/openmla bench --suite cpu_decode --peer sdpa --peer matmul --peer eager --out $(BENCH_ROWS) $(ARGS)
+
+guide: venv-test ## the guide as a site, English and Chinese, offline: build/guide/index.html
+	@$(BIN)/python guide/site/build.py $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
