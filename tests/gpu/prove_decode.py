@@ -308,15 +308,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = [f"--{key}={value}" for key, value in given.items()] + ["--small"] * options.small
         return [sys.executable, str(HERE / "prove_decode.py"), *argv]
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit from outside ends the children too
     begin = time.monotonic()
+    environment = store.environment(Target.detect(options.device))
     records: dict[str, Record] = {}
-    stages = [("host",), ("sanitize",)]
-    stages.insert(0, tuple(name for name in wanted if name not in ("host", "sanitize")))
-    for number, stage in enumerate(stages):
-        names = [name for name in stage if name in wanted]
+    together = tuple(name for name in wanted if name not in ("host", "sanitize"))
+    for number, stage in enumerate((together, ("host",), ("sanitize",))):
         jobs = [
             Job(name, shard, shards)
-            for name in names
+            for name in stage
+            if name in wanted
             for shards in [1 if options.small else decode_sections.SHARDS.get(name, 1)]
             for shard in range(shards)
         ]
@@ -328,20 +329,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 item_seconds=share if stage == ("sanitize",) else options.item_seconds,
                 say=lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True),
             )  # fmt: skip
-    has_failed = any(each.failures for each in records.values())
-    has_run = any(each.passed for each in records.values())
-    is_whole = not any(each.is_cut or each.not_run for each in records.values())
-    verdict = "FAILED" if has_failed else "passed" if has_run else "nothing ran"
+        found = summary(records) | {"backend": options.backend, "seconds": time.monotonic() - begin}
+        found |= {"utc": store.now(), "environment": environment}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(records))
-    print(f"\n{verdict}{'' if is_whole else ', not whole: see cut and not run'}; {time.monotonic() - begin:.0f} s")
-    found = {
-        "schema": 1, "passed": has_run and not has_failed, "is_whole": is_whole, "backend": options.backend,
-        "seconds": time.monotonic() - begin, "utc": store.now(),
-        "environment": store.environment(Target.detect(options.device)),
+    verdict = (
+        "passed" if found["passed"] else "FAILED" if any(each.failures for each in records.values()) else "nothing ran"
+    )
+    print(f"\n{verdict}{'' if found['is_whole'] else ', not whole: see cut and not run'}; {found['seconds']:.0f} s")
+    return 0 if found["passed"] else 1
+
+
+def summary(records: dict[str, Record]) -> dict[str, Any]:
+    """The JSON record, without what is around it."""
+    has_failed = any(each.failures for each in records.values())
+    return {
+        "schema": 1,
+        "passed": any(each.passed for each in records.values()) and not has_failed,
+        "is_whole": not any(each.is_cut or each.not_run for each in records.values()),
         "sections": {name: vars(each) for name, each in records.items()},
-    }  # fmt: skip
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if has_run and not has_failed else 1
+    }
 
 
 if __name__ == "__main__":

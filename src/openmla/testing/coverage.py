@@ -95,7 +95,8 @@ def pairs(
     while missing:
         best: dict[str, Any] = {}
         most = 0
-        fixed = dict(next(iter(missing)))
+        hardest = next(iter(missing))
+        fixed = dict(hardest)
         for attempt in range(40):
             if attempt >= 20 and best:
                 break
@@ -105,7 +106,7 @@ def pairs(
                 best, most = chosen, gained
         for pair in combinations(best.items(), 2):
             missing.pop(pair, None)
-        missing.pop(tuple(fixed.items()), None)
+        missing.pop(hardest, None)
         if best:
             yield _from_axes(best, number)
             number += 1
