@@ -63,7 +63,7 @@ def _positive(text: str) -> int:
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value
 
 
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_roofline(verbs)
     _add_profile(verbs)
     _add_tune(verbs)
+    _add_study(verbs)
     _add_verify(verbs)
     _add_compile(verbs)
     return parser
@@ -489,6 +490,34 @@ def _tune(args: argparse.Namespace) -> int:
         tune.write(found, args.table)
     _show(args, found, tune.page)
     return 0 if found.entries else 1
+
+
+# study
+
+
+def _add_study(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "study", _study, "MLA against MHA, GQA and MQA: bytes, FLOPs, precision, cost per million tokens"
+    )
+    parser.add_argument("--target", default="h100_sxm", metavar="NAME", help="whose roof: a preset, or here to measure")
+    parser.add_argument("--heads", type=_positive, default=128, metavar="N", help="query heads; default: 128")
+    parser.add_argument("--layers", type=_positive, default=61, metavar="N", help="of the model that is priced; 61")
+    parser.add_argument("--price", type=_seconds, default=2.0, help="of a card for an hour, any currency; default: 2")
+    parser.add_argument("--memory", type=_seconds, default=80.0, metavar="GIB", help="of one card; default: 80")
+    parser.add_argument("--seconds", type=_seconds, default=0.2, help="per rate and size measured; default: 0.2")
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+
+
+def _study(args: argparse.Namespace) -> int:
+    from openmla.lab import progress, study, study_page
+
+    with progress.on_stderr() as say:
+        found = study.study(
+            target=args.target, h_q=args.heads, layers=args.layers, per_hour=args.price, memory_gib=args.memory,
+            seconds=args.seconds, say=say,
+        )  # fmt: skip
+    _show(args, found, study_page.page)
+    return 0
 
 
 # verify
