@@ -32,6 +32,7 @@ CAPTIONS = {
     "en": ("Guide", "Kernels", "Concepts", "Decisions"),
     "zh_CN": ("指南", "内核", "概念", "设计决定"),
 }
+CAPTION = re.compile(r"<figcaption>(.*?)</figcaption>")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -62,8 +63,12 @@ def page_of(cells: list[Cell], translate: Callable[[str], str]) -> str:
         if cell.stdout.strip():
             parts.append(f"````{{container}} output\n```text\n{cell.stdout.rstrip()}\n```\n````")
         if cell.html:
-            parts.append(f"```{{raw}} html\n{cell.html}\n```")
+            parts.append(f"```{{raw}} html\n{CAPTION.sub(lambda m: _caption(m[1], translate), cell.html)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _caption(shown: str, translate: Callable[[str], str]) -> str:
+    return f"<figcaption>{html.escape(translate(html.unescape(shown)))}</figcaption>"
 
 
 def within_site(text: str, page: Path, pages: dict[Path, str], own: str) -> str:

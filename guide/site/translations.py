@@ -10,6 +10,7 @@ text itself, so a paragraph that changes loses its translation, and the build fa
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -34,10 +35,18 @@ def sources() -> list[Path]:
 
 
 def texts(page: Path) -> list[str]:
-    """The Markdown of a page, cell by cell."""
+    """What a page says: its Markdown, cell by cell, and the captions of its figures."""
     if page.suffix == ".md":
         return [page.read_text(encoding="utf-8")]
-    return [cell.text for cell in read(page) if cell.kind == "markdown"]
+    return [text for cell in read(page) for text in ([cell.text] if cell.kind == "markdown" else _captions(cell.text))]
+
+
+def _captions(code: str) -> list[str]:
+    """Every `caption="..."` of a code cell."""
+    given = [
+        each.value for each in ast.walk(ast.parse(code)) if isinstance(each, ast.keyword) and each.arg == "caption"
+    ]
+    return [str(ast.literal_eval(each)) for each in given]
 
 
 def paragraphs(markdown: str) -> Iterator[str]:

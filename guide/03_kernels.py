@@ -1,0 +1,296 @@
+# %% [markdown]
+# # 3. Kernels: from the formula to the instruction
+#
+# Nine ideas make an attention kernel on a Hopper GPU fast. Each stands here alone, small enough to check on a CPU: first the arithmetic (online softmax, the merge law,
+# splitting), then memory (pages, banks and swizzle), then the machine (wgmma, TMA, pipelines, warp roles). The last part compiles one small product in six steps and
+# counts what the assembler made of it; no GPU is needed for that.
+
+# %%
+import itertools
+import math
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+import openmla
+from drawings import curves, lanes, squares
+from openmla.core import env
+from openmla.reference.attention import BLOCK_KEYS, online_softmax
+from openmla.split.combine import merge, merge_two
+from openmla.split.schedule import plan_decode
+
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## Online softmax
+#
+# Softmax divides by a sum over all keys, and to be safe it first subtracts the largest score. Both seem to need all scores before the first output. They do not. Keep, per
+# row, the largest score so far $m$, the sum so far $l$ and the output so far $o$; when a block with a larger maximum $m'$ comes, everything so far is multiplied by
+# $e^{m - m'}$:
+#
+# $$m' = \max(m, \max_j s_j), \qquad l' = l\,e^{m-m'} + \sum_j e^{s_j-m'}, \qquad o' = o\,e^{m-m'} + \sum_j e^{s_j-m'} v_j$$
+#
+# So a kernel holds one block of keys at a time, and the matrix of scores never exists. `online_softmax` is the oracle's version, in blocks of 64 keys like the kernels.
+
+# %%
+rows, keys, d_qk, d_v = 16, 640, 576, 512
+q, k = torch.randn(rows, d_qk), torch.randn(keys, d_qk)
+k[400] = 3 * q[5]  # one key that row 5 likes very much, late in the sequence
+v, seen, scale = k[:, :d_v], torch.ones(rows, keys, dtype=torch.bool), d_qk**-0.5
+
+out, lse, top = online_softmax(q, k, v, seen, scale, torch.float32)
+scores = scale * (q.double() @ k.double().T)
+exact = scores.softmax(-1) @ v.double()
+print(f"blocks of {BLOCK_KEYS} keys: error {(out - exact).abs().max():.1e}, scores up to {scores.max():.0f}")
+assert torch.allclose(out.double(), exact, atol=1e-5)
+assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-5)
+
+steps = [scores[:, : n + BLOCK_KEYS].amax(-1) for n in range(0, keys, BLOCK_KEYS)]
+moved = torch.stack([after > before for before, after in itertools.pairwise(steps)])
+print(f"of {moved.numel()} chances the maximum moved {int(moved.sum())} times")
+curves(
+    {f"row {r}": [(64 * (i + 1), float(step[r])) for i, step in enumerate(steps)] for r in (0, 5)},
+    x="keys read", y="largest score so far", salt="peak", is_log=False,
+    caption="Most blocks bring no new maximum. Row 5 meets its favourite key in the seventh block and then rescales once.",
+)  # fmt: skip
+
+# %% [markdown]
+# Rescaling `o` costs a multiplication per output column, 512 of them per row. As the maximum seldom moves, the kernel for many rows goes further: its reference moves
+# only when a weight would exceed $2^8$. What matters is that no exponential overflows; the exact maximum is not needed.
+#
+# ## The merge law
+#
+# Three numbers per row describe attention over *some* keys; two are enough when the output is already divided: `out` and `lse`, the logarithm of the sum. Two such
+# results over different keys combine to the result over all of them:
+#
+# $$w_i = e^{\mathrm{lse}_i - \max \mathrm{lse}}, \qquad \mathrm{out} = \frac{\sum_i w_i\,\mathrm{out}_i}{\sum_i w_i}, \qquad \mathrm{lse} = \max \mathrm{lse} + \ln \sum_i w_i$$
+#
+# The grouping does not matter, and the result over no keys, $(0, -\infty)$, changes nothing. Mathematicians say commutative monoid; for a kernel it means that the
+# keys of a request may be cut anywhere and computed by anybody. One function, `openmla.split.combine.merge`, serves split-KV, context parallelism over GPUs, shared prefixes and chunked prefill.
+
+# %%
+
+
+def part(begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys [begin, end) alone."""
+    out, lse, _ = online_softmax(q, k[begin:end], v[begin:end], seen[:, begin:end], scale, torch.float32)
+    return out, lse
+
+
+pieces = [part(0, 100), part(100, 101), part(101, 640), part(7, 7)]
+whole, whole_lse = merge(*(torch.stack(each) for each in zip(*pieces, strict=True)))
+left = merge_two(*merge_two(*pieces[0], *pieces[1]), *pieces[2])
+right = merge_two(*pieces[0], *merge_two(*pieces[1], *pieces[2]))
+print(f"three pieces and an empty one: error {(whole - exact).abs().max():.1e}")
+print(f"grouped differently: {(left[0] - right[0]).abs().max():.1e} apart")
+assert torch.allclose(whole, out, atol=1e-5) and torch.allclose(whole_lse, lse, atol=1e-5)
+assert torch.allclose(left[0], right[0], atol=1e-5)
+assert torch.equal(merge_two(*pieces[0], *pieces[3])[0], pieces[0][0])
+
+# %% [markdown]
+# Equal up to rounding, not bit for bit: floating-point sums depend on their order. That is why the kernels merge in the order of the keys, whoever finishes first: the same
+# input gives the same bits.
+#
+# ## Split-KV: who computes what
+#
+# One request of 32,768 tokens is 512 blocks of 64 keys. One SM would work through them one after the other while 131 others watch. So the plan gives each SM a
+# stretch, and the merge law puts the results together. That is not free: every piece of a 128-head request leaves 128 rows of 512 fp32 numbers, written and read back.
+
+# %%
+for name, lengths in {"one long": [32768], "two": [32768, 16384], "128 short": [4096] * 128}.items():
+    plan = plan_decode(lengths, num_parts=132)
+    busiest = max(
+        sum(piece.end_block - piece.begin_block for piece in plan.pieces() if piece.part == p) for p in range(132)
+    )
+    alone = max(-(-n // 64) for n in lengths)
+    print(f"{name:10} {plan.num_pieces:4} pieces; busiest SM {busiest:3} blocks instead of {alone}")
+print(f"partial results per piece: {128 * 512 * 4:,} bytes")
+assert plan.num_pieces == 128  # as many requests as SMs: nobody is split, nothing has to be merged
+
+# %% [markdown]
+# ## Pages
+#
+# The keys of a request lie in pages scattered over the pool. For a kernel a page table is one more load before the load: the id of the page, then the page. What it must not become is
+# 64 separate small loads. A page holds 64 rows of 1,152 bytes that are contiguous, so the kernel for few rows asks for eight whole rows at once, 9,216 bytes in one
+# request of the copy engine. Any page size that is a multiple of eight works. Since only the table knows where pages lie, moving them changes nothing, not one bit:
+
+# %%
+pool = torch.randn(20, 64, 1, 576).bfloat16()
+table = torch.arange(10, dtype=torch.int32)[None]
+order = torch.randperm(20)
+moved_pool = torch.empty_like(pool)
+moved_pool[order] = pool
+queries, length = torch.randn(1, 1, 16, 576).bfloat16(), torch.tensor([600], dtype=torch.int32)
+here, _ = openmla.decode(queries, pool, table, length)
+there, _ = openmla.decode(queries, moved_pool, order[table.long()].int(), length)
+assert torch.equal(here, there)
+print("pages at", order[:10].tolist(), "give the same bits")
+
+# %% [markdown]
+# ## Banks and swizzle
+#
+# Shared memory, where a tile waits for the tensor cores, has 32 *banks* of 4 bytes; each delivers one word per clock. Eight threads reading 16 bytes each can be served in one clock
+# if together they touch every bank once. Tensor cores read eight *rows* at the same 16-byte column. In a tile with rows of 128 bytes all of those lie in the same four banks, and the reads queue: an
+# eight-way bank conflict.
+#
+# *Swizzling* fixes it without a byte of padding: the 16-byte column is exclusive-ored with the row number. Below, `swizzle` is the 128-byte mode of the hardware: TMA writes with it, wgmma reads with it.
+
+# %%
+
+
+def swizzle(byte: int) -> int:
+    """Address within a tile of 128-byte rows: bits 4 to 6 (16-byte column) ^= bits 7 to 9 (row)."""
+    return byte ^ ((byte >> 7 & 7) << 4)
+
+
+def clocks(addresses: list[int]) -> int:
+    """Clocks for eight reads of 16 bytes: how often the busiest group of four banks is asked."""
+    groups = [address // 16 % 8 for address in addresses]
+    return max(groups.count(group) for group in groups)
+
+
+plain = [[row * 128 + column * 16 for column in range(8)] for row in range(8)]
+swizzled = [[swizzle(address) for address in row] for row in plain]
+for name, tile in (("plain", plain), ("swizzled", swizzled)):
+    down = clocks([tile[row][3] for row in range(8)])
+    along = clocks(tile[3])
+    print(f"{name:9} clocks for eight rows of one column: {down}; for eight columns of one row: {along}")
+assert clocks([row[3] for row in plain]) == 8
+assert all(clocks([swizzled[row][column] for row in range(8)]) == 1 for column in range(8))
+assert all(clocks(row) == 1 for row in swizzled)
+assert sorted(address for row in swizzled for address in row) == sorted(address for row in plain for address in row)
+squares(
+    [[address // 16 % 8 for address in row] for row in plain], [[address // 16 % 8 for address in row] for row in swizzled],
+    titles=("plain: a column is one bank group", "swizzled: a column is all of them"), salt="banks",
+    caption="Where the 16-byte pieces of eight rows lie. A number, and a colour, is a group of four banks. Reading down a column must not meet one twice.",
+)  # fmt: skip
+
+# %% [markdown]
+# ## wgmma: 64 rows or nothing
+#
+# Hopper's matrix instruction is issued by four warps together (a *warpgroup*) and multiplies 64 rows by up to 256 columns, 16 deep, straight out of shared memory. 64 is fixed. A
+# decode call with 16 heads and one token has 16 query rows: put on the 64-row side, three quarters of the multiplications are for nothing.
+#
+# The other side, N, may be any multiple of 8. So the kernel for few rows turns the product around: $S^T = K Q^T$ with 64 *keys* on the 64-row side, of which there are always enough.
+
+# %%
+for query_rows in (8, 16, 32, 64, 128):
+    as_m, as_n = query_rows / (64 * math.ceil(query_rows / 64)), query_rows / (8 * math.ceil(query_rows / 8))
+    print(f"{query_rows:4} query rows: {as_m:5.0%} of the work is useful with rows on M, {as_n:4.0%} with keys on M")
+per_tile = 576 // 16
+print(f"scores of 64 keys and 16 rows: {per_tile} wgmmas of 64 x 16 x 16")
+assert per_tile == 36
+
+# %% [markdown]
+# ## TMA and the pipeline
+#
+# The *tensor memory accelerator* is a copy engine: one thread describes a box of a tensor, and the box appears in shared memory, swizzled, while threads do something else. A barrier in shared memory (*mbarrier*)
+# counts the bytes and wakes whoever waits. This makes it cheap to have several tiles on their way. Why one wants that is arithmetic: with one buffer a tile's
+# journey and its use add up; two buffers halve that; with enough of them only the slowest station counts. A small model, in any unit of time:
+
+# %%
+
+
+def schedule(stages: int, tiles: int = 6, latency: float = 4.0, transfer: float = 2.0, work: float = 3.0):
+    """(rows to draw, time per tile) of loads into `stages` buffers and one worker that uses tiles in order."""
+    free, done, bus = [0.0] * stages, 0.0, 0.0
+    loads, uses = [], []
+    for tile in range(tiles):
+        start = free[tile % stages]
+        bus = max(start + latency, bus) + transfer  # arrives; transfers follow one another
+        loads.append((start, bus, f"load {tile}", tile))
+        begin = max(bus, done)
+        done = begin + work
+        uses.append((begin, done, f"use {tile}", tile))
+        free[tile % stages] = done
+    lanes_of = {f"buffer {s}": [box for t, box in enumerate(loads) if t % stages == s] for s in range(stages)}
+    return {**lanes_of, "worker": uses}, (uses[-1][1] - uses[1][1]) / (tiles - 2)
+
+
+per = {stages: schedule(stages)[1] for stages in (1, 2, 3, 4)}
+for stages, time in per.items():
+    print(f"{stages} buffers: {time:.1f} per tile")
+assert per[1] == 9.0 and per[3] == 3.0  # everything added up; then only the work counts
+lanes(
+    schedule(2)[0], x="time", salt="stages", is_wide=True,
+    caption="Two buffers. The worker still waits now and then: a journey (6) is longer than one use (3). A third buffer closes the gaps.",
+)  # fmt: skip
+
+# %% [markdown]
+# ## Warp roles
+#
+# Who starts the copies? If the multiplying threads do, they stop multiplying for it. So kernels for Hopper give warps different jobs: one warp only loads and runs ahead, into
+# the next request if it can; warpgroups only compute. They meet at two mbarriers per buffer, *full* and *empty*. Registers can be moved from those who load (24 are plenty)
+# to those who hold the output.
+#
+# This is one tile of the kernel for few rows as it ran on an H100, in clocks; numbers from [its page](../docs/kernels/decode_dense_small.md). Two warpgroups share each tile: each sums half of the columns of every
+# dot product, they exchange partial scores (X), then each computes half of the output's rows.
+
+# %%
+turn, at = [], 0.0
+for name, length_of in (("scores", 842), ("X", 22), ("max", 300), ("exp, P", 330), ("P V", 834)):
+    turn.append((at, at + length_of, name if length_of > 100 else "", len(turn)))
+    at += length_of
+print(f"{at:.0f} clocks per tile of 64 keys; at 132 SMs and full bandwidth memory brings one every 5,400")
+lanes(
+    {"loading warp": [(0, 550, "8 loads", 7), (550, at, "waits for a free buffer, or is tiles ahead", 7)], "warpgroup 0": turn, "warpgroup 1": turn},
+    x="clocks", salt="roles", is_wide=True,
+    caption="Few rows: the matrix units idle half of the time and nobody cares, because memory is slower still. With 128 heads that is different (chapter 4).",
+)  # fmt: skip
+
+# %% [markdown]
+# ## Six levels of one product, compiled
+#
+# `guide/hopper_levels.py` holds the scores of 64 keys and 16 rows, tile after tile, six times: a loop, wgmma, TMA, a pipeline, warp roles, and two warpgroups that take turns at multiplying and
+# exponentials (the *seesaw*). Each is a few lines more than the one before. The CuTe DSL compiles them for `sm_90a` on any machine, and the disassembly says what became of them. They have not been run
+# on a GPU; the kernels in `src/openmla/backends/cute`, whose pieces they borrow, have.
+
+# %%
+WATCHED = ("LDG", "STS", "FFMA", "HGMMA", "UTMALDG", "SYNCS", "MUFU")
+counts: dict[str, dict[str, int]] = {}
+if env.is_importable("cutlass") and env.is_importable("triton"):  # the DSL, and cuobjdump, which Triton's wheel carries
+    import hopper_levels
+    from openmla.backends.cute import toolchain
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{'level':12}registers  smem  " + "  ".join(WATCHED))
+        for level, name in enumerate(hopper_levels.NAMES, 1):
+            kernel = hopper_levels.Scores(level)
+            made = toolchain.compile_kernel(kernel, hopper_levels.arguments(), f"level_{level}", out_dir=Path(folder))
+            sass = toolchain.disassemble(made.cubin_path)
+            found = counts[name] = {op: len(re.findall(rf"\b{op}\b", sass)) for op in WATCHED}
+            size = made.resources.dynamic_smem_bytes
+            assert made.resources.spills == 0
+            row = "  ".join(f"{found[op]:{len(op)}}" for op in WATCHED)
+            print(f"{level} {name:10}{made.resources.registers:9}{size // 1024:4} K  {row}")
+else:
+    print("needs: pip install 'openmla[cuda,triton]'")
+
+# %% [markdown]
+# How to read it, line by line:
+#
+# 1. **loop**: loads from global memory (`LDG`) and fused multiply-adds (`FFMA`), one number at a time. No tensor core is used.
+# 2. **wgmma**: 36 `HGMMA` replace all multiply-adds: 576 columns, 16 at a time. Every thread still copies the tile by hand (`LDG`, then `STS` into shared memory).
+# 3. **TMA**: nine `UTMALDG`, one per 64 columns, issued by one thread; loads and stores by threads remain for the queries only. `SYNCS` are operations on mbarriers.
+# 4. **pipeline**: shared memory doubles; the same nine loads appear in the prologue (twice) and in the loop. Those who multiply also load.
+# 5. **roles**: nine loads again, in one place, in a warp of their own.
+# 6. **seesaw**: `MUFU` are the exponentials, eight per thread and tile. While one warpgroup takes them, the other's `HGMMA` keep the tensor cores busy.
+#
+# What ships adds the second product, masks, the plan, the merge and the guards against bad values: 36 `HGMMA` for scores and the rest for values per tile, and no spills, which a
+# test holds for every variant (`tests/compile`).
+#
+# ## What to take along
+#
+# Arithmetic gives freedom (cut the keys anywhere, merge in order), memory takes it away (contiguous boxes, swizzled tiles, enough of them on their way), and the machine decides who does what.
+# Chapter 4 puts numbers on it.
+
+# %%
+assert per[2] < per[1]
+for name in counts:
+    assert (counts[name]["HGMMA"] == 36) == (name != "loop")
+    assert (counts[name]["UTMALDG"] > 0) == (name not in ("loop", "wgmma"))
+    assert (counts[name]["FFMA"] > 0) == (name == "loop")
+    assert (counts[name]["MUFU"] == 8) == (name == "seesaw")
+assert not counts or counts["pipeline"]["UTMALDG"] == 3 * counts["roles"]["UTMALDG"]
