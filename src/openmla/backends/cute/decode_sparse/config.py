@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -153,12 +153,15 @@ class Config:
             multiplied; -1 when all are issued, -2 when all are complete.
         load_late: the loads two units ahead leave when a unit has been handed over, not while it is converted: whether
             the fence before the hand-over waits for them is the question.
+        prefetch: how rows are asked for two tiles ahead: by cache lines, or by one bulk request each, whose address is the
+            same for a whole warp, so that 16 of them are a loop of 16.
     """
 
     layout: str = "fp8_656"
     gate_left: int = -1
     gate_right: int = -2
     load_late: bool = True
+    prefetch: Literal["lines", "bulk", "none"] = "lines"
 
     @property
     def bytes(self) -> Bytes:

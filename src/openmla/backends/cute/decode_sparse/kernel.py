@@ -76,7 +76,8 @@ THREADS = 512
 UNIT_BYTES = 2 * SLICE_BYTES
 UNITS = 8  # two tiles of four
 ORDER = (0, 2, 1, 3)  # in which the values warpgroups free the units of a tile, so in which they are filled and read
-PIECES = 8  # descriptors; the indices are three tiles ahead, which may be three pieces
+AHEAD = 3  # tiles that the indices are ahead, which may be as many pieces
+PIECES = 8  # descriptors; four would do, but then a piece is begun only when the one before it is done
 EVICT_FIRST = 0x12F0000000000000
 LN2 = 0.6931471805599453
 LOG2_E = 1.4426950408889634
@@ -391,7 +392,8 @@ class DecodeSparse:
 
         if s.is_lead:
             self.begin_plan(c)
-            self.describe(c, Int32(0))
+            for first in cutlass.range(AHEAD, unroll=1):
+                self.describe(c, first)
         tiles = self.next_piece(c, Int32(0))
         if s.is_lead & (tiles > 0):
             self.load_q(c, Int32(0))
@@ -414,6 +416,8 @@ class DecodeSparse:
 
         turn, piece = Int32(0), Int32(0)
         while tiles > 0:
+            if s.is_lead:
+                self.describe(c, piece + AHEAD)
             for _ in cutlass.range(tiles, unroll=1):
                 further, scale_offset = self.locate(c, index2)
                 if const_expr(early):
@@ -470,6 +474,8 @@ class DecodeSparse:
         """The index of key `lane % 16` of this warp in the tile at (piece, tile), and the tile after it."""
         index = Int32(-1)
         where = piece % PIECES
+        if tile == 0:
+            cute.arch.mbarrier_wait(c.piece_full + where, (piece // PIECES) & 1)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, where])
         if tiles > 0:
             position = (c.piece[FIRST_BLOCK, where] + tile) * 64 + 16 * c.warp + c.lane % 16
@@ -479,9 +485,6 @@ class DecodeSparse:
             if tile == tiles:
                 piece += 1
                 tile = Int32(0)
-                if s.is_lead:
-                    self.describe(c, piece)
-                cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
         return index, piece, tile
 
     @cute.jit
@@ -520,14 +523,24 @@ class DecodeSparse:
     @cute.jit
     def prefetch(self, c: cutlass.Constexpr, offset: Int32):
         """Ask for a key's bytes two tiles before they are read, so that they come from L2 then."""
-        base = c.kv.iterator.toint()
-        if (offset != NO_ROW) & (c.lane < 16):
-            cute.arch.inline_ptx(
-                "{ .reg .b64 a; mad.wide.u32 a, {$r1}, 16, {$r0}; cp.async.bulk.prefetch.L2.global [a], "
-                + f"{self.bytes.row_bytes};"
-                + " }",
-                read_only_args=[base, offset],
-            )
+        base, row_bytes = c.kv.iterator.toint(), self.bytes.row_bytes
+        if const_expr(self.config.prefetch == "lines"):
+            # Key `lane % 16`; one half of the lanes asks for the first three lines, the other for the last three.
+            for x in cutlass.range_constexpr(3):
+                place = cutlass.min((c.lane // 16 * 3 + x) * 128, row_bytes - 16)
+                cute.arch.inline_ptx(
+                    "{ .reg .b64 a, b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
+                    " cvt.u64.u32 b, {$r2}; add.u64 a, a, b; @p prefetch.global.L2 [a]; }",
+                    read_only_args=[base, offset, place],
+                )
+        elif const_expr(self.config.prefetch == "bulk"):
+            if (offset != NO_ROW) & (c.lane < 16):
+                cute.arch.inline_ptx(
+                    "{ .reg .b64 a; mad.wide.u32 a, {$r1}, 16, {$r0}; cp.async.bulk.prefetch.L2.global [a], "
+                    + f"{row_bytes};"
+                    + " }",
+                    read_only_args=[base, offset],
+                )
 
     @cute.jit
     def load_scales(self, c: cutlass.Constexpr, offset: Int32, scale_offset: Int32, scales: cute.Tensor):

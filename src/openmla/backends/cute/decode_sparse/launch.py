@@ -59,7 +59,8 @@ def words_of_pages(cache: torch.Tensor) -> torch.Tensor:
     """The bytes of a cache [num_pages, page_size, 1, row] as int32 [num_pages, words of a page], a view."""
     words = cache.view(torch.int32)
     size = words.shape[1] * words.shape[3]
-    return words.as_strided((words.shape[0], size), (words.stride(0) if words.shape[0] > 1 else size, 1))
+    # A single page may have any stride; the kernel was compiled for multiples of 16 bytes.
+    return words.as_strided((words.shape[0], size), (words.stride(0) if words.shape[0] > 1 else -(-size // 4) * 4, 1))
 
 
 def per_token(topk_length: torch.Tensor, batch: int, s_q: int) -> torch.Tensor:
