@@ -1,5 +1,6 @@
 """The command line as its users meet it: a subprocess, its output and its exit code."""
 
+import functools
 import json
 import os
 import signal
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from openmla.cli import main
-from openmla.lab import store
+from openmla.lab import store, study
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("doctor", "explain", "demo", "bench", "verify")
+VERBS = ("doctor", "explain", "demo", "bench", "report", "roofline", "profile", "tune", "study", "verify", "compile")
 TINY = '[[case]]\nbatch = 2\ns_k = 70\nh_q = 4\ndtype = "fp32"\n'
 
 
@@ -73,6 +74,9 @@ def test_version():
         ("bench", "--seconds", "-1"),
         ("verify", "--cases", "0"),
         ("explain", "--h-q", "x"),
+        ("bench", "--s-k", "1k..x"),
+        ("report",),
+        ("study", "--price", "0"),
     ],
 )
 def test_wrong_usage_is_2(arguments):
@@ -96,6 +100,15 @@ def test_wrong_usage_is_2(arguments):
         (("bench", "--case", "*hq7*"), {}, "no case of suite smoke matches '*hq7*'"),
         (("bench", "--peer", "nosuch"), {}, "unknown peer 'nosuch'; use one of: sdpa"),
         (("bench", "--backend", "nosuch"), {}, "unknown backend 'nosuch'"),
+        (("bench", "--suite", "smoke", "--batch", "3"), {}, "--suite smoke holds its own cases; leave out batch"),
+        (("bench", "--page-size", "0"), {}, "page_size must be an integer from 1"),
+        (("report", "nosuch.jsonl"), {}, "cannot read rows from nosuch.jsonl"),
+        (("roofline", "--rows", "nosuch.jsonl"), {}, "cannot read rows from nosuch.jsonl"),
+        (("roofline", "--rows", "x", "--target", "h20"), {}, "leave out --target, or the rows"),
+        (("roofline", "--target", "h900"), {}, "unknown target 'h900'"),
+        (("profile", "--tool", "perf"), {}, "unknown tool 'perf'; use one of: auto, ncu"),
+        (("tune", "--backend", "nosuch"), {}, "unknown backend 'nosuch'"),
+        (("study", "--target", "cpu"), {}, "the preset cpu has no data-sheet rates"),
         (("verify", "--op", "nosuch"), {}, "unknown operation 'nosuch'"),
     ],
 )
@@ -204,6 +217,79 @@ def test_bench_measures_prints_and_appends(tiny, tmp_path):
     record = as_json(openmla(*arguments, "--json"))
     assert [row["who"] for row in record["results"][0]["rows"]] == ["torch", "eager"]
     assert [row.who for row in store.read(rows)] == ["torch", "eager", "torch", "eager"]
+
+
+def test_bench_of_a_sweep(tmp_path):
+    arguments = ("bench", "--batch", "1", "--s-k", "64..128", "--h-q", "4", "--layout", "plain,fp8_656", "--list")
+    names = openmla(*arguments).stdout.split()
+    shape = "decode-b1-sq1-hq4-sk{}-bf16"
+    assert names == [shape.format(64), shape.format(128), shape.format(64) + "-fp8_656", shape.format(128) + "-fp8_656"]
+    rows = tmp_path / "rows.jsonl"
+    done = openmla(*arguments[:-1], "--peer", "eager", "--seconds", "0.02", "--out", str(rows))
+    assert done.returncode == 0, done.stderr
+    assert "reads plain caches here, the case has the layout fp8_656" in done.stdout
+    assert len(store.read(rows)) == 6
+
+
+def test_bench_judges_the_bars_of_its_suite(tmp_path):
+    path = tmp_path / "tiny.toml"
+    bar = '[[bar]]\nname = "in no time"\ncases = ["*"]\nvalue = "median_us"\nat_most = 0.001\n'
+    path.write_text(TINY + bar)
+    arguments = ("bench", "--suite", str(path), "--peer", "none", "--seconds", "0.02")
+    text = openmla(*arguments)
+    assert text.returncode == 1
+    assert "MISSED       in no time" in text.stdout
+    assert as_json(openmla(*arguments, "--json"))["bars"][0]["verdict"] == "missed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (("report", "{rows}"), "cases"),
+        (("report", "{rows}", "--against", "{rows}"), "changes"),
+        (("roofline", "--suite", "{tiny}", "--seconds", "0.02"), "roof"),
+        (("roofline", "--rows", "{rows}"), "cases"),
+        (("roofline", "--suite", "decode_dense", "--case", "*b1-*", "--target", "h100_sxm"), "ridge"),
+        (("profile", "--suite", "{tiny}", "--seconds", "0.02", "--tool", "counters"), "profiles"),
+        (("tune", "--suite", "{tiny}", "--seconds", "0.01", "--device", "cpu"), "entries"),
+        (("study", "--heads", "16", "--seconds", "0.01"), "prices"),
+    ],
+    ids=lambda value: "-".join(value[:3]).replace("{", "").replace("}", "") if isinstance(value, tuple) else value,
+)
+def test_every_verb_of_the_laboratory_prints_json_and_writes_a_page(
+    arguments, key, tiny, tmp_path, capsys, monkeypatch
+):
+    rows = tmp_path / "rows.jsonl"
+    if "{rows}" in arguments:
+        assert main(["bench", "--suite", tiny, "--peer", "eager", "--seconds", "0.01", "--out", str(rows)]) == 0
+        capsys.readouterr()
+    if arguments[0] == "study":
+        monkeypatch.setattr(study, "precision", functools.partial(lambda real, lengths: real((64,)), study.precision))
+        monkeypatch.setattr(study, "LATENTS", (64,))
+    page = tmp_path / "page.html"
+    given = [each.format(rows=rows, tiny=tiny) for each in arguments]
+    assert main([*given, "--json", "--out", str(page)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record[key]
+    assert record["page"] == str(page)
+    html = page.read_text(encoding="utf-8")
+    assert html.startswith("<!doctype html>")
+    assert "<svg" in html
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    assert "add --out page.html" in text
+    assert max(map(len, text.splitlines())) <= 100 + max(len(str(rows)), 0)
+
+
+def test_tune_writes_its_table_and_continues(tiny, tmp_path):
+    table, trials = tmp_path / "tuned.json", tmp_path / "trials.jsonl"
+    arguments = ("tune", "--suite", tiny, "--device", "cpu", "--seconds", "0.01", "--trials", str(trials))
+    first = openmla(*arguments, "--table", str(table))
+    assert first.returncode == 0, first.stderr
+    (entry,) = json.loads(table.read_text())["entries"]
+    assert entry["environment"]["torch"]
+    again = openmla(*arguments)
+    assert f"0 trials, {entry['trials']} more from the file" in again.stdout
 
 
 def test_bench_of_a_backend_that_cannot_run_says_why(tiny):
