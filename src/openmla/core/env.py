@@ -57,7 +57,14 @@ AOT_DIR = Variable(
     "Folder of an ahead-of-time kernel bundle written by `openmla compile`. Default: none.",
 )
 
-ALL: tuple[Variable, ...] = (BACKEND, CHECKS, CACHE_DIR, AOT_DIR)
+VLLM_CPU = Variable(
+    "OPENMLA_VLLM_CPU",
+    "0",
+    ("0", "1"),
+    "1: on vLLM's CPU platform, which knows no custom backend, OpenMLA takes the place of its CPU_MLA.",
+)
+
+ALL: tuple[Variable, ...] = (BACKEND, CHECKS, CACHE_DIR, AOT_DIR, VLLM_CPU)
 
 
 def cache_dir() -> Path:
