@@ -123,7 +123,6 @@ def _prepare_decode(
     kv_layout: KVLayout | str | None, backend: str | None, out: torch.Tensor | None = None,
 ) -> dispatch.Prepared:  # fmt: skip
     """The checked and compiled decode of these tensors."""
-    tensors = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink, out)
 
     def build() -> DecodeProblem:
         problem = DecodeProblem.from_tensors(
@@ -134,16 +133,25 @@ def _prepare_decode(
         dispatch.check_out("decode", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
         return problem
 
-    return dispatch.prepare(
-        (
-            "decode", *map(dispatch.signature, tensors), d_v, is_causal, window, max_seqlen_q, kv_layout,
+    try:  # `dispatch.signature` of the tensors that every call has, written out: 0.8 us less
+        key = (
+            "decode",
+            q.shape, q.stride(), q.dtype, q.device, q.data_ptr() % 16 == 0,
+            kv_cache.shape, kv_cache.stride(), kv_cache.dtype, kv_cache.device, kv_cache.data_ptr() % 16 == 0,
+            block_table.shape, block_table.stride(), block_table.dtype, block_table.device,
+            block_table.data_ptr() % 16 == 0,
+            cache_seqlens.shape, cache_seqlens.stride(), cache_seqlens.dtype, cache_seqlens.device,
+            cache_seqlens.data_ptr() % 16 == 0,
+            None if cu_seqlens_q is None else dispatch.signature(cu_seqlens_q),
+            None if attn_sink is None else dispatch.signature(attn_sink), None if out is None else dispatch.signature(out),
+            d_v, is_causal, window, max_seqlen_q, kv_layout,
             type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
             None if mods is None else (mods.form, *map(dispatch.signature, mods.tensors())),
-        ),
-        build,
-        dispatch.device_of(q),
-        backend,
-    )  # fmt: skip
+        )  # fmt: skip
+    except AttributeError:  # not a tensor: let the problem's own check name it
+        build()
+        raise
+    return dispatch.prepare(key, build, q.device, backend)
 
 
 def _is_positive(softmax_scale: float | None) -> bool:
@@ -240,12 +248,14 @@ def decode(
     tables = attached.tensors() if attached else ()
     inputs = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink, *tables)
     result, lse = _outputs(prepared, q, out, inputs)
+    pieces = _pieces(plan, prepared, cache_seqlens, policy)
+    if workspace is not None or pieces.partials is None:
+        workspace = _workspace(prepared, workspace, q.device, plan.policy if plan else policy)
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse,
-        faults.fault_word(q.device), cu_seqlens_q, attn_sink, _workspace(prepared, workspace, q.device, plan.policy if plan else policy),
-        attached,
+        faults.fault_word(q.device), cu_seqlens_q, attn_sink, workspace, attached,
     )  # fmt: skip
-    dispatch.launch(prepared, operands, _pieces(plan, prepared, cache_seqlens, policy))
+    dispatch.launch(prepared, operands, pieces)
     return result, _finish_lse(lse, return_lse, lse_base)
 
 

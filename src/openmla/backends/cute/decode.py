@@ -19,13 +19,16 @@ import torch
 from openmla.backends.base import DecodeOperands, DecodePlan, Verdict, require
 from openmla.backends.cute import bundle
 from openmla.backends.cute.decode_dense import config as large
+from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense_small import config as small
+from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.split.schedule import Policy
 
+PLAN_SCRATCH = 64 << 20  # bytes of partials that may stay with a plan, so that no layer allocates and carves its own
 CHUNK_TOKENS = 4096  # piece length of batch_invariant: partials are then 2.8 % of the KV bytes at 128 heads
 
 
@@ -168,9 +171,10 @@ class FewRows:
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Plan on the device; the counters of the merge start at zero here and every launch leaves them so."""
-        shape = self._workspace(compiled, problem, policy).counters
-        counters = torch.zeros(shape, dtype=torch.int32, device=cache_seqlens.device)
-        return plan_on_device(compiled, problem, cache_seqlens, policy)._replace(counters=counters)
+        shapes, device = self._workspace(compiled, problem, policy), cache_seqlens.device
+        counters = torch.zeros(shapes.counters, dtype=torch.int32, device=device)
+        pieces = plan_on_device(compiled, problem, cache_seqlens, policy)
+        return pieces._replace(counters=counters, partials=partials(device, shapes.out_accum, shapes.lse_accum))
 
     def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
         """fp32 partials of every slot that a plan can use."""
@@ -187,13 +191,11 @@ class FewRows:
 
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
         """One kernel."""
-        from openmla.backends.cute.decode_dense_small.launch import launch
-
         shapes = self._workspace(compiled, problem, "batch_invariant" if plan.chunk_blocks else "balanced")
-        out_accum, lse_accum = carve(operands.workspace, shapes.out_accum, shapes.lse_accum)
+        out_accum, lse_accum = scratch(operands, plan, shapes.out_accum, shapes.lse_accum)
         direct = with_aligned_out(operands)
         assert plan.counters is not None
-        launch(
+        launch_small(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse_accum,
             plan.counters, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, groups=shapes.groups,
         )  # fmt: skip
@@ -235,7 +237,9 @@ class ManyRows:
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Plan on the device."""
-        return plan_on_device(compiled, problem, cache_seqlens, policy)
+        pieces = plan_on_device(compiled, problem, cache_seqlens, policy)
+        shapes = self._partials(compiled, problem, policy == "batch_invariant")
+        return pieces._replace(partials=partials(cache_seqlens.device, *shapes))
 
     def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
         """fp32 partials of every slot that a plan can use."""
@@ -252,11 +256,10 @@ class ManyRows:
 
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
         """The kernel, then the merge of the requests that it had to split."""
-        from openmla.backends.cute.decode_dense.launch import launch
-
-        out_accum, lse2_accum = carve(operands.workspace, *self._partials(compiled, problem, plan.chunk_blocks > 0))
+        shapes = self._partials(compiled, problem, plan.chunk_blocks > 0)
+        out_accum, lse2_accum = scratch(operands, plan, *shapes)
         direct = with_aligned_out(operands)
-        launch(
+        launch_large(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
             s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal,
         )  # fmt: skip
@@ -301,6 +304,20 @@ def with_aligned_out(operands: DecodeOperands) -> DecodeOperands:
     if out.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
         return operands
     return operands._replace(out=torch.empty(out.shape, dtype=out.dtype, device=out.device))
+
+
+def partials(device: torch.device, *shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...] | None:
+    """fp32 scratch for all layers that share a plan, or None where that would hold too much memory for long."""
+    if 4 * sum(map(math.prod, shapes)) > PLAN_SCRATCH:
+        return None
+    return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+
+
+def scratch(operands: DecodeOperands, plan: DecodePlan, *shapes: tuple[int, ...]) -> Sequence[torch.Tensor]:
+    """The partials: in the caller's bytes if there are any, else the plan's."""
+    if operands.workspace is None and plan.partials is not None:
+        return plan.partials
+    return carve(operands.workspace, *shapes)
 
 
 def carve(workspace: torch.Tensor | None, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
