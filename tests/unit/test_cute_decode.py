@@ -173,6 +173,34 @@ def test_many_rows_are_split_and_merged(kernel: decode.FewRows, policy: str) -> 
     budget.check(out, operands.lse, golden, dtype=torch.bfloat16).require()
 
 
+@pytest.mark.parametrize("policy", ["balanced", "batch_invariant"])
+@pytest.mark.parametrize("h_q", [8, 128])
+def test_scratch_stays_with_the_plan_unless_it_is_large(
+    kernel: decode.FewRows, monkeypatch: pytest.MonkeyPatch, h_q: int, policy: str
+) -> None:
+    problem, operands = _operands(is_causal=True)
+    chosen: Any = kernel if h_q == 8 else decode.MANY_ROWS
+    problem = replace(problem, h_q=h_q)
+    q = torch.randn(3, 2, h_q, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
+    outs = [torch.full((3, 2, h_q, 512), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
+    operands = operands._replace(q=q, lse=torch.full((3, h_q, 2), torch.nan), workspace=None)
+    compiled = chosen.compile(problem, chosen.configs(problem, H100)[0], H100)
+    plan = chosen.plan(compiled, problem, operands.cache_seqlens, policy)
+    size = chosen.workspace_bytes(compiled, problem, policy)
+    assert plan.partials is not None
+    assert 4 * sum(each.numel() for each in plan.partials) == size
+    for each in plan.partials:
+        each.fill_(7)
+    workspace = torch.full((size,), 0xFF, dtype=torch.uint8)
+    chosen.launch(compiled, problem, operands._replace(out=outs[0], workspace=workspace), plan)
+    assert all(bool((each == 7).all()) for each in plan.partials), "the caller's workspace comes first"
+    chosen.launch(compiled, problem, operands._replace(out=outs[1]), plan)
+    assert not any(bool((each == 7).all()) for each in plan.partials)
+    assert torch.equal(*outs)
+    monkeypatch.setattr(decode, "PLAN_SCRATCH", size - 1)
+    assert chosen.plan(compiled, problem, operands.cache_seqlens, policy).partials is None
+
+
 def test_many_rows_over_few_keys_become_groups(kernel: decode.FewRows) -> None:
     q = torch.randn(2, 1, 128, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
     kv = torch.randn(40, 64, 1, 576, generator=torch.Generator().manual_seed(3)).bfloat16()

@@ -238,7 +238,9 @@ def judge(
     given = moved(case.tensors(), device) if operands is None else operands
     arguments = native_arguments("decode", given)
     planned = {name: value for name, value in arguments.items() if name != "softmax_scale"}
+    check_errors(given["q"].device)
     plan = openmla.plan(**planned, policy=call.policy, backend=backend)
+    by_plan = set(check_errors(given["q"].device))
     scratch = None
     if call.has_workspace:
         size = openmla.workspace_bytes(**planned, policy=call.policy, backend=backend)
@@ -246,12 +248,11 @@ def judge(
     pool, out = _poisoned_out(call, given["q"], case.d_v)
     inputs = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     before = {name: _bytes(value).clone() for name, value in inputs.items()}
-    check_errors(given["q"].device)
     result, lse = openmla.decode(
         **arguments, plan=plan if call.has_plan else None, policy=call.policy, out=out, return_lse=call.lse != "none",
         lse_base="2" if call.lse == "2" else "e", workspace=scratch, backend=backend,
     )  # fmt: skip
-    found = set(check_errors(given["q"].device))
+    found = set(check_errors(given["q"].device)) | (by_plan if call.has_plan else set())  # whoever saw it first
     where = f"{plan.backend}/{plan.kernel}, {call}\n  {case}"
     for name, value in inputs.items():
         assert torch.equal(_bytes(value), before[name]), f"{where}\n  {name} was written"
