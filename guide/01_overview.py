@@ -124,7 +124,7 @@ for name, found in shapes.items():
 roofline(
     [(name, found.intensity) for name, found in shapes.items()],
     tflops=h100.bf16_tflops, gbps=h100.hbm_gbps, salt="roof",
-    caption="Decoding 4096 keys. MHA uses a thousandth of the tensor cores. MLA with 128 heads stands at the ridge: both limits at once.",
+    caption="Decoding 4096 keys. MHA uses a three-hundredth of the tensor cores. MLA with 128 heads stands near the ridge: both limits at once.",
 )  # fmt: skip
 
 # %% [markdown]

@@ -245,7 +245,7 @@ lanes(
 #
 # `guide/hopper_levels.py` holds the scores of 64 keys and 16 rows, tile after tile, six times: a loop, wgmma, TMA, a pipeline, warp roles, and two warpgroups that take turns at multiplying and
 # exponentials (the *seesaw*). Each is a few lines more than the one before. The CuTe DSL compiles them for `sm_90a` on any machine, and the disassembly says what became of them. They have not been run
-# on a GPU; the kernels in `src/openmla/backends/cute`, whose pieces they borrow, have.
+# on a GPU; the two dense kernels in `src/openmla/backends/cute`, whose pieces they borrow, have.
 
 # %%
 WATCHED = ("LDG", "STS", "FFMA", "HGMMA", "UTMALDG", "SYNCS", "MUFU")
