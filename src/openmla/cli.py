@@ -244,9 +244,7 @@ _SWEEPS = {
 
 def _add_bench(verbs: Any) -> None:
     parser = _verb(verbs, "bench", _bench, "measure a suite or a sweep: gate, then everybody in turn, rows as JSONL")
-    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
-    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches, such as '*hq16*'")
-    _add_sweep(parser)
+    _add_cases(parser)
     parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
     parser.add_argument(
         "--peer", action="append", metavar="NAME", help="repeatable; none for no peer; default: the suite's"
@@ -261,7 +259,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
 
 
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
+def _add_cases(parser: argparse.ArgumentParser) -> None:
+    """What to look at: a suite, or a sweep made on the spot."""
+    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
+    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches, such as '*hq16*'")
     group = parser.add_argument_group(
         "sweep", "instead of a suite: every combination of the values given, such as --s-k 1k..32k --h-q 16,128"
     )
@@ -368,7 +369,7 @@ def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
 
 def _add_report(verbs: Any) -> None:
     parser = _verb(verbs, "report", _report, "what a file of rows says: speed, speed-ups, bars, memory; or two files")
-    parser.add_argument("rows", type=Path, metavar="ROWS.jsonl", help="written by openmla bench --out")
+    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="written by openmla bench --out")
     parser.add_argument("--against", type=Path, metavar="OLDER.jsonl", help="compare with the same cases in this file")
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page that holds everything")
 
@@ -386,9 +387,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _add_roofline(verbs: Any) -> None:
     parser = _verb(verbs, "roofline", _roofline, "ceilings of this machine, where each case stands, what bounds it")
-    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
-    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches")
-    _add_sweep(parser)
+    _add_cases(parser)
     parser.add_argument("--target", metavar="NAME", help="nothing runs: rates of a data sheet, such as h100_sxm")
     parser.add_argument("--rows", type=Path, metavar="ROWS.jsonl", help="nothing runs: cases and rates of this file")
     parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
@@ -436,9 +435,7 @@ def _show(args: argparse.Namespace, found: Any, as_page: Any) -> None:
 
 def _add_profile(verbs: Any) -> None:
     parser = _verb(verbs, "profile", _profile, "where the time of a case goes, and what it asks of the memory")
-    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
-    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches")
-    _add_sweep(parser)
+    _add_cases(parser)
     parser.add_argument("--tool", metavar="NAME", default="auto", help="auto, ncu, torch or counters; default: auto")
     parser.add_argument("--backend", metavar="NAME", help="default: OPENMLA_BACKEND")
     parser.add_argument("--seconds", type=_seconds, default=0.3, help="for the time without the tool; default: 0.3")
@@ -465,9 +462,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 def _add_tune(verbs: Any) -> None:
     parser = _verb(verbs, "tune", _tune, "search a kernel's settings on this machine; what each parameter is worth")
-    parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
-    parser.add_argument("--case", metavar="GLOB", help="only cases whose name matches")
-    _add_sweep(parser)
+    _add_cases(parser)
     parser.add_argument("--backend", metavar="NAME", help="default: OPENMLA_BACKEND")
     parser.add_argument("--seconds", type=_seconds, default=0.3, help="per setting and sweep; default: 0.3")
     _add_device(parser)

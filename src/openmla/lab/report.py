@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openmla.core.errors import ConfigError
-from openmla.lab import bars, suite
+from openmla.lab import bars, store, suite
 from openmla.lab.store import Row
 from openmla.lab.suite import Case
 
@@ -154,12 +154,11 @@ def _judgements(rows: Sequence[Row]) -> tuple[bars.Judgement, ...]:
     return tuple(found)
 
 
-def read(path: Path, against: Path | None = None) -> Report:
-    """The report of a file of rows, compared with another when given."""
-    from openmla.lab import store
-
+def read(paths: Sequence[Path], against: Path | None = None) -> Report:
+    """The report of some files of rows, compared with another when given."""
     older = None if against is None else store.read(against)
-    return build(store.read(path), path.name, older, against.name if against else "")
+    rows = [row for path in paths for row in store.read(path)]
+    return build(rows, ", ".join(path.name for path in paths), older, against.name if against else "")
 
 
 # labels
