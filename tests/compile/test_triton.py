@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 import torch
 
 from openmla import backends
-from openmla.backends.base import DecodeOperands, SparseDecodeOperands, SparsePrefillOperands
-from openmla.backends.triton import DECODE, KERNELS, SPARSE_DECODE, SPARSE_PREFILL, config
+from openmla.backends.base import DecodeOperands, PrefillOperands, SparseDecodeOperands, SparsePrefillOperands
+from openmla.backends.triton import DECODE, KERNELS, PREFILL, SPARSE_DECODE, SPARSE_PREFILL, config, prefill_config
 from openmla.core.layout import kv_layout
-from openmla.core.problem import DecodeProblem, SparseDecodeProblem, SparsePrefillProblem
+from openmla.core.problem import DecodeProblem, PrefillProblem, SparseDecodeProblem, SparsePrefillProblem
 from openmla.core.target import Target
 from openmla.mods import attach, document, sigmoid, sliding_window, soft_cap
 from openmla.testing.mod_cases import library_cases
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(config.is_interpreted(), reason="TRITON_INTERPRE
 
 TARGETS = {
     "a100_sxm": ("cuda", 80, 32),
+    "l40s": ("cuda", 89, 32),
     "h100_sxm": ("cuda", 90, 32),
     "b200": ("cuda", 100, 32),
     "mi300x": ("hip", "gfx942", 64),
@@ -89,12 +91,15 @@ class Recorder:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
-    from openmla.backends.triton import launch
+    from openmla.backends.triton import launch, prefill_launch
 
     found = {}
     for name in ("decode_kernel", "selected_kernel", "combine_kernel", "plan_kernel"):
         found[name] = Recorder(getattr(launch, name))
         monkeypatch.setattr(launch, name, found[name])
+    for name in ("prefill_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+        found[name] = Recorder(getattr(prefill_launch, name))
+        monkeypatch.setattr(prefill_launch, name, found[name])
     return found
 
 
@@ -286,6 +291,72 @@ def test_sparse_prefill(target, recorded, tmp_path):
     within_limits(found, problem, choice, target, 64, tmp_path)
 
 
+def run_prefill(target: str, recorded: dict[str, Recorder], d_qk: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Launches forward and backward of 16 heads; returns problem and config."""
+    total, h_q, h_kv = 512, 16, 8
+    problem = PrefillProblem(2, total, total, 256, 256, h_q, h_kv, d_qk, 128, dtype, is_causal=True)
+    offsets = torch.tensor([0, 256, 512], dtype=torch.int32)
+    operands = PrefillOperands(
+        torch.zeros(total, h_q, d_qk, dtype=dtype), torch.zeros(total, h_kv, d_qk, dtype=dtype),
+        torch.zeros(total, h_kv, 128, dtype=dtype), offsets, offsets, 0.07,
+        torch.zeros(total, h_q, 128, dtype=dtype), torch.zeros(h_q, total), torch.zeros(1, dtype=torch.int32),
+    )  # fmt: skip
+    choice = PREFILL.configs(problem, Target.preset(target))[0]
+    ready = PREFILL.compile(problem, choice, Target.preset(target))
+    PREFILL.launch(ready, problem, operands, None)
+    PREFILL.launch_backward(ready, problem, operands, torch.zeros(total, h_q, 128, dtype=dtype))
+    return problem, choice
+
+
+# (forward, dq, dk and dv): bytes of stack (registers on AMD) that each may spill. Limits may only shrink.
+PREFILL_CASES = [
+    pytest.param("h100_sxm", 192, torch.bfloat16, (24, 0, 0), id="h100-192"),
+    pytest.param("h100_sxm", 128, torch.bfloat16, (32, 0, 0), id="h100-128"),
+    pytest.param("a100_sxm", 192, torch.float16, (48, 24, 0), id="a100-192"),
+    pytest.param("b200", 192, torch.bfloat16, (216, 0, 0), id="b200-192"),
+    pytest.param("mi300x", 192, torch.bfloat16, (0, 0, 0), id="mi300x-192"),
+    pytest.param("l40s", 192, torch.float32, (16, 0, 0), id="l40s-fp32"),
+]
+
+
+@pytest.mark.parametrize(("target", "d_qk", "dtype", "most"), PREFILL_CASES)
+def test_prefill(target, d_qk, dtype, most, recorded, tmp_path):
+    problem, choice = run_prefill(target, recorded, d_qk, dtype)
+    estimates = {
+        "prefill_kernel": prefill_config.forward_bytes(choice.forward, problem),
+        "query_gradient_kernel": prefill_config.backward_bytes(
+            choice.query_gradient, problem, choice.query_gradient.block_m, choice.query_gradient.block_n
+        ),
+        "key_gradient_kernel": prefill_config.backward_bytes(
+            choice.key_gradient, problem, choice.key_gradient.block_n, choice.key_gradient.block_m
+        ),
+    }
+    report = {}
+    for (name, estimate), limit in zip(estimates.items(), most, strict=True):
+        found = compiled(recorded[name], target)
+        report[name] = (found.metadata.shared, estimate, spilled(found, tmp_path), limit)
+    machine = Target.preset(target).smem_bytes
+    assert all(shared <= min(estimate, machine) for shared, estimate, _, _ in report.values()), report
+    assert all(spill <= limit for _, _, spill, limit in report.values()), report
+
+
+def test_every_prefill_config_fits_its_machine():
+    problem = PrefillProblem(2, 512, 512, 256, 256, 16, 8, 192, 128, torch.bfloat16)
+    for name in ("a100_sxm", "l40s", "h100_sxm", "b200", "mi300x"):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert PREFILL.configs(replace(problem, dtype=dtype), Target.preset(name)), (name, dtype)
+
+
+def test_prefill_sizes_beyond_the_tiles_are_refused():
+    problem = PrefillProblem(65_535, 512, 512, 256, 256, 70_000, 8, 8, 300, torch.bfloat16)
+    assert PREFILL.supports(problem, Target.preset("h100_sxm")).reasons == (
+        "takes d_qk from 16 to 256, got 8",
+        "takes d_v up to 256, got 300",
+        "takes fewer than 65535 requests (an axis of the grid), got 65535",
+        "takes up to 65535 heads (an axis of the grid), got 70000",
+    )
+
+
 @pytest.mark.parametrize("target", ["a100_sxm", "h100_sxm", "mi300x"])
 def test_combine_and_schedule(target, recorded, tmp_path):
     run_decode(target, recorded, s_q=2, is_varlen=True, has_sink=True)
@@ -365,7 +436,7 @@ def test_explain_works_without_triton():
         "    print(*kernel.supports(problem, Target.preset('h100_sxm')).reasons)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["triton is not installed: pip install openmla[triton]"] * 3
+    assert done.stdout.splitlines() == ["triton is not installed: pip install openmla[triton]"] * len(KERNELS)
 
 
 def test_kernels_carry_the_names_of_the_table():

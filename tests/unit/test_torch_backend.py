@@ -436,7 +436,7 @@ def test_gradients_match_autograd_in_fp64(h_kv, is_causal, dtype):
     )
     PREFILL.launch(None, problem, operands, None)
     grad_out = torch.randn(operands.out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = PREFILL.launch_backward(problem, operands, grad_out)
+    found = PREFILL.launch_backward(None, problem, operands, grad_out)
     wide = [x.double().requires_grad_() for x in (operands.q, operands.k, operands.v)]
     golden = attention.prefill(
         *wide, operands.cu_seqlens_q, operands.cu_seqlens_k, softmax_scale=operands.softmax_scale, is_causal=is_causal
@@ -456,7 +456,7 @@ def test_gradients_do_not_depend_on_threads():
     before, results = torch.get_num_threads(), []
     for width in (1, 2, 3):
         torch.set_num_threads(width)
-        results.append(PREFILL.launch_backward(problem, operands, torch.ones_like(operands.out)))
+        results.append(PREFILL.launch_backward(None, problem, operands, torch.ones_like(operands.out)))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -45,6 +45,8 @@ class Slot:
     attribute: str
 
 
+_NOT_ON_A_GPU = "not connected yet: right in Triton's interpreter and cross-compiled, but has not run on a GPU"
+
 # Order is preference. Third parties add theirs with `extend`.
 TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     "decode": (
@@ -65,7 +67,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     ),
     "prefill": (
         Unbuilt("prefill", "cute", "prefill_varlen", "not built yet: dense prefill through flash-attn-4 on Hopper"),
-        Unbuilt("prefill", "triton", "prefill_varlen", "not built yet: portable varlen prefill in Triton"),
+        Unbuilt("prefill", "triton", "prefill_varlen", _NOT_ON_A_GPU),
         Slot("openmla.backends.torch", "PREFILL"),
     ),
 }

@@ -100,7 +100,7 @@ def prefill_backward(
     scale = dispatch.scale_of(softmax_scale, q.shape[2])
     operands = PrefillOperands(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, lse, faults.fault_word(q.device))
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = prepared.kernel.launch_backward(  # type: ignore[attr-defined]
-        prepared.problem, operands, grad_out.contiguous()
+        prepared.compiled, prepared.problem, operands, grad_out.contiguous()
     )
     return gradients
 

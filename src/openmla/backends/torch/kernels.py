@@ -75,7 +75,7 @@ class _DecodeKernel(_TorchKernel):
 @dataclass(frozen=True)
 class _PrefillKernel(_TorchKernel):
     def launch_backward(
-        self, problem: Any, operands: Any, grad_out: torch.Tensor
+        self, compiled: TorchConfig, problem: Any, operands: Any, grad_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients (dq, dk, dv) in the dtypes of q, k and v; `operands.out` and `operands.lse` are the forward's."""
         with torch.no_grad():

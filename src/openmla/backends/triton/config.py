@@ -216,17 +216,25 @@ def supports(problem: AnyProblem, target: Target) -> Verdict:
     )
     if not found:
         return found
+    machine = machine_verdict(problem.dtype, target)
+    if not machine or target.arch == "cpu":
+        return machine
+    return require(
+        (bool(candidates(problem, target)), f"no tile fits {target.smem_bytes} bytes of shared memory"),
+    )
+
+
+def machine_verdict(dtype: torch.dtype, target: Target) -> Verdict:
+    """Does Triton compile for this machine, and does it compute in that dtype here?"""
     if target.arch == "cpu":
-        is_bf16 = problem.dtype == torch.bfloat16
+        is_bf16 = dtype == torch.bfloat16
         return require(
             (is_interpreted(), "a CPU runs it only in Triton's interpreter: set TRITON_INTERPRET=1"),
             (not is_bf16 or not is_interpreted(), "Triton's interpreter multiplies bf16 wrongly; use fp16 or fp32"),
         )
     if family(target) is None:
         return Verdict((f"needs an NVIDIA GPU of sm_80 or later or an AMD gfx942, got {target.arch}",))
-    return require(
-        (bool(candidates(problem, target)), f"no tile fits {target.smem_bytes} bytes of shared memory"),
-    )
+    return Verdict()
 
 
 def num_parts(problem: DecodeProblem, config: Config, target: Target) -> int:

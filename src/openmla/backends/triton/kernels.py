@@ -10,7 +10,8 @@ import torch
 
 from openmla.backends.base import DecodePlan, Kernel, Verdict
 from openmla.backends.triton import config as choice
-from openmla.core.problem import DecodeProblem
+from openmla.backends.triton import prefill_config
+from openmla.core.problem import DecodeProblem, PrefillProblem
 from openmla.core.target import Target
 
 
@@ -62,7 +63,43 @@ class _DecodeKernel(_TritonKernel):
         return launch.partial_bytes(num_slots, problem.s_q * problem.h_q, problem.d_v)
 
 
+@dataclass(frozen=True)
+class _PrefillKernel:
+    op: str = "prefill"
+    name: str = "prefill_varlen"
+    backend: str = "triton"
+
+    def supports(self, problem: PrefillProblem, target: Target) -> Verdict:
+        """Every reason against, without importing Triton."""
+        return prefill_config.supports(problem, target)
+
+    def configs(self, problem: PrefillProblem, target: Target) -> Sequence[prefill_config.PrefillConfig]:
+        """Tiles that fit the target, best first."""
+        return prefill_config.candidates(problem, target)
+
+    def compile(self, problem: PrefillProblem, config: prefill_config.PrefillConfig, target: Target) -> Any:
+        """Constants; machine code follows at the first launch."""
+        from openmla.backends.triton import prefill_launch
+
+        return prefill_launch.make_ready(problem, config)
+
+    def launch(self, compiled: Any, problem: PrefillProblem, operands: Any, plan: Any) -> None:
+        """Writes out and lse in full, on the current stream."""
+        from openmla.backends.triton import prefill_launch
+
+        prefill_launch.prefill(problem, compiled, operands)
+
+    def launch_backward(
+        self, compiled: Any, problem: PrefillProblem, operands: Any, grad_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients (dq, dk, dv) in the dtypes of q, k and v; `operands.out` and `operands.lse` are the forward's."""
+        from openmla.backends.triton import prefill_launch
+
+        return prefill_launch.prefill_backward(problem, compiled, operands, grad_out)
+
+
 DECODE = _DecodeKernel("decode", "decode_split")
 SPARSE_DECODE = _TritonKernel("sparse_decode", "decode_sparse")
 SPARSE_PREFILL = _TritonKernel("sparse_prefill", "prefill_sparse")
-KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL)
+PREFILL = _PrefillKernel()
+KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL, PREFILL)

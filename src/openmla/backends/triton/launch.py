@@ -38,7 +38,7 @@ from openmla.core.target import Target
 LOG2_E = 1.4426950408889634
 MAX_INT32 = 2**31 - 1
 COMBINE_ROWS = 4  # rows per program of the merge: 4 x 512 fp32 sums, 16 registers of each of 128 threads
-_ELEMENT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+ELEMENT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def make_ready(problem: AnyProblem, config: Config, target: Target) -> Ready:
     group, has_sink = problem.h_q // problem.h_kv, problem.has_sink
     common: dict[str, Any] = {"H_KV": problem.h_kv, "GROUP": group, "HAS_SINK": has_sink, "DIMS": dims(problem)}
     constants = common | {
-        "COMPUTE": tl.float32 if is_wide(problem) else _ELEMENT[problem.dtype],
+        "COMPUTE": tl.float32 if is_wide(problem) else ELEMENT[problem.dtype],
         "APART": keeps_scores_apart(config, problem, target),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -116,7 +116,7 @@ def _sources(problem: SparseDecodeProblem | SparsePrefillProblem) -> dict[str, A
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def on_device(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device; make it the operands' own."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         yield
@@ -125,7 +125,7 @@ def _on(device: torch.device) -> Iterator[None]:
             yield
 
 
-def _scale(softmax_scale: float) -> tuple[float, float]:
+def sign_and_scale(softmax_scale: float) -> tuple[float, float]:
     """(sign, scale2). A scale of 0 makes all scores 0; any positive scale2 then gives their equal weights."""
     if softmax_scale == 0:
         return 0.0, 1.0
@@ -178,7 +178,7 @@ def plan(problem: DecodeProblem, ready: Ready, cache_seqlens: torch.Tensor, poli
     chunk = chunk_blocks(ready, policy)
     metadata = torch.empty((ready.parts, 8), dtype=torch.int32, device=device)
     num_splits = torch.empty(problem.batch + 1, dtype=torch.int32, device=device)
-    with _on(device):
+    with on_device(device):
         plan_kernel[(ready.parts + 1,)](
             cache_seqlens, metadata, num_splits, problem.batch, ready.parts, _capacity(problem), chunk,
             OVERHEAD_TOKENS // block, OVERHEAD_TOKENS // block, 1, BLOCK_TOKENS=block, num_warps=4,
@@ -205,12 +205,12 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
     kv = _elements(o.kv_cache, problem.layout)
     cu, sink = (o.q if x is None else x for x in (o.cu_seqlens_q, o.attn_sink))
     num_tiles = tiles(problem, ready.config)
-    with _on(device):
+    with on_device(device):
         if problem.total_q and problem.s_q and problem.batch:
             decode_kernel[(num_tiles * problem.h_kv, pieces.tile_scheduler_metadata.shape[0])](
                 o.q, kv, o.block_table, o.cache_seqlens, cu, sink, pieces.tile_scheduler_metadata, pieces.num_splits,
                 o.out, o.lse, out_accum, lse_accum, o.fault_word, table_arguments(o.mods), rope_arguments(o.mods),
-                *(_scale(o.softmax_scale) if o.mods is None else (1.0, LOG2_E)), o.softmax_scale, problem.total_q,
+                *(sign_and_scale(o.softmax_scale) if o.mods is None else (1.0, LOG2_E)), o.softmax_scale, problem.total_q,
                 problem.s_q, _capacity(problem), problem.num_pages, pieces.chunk_blocks, num_tiles, *q_strides[:2],
                 kv.stride(0), kv.stride(2), o.block_table.stride(0), *out_strides[:2], *lse_strides,
                 Q_HEAD_STRIDE=q_strides[2], KV_ROW_STRIDE=kv.stride(1), OUT_HEAD_STRIDE=out_strides[2],
@@ -267,11 +267,11 @@ def sparse_decode(problem: SparseDecodeProblem, ready: Ready, operands: SparseDe
     scratch = torch.empty(partial_bytes(num_slots, num_rows, problem.d_v), dtype=torch.uint8, device=o.q.device)
     partials = _partials(scratch, num_slots, num_rows, problem.d_v)
     num_tiles = tiles(problem, ready.config)
-    with _on(o.q.device):
+    with on_device(o.q.device):
         selected_kernel[(problem.total_q * num_tiles, ready.splits)](
             o.q, kv, o.indices, _or(o.topk_length, o.indices), extra_kv, extra_indices,
             _or(o.extra_topk_length, o.indices), _or(o.attn_sink, o.lse), o.out, o.lse, o.lse, *partials,
-            o.fault_word, *_scale(o.softmax_scale), 0.0, problem.s_q, num_tiles, problem.topk,
+            o.fault_word, *sign_and_scale(o.softmax_scale), 0.0, problem.s_q, num_tiles, problem.topk,
             min(problem.num_pages * problem.page_size, MAX_INT32), extra_topk, min(extra_slots, MAX_INT32),
             *spread(o.q.stride()[:-1]), kv.stride(0), 0, *spread(o.indices.stride()[:-1]), 0,
             *_length_strides(o.topk_length), extra_kv.stride(0),
@@ -300,10 +300,10 @@ def sparse_prefill(problem: SparsePrefillProblem, ready: Ready, operands: Sparse
     if problem.s_q == 0:
         return
     num_tiles = tiles(problem, ready.config)
-    with _on(o.q.device):
+    with on_device(o.q.device):
         selected_kernel[(problem.s_q * problem.h_kv * num_tiles, 1)](
             o.q, o.kv, o.indices, _or(o.topk_length, o.indices), o.kv, o.indices, o.indices, _or(o.attn_sink, o.lse),
-            o.out, o.lse, o.max_logits, o.lse, o.lse, o.fault_word, *_scale(o.softmax_scale), abs(o.softmax_scale),
+            o.out, o.lse, o.max_logits, o.lse, o.lse, o.fault_word, *sign_and_scale(o.softmax_scale), abs(o.softmax_scale),
             problem.s_q, num_tiles, problem.topk, min(problem.s_kv, MAX_INT32), 0, 0, 0, o.q.stride(0), o.q.stride(1),
             o.kv.stride(0), o.kv.stride(1), 0, o.indices.stride(0), o.indices.stride(1), 0, 1, 0, 0, 0, 0, 0, 0,
             o.out.stride(0), o.out.stride(1), 0, o.lse.stride(0), o.lse.stride(1), KV_ROW_STRIDE=0, EXTRA_ROW_STRIDE=0,
