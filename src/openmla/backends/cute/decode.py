@@ -22,6 +22,7 @@ from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
+from openmla.backends.cute.decode_dense_small.launch import no_sink
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
@@ -264,7 +265,8 @@ class ManyRows:
             s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal,
         )  # fmt: skip
         compiled.combine(
-            out_accum, lse2_accum, plan.num_splits, direct.out, direct.lse, lse2_accum[0], problem.h_kv, 0
+            out_accum, lse2_accum, plan.num_splits, direct.out, direct.lse, no_sink(direct.out.device),
+            problem.h_kv, 0,
         )  # fmt: skip
         if direct is not operands:
             operands.out.copy_(direct.out)
