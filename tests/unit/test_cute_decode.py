@@ -221,6 +221,16 @@ def test_many_rows_over_few_keys_become_groups(kernel: decode.FewRows) -> None:
     assert not kernel.supports(replace(problem, h_q=136), H100)
 
 
+def test_batch_invariant_choices_do_not_see_the_batch(kernel: decode.FewRows) -> None:
+    usual, _ = _operands()
+    few = replace(usual, h_q=128, s_q=1, total_q=3, is_batch_invariant=True)
+    many = replace(few, batch=300, total_q=300)
+    assert not kernel.supports(few, H100), "grouped only while the batch is small"
+    assert not kernel.supports(many, H100)
+    assert decode._combine_variant(few) == decode._combine_variant(many)
+    assert decode._combine_variant(few) != decode._combine_variant(replace(few, is_batch_invariant=False))
+
+
 def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: decode.FewRows) -> None:
     problem, operands = _operands()
     odd = torch.full((3, 2, 8, 513), torch.nan, dtype=torch.bfloat16)[..., :512]

@@ -211,6 +211,7 @@ class DecodeProblem:
     has_sink: bool = False
     is_aligned: bool = True  # q and kv_cache start at, and step by, multiples of 16 bytes: what bulk copies need
     is_scale_positive: bool = True  # softmax_scale > 0: the largest score belongs to the largest dot product
+    is_batch_invariant: bool = False  # nothing that moves bits may depend on batch: neither the cuts nor the kernel
     mods: Mods | None = None  # functions to inline, equal by fingerprint
 
     @classmethod
@@ -229,6 +230,7 @@ class DecodeProblem:
         max_seqlen_q: int | None = None,
         attn_sink: torch.Tensor | None = None,
         softmax_scale: float | None = None,
+        is_batch_invariant: bool = False,
         mods: Attached | None = None,
     ) -> DecodeProblem:
         """Raises ProblemError with every violation at once."""
@@ -270,7 +272,7 @@ class DecodeProblem:
             d_qk=d_qk, d_v=d_v, dtype=q.dtype, layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0],
             max_pages=block_table.shape[1], is_causal=is_causal, is_varlen=cu_seqlens_q is not None,
             window=window or 0, has_sink=attn_sink is not None, is_aligned=_is_aligned(q) and _is_aligned(kv_cache),
-            is_scale_positive=softmax_scale is None or softmax_scale > 0, mods=None if mods is None else mods.form,
+            is_scale_positive=softmax_scale is None or softmax_scale > 0, is_batch_invariant=is_batch_invariant, mods=None if mods is None else mods.form,
         )  # fmt: skip
 
     def __str__(self) -> str:

@@ -109,7 +109,7 @@ def plan(
     _check_policy(policy)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
-        attach(mods), kv_layout, backend,
+        attach(mods), kv_layout, backend, policy,
     )  # fmt: skip
     kernel = cast(DecodeKernel, prepared.kernel)
     pieces = kernel.plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
@@ -120,7 +120,7 @@ def _prepare_decode(
     q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
     softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None, attn_sink: torch.Tensor | None, mods: Attached | None,
-    kv_layout: KVLayout | str | None, backend: str | None, out: torch.Tensor | None = None,
+    kv_layout: KVLayout | str | None, backend: str | None, policy: str, out: torch.Tensor | None = None,
 ) -> dispatch.Prepared:  # fmt: skip
     """The checked and compiled decode of these tensors."""
 
@@ -128,7 +128,7 @@ def _prepare_decode(
         problem = DecodeProblem.from_tensors(
             q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
-            mods=mods,
+            is_batch_invariant=policy == "batch_invariant", mods=mods,
         )  # fmt: skip
         dispatch.check_out("decode", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
         return problem
@@ -144,7 +144,7 @@ def _prepare_decode(
             cache_seqlens.data_ptr() % 16 == 0,
             None if cu_seqlens_q is None else dispatch.signature(cu_seqlens_q),
             None if attn_sink is None else dispatch.signature(attn_sink), None if out is None else dispatch.signature(out),
-            d_v, is_causal, window, max_seqlen_q, kv_layout,
+            d_v, is_causal, window, max_seqlen_q, kv_layout, policy,
             type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
             None if mods is None else (mods.form, *map(dispatch.signature, mods.tensors())),
         )  # fmt: skip
@@ -237,12 +237,13 @@ def decode(
             attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend,
         )  # fmt: skip
         return traced, traced_lse if return_lse else None
+    policy = plan.policy if plan else policy
     _check_policy(policy)
     dispatch.check_lse_base("decode", lse_base)
     attached = None if mods is None else attach(mods)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-        attn_sink, attached, kv_layout, backend, out,
+        attn_sink, attached, kv_layout, backend, policy, out,
     )  # fmt: skip
     problem: DecodeProblem = prepared.problem
     tables = attached.tensors() if attached else ()
@@ -250,7 +251,7 @@ def decode(
     result, lse = _outputs(prepared, q, out, inputs)
     pieces = _pieces(plan, prepared, cache_seqlens, policy)
     if workspace is not None or pieces.partials is None:
-        workspace = _workspace(prepared, workspace, q.device, plan.policy if plan else policy)
+        workspace = _workspace(prepared, workspace, q.device, policy)
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse,
         faults.fault_word(q.device), cu_seqlens_q, attn_sink, workspace, attached,
@@ -266,7 +267,6 @@ def _pieces(given: Plan | None, prepared: dispatch.Prepared, cache_seqlens: torc
         if cache_seqlens.device.type != "cpu" or torch.equal(given.cache_seqlens, cache_seqlens):
             return given.pieces
         faults.report(cache_seqlens.device, faults.Fault.PLAN_STALE)
-        policy = given.policy
     return cast(DecodeKernel, prepared.kernel).plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
 
 
@@ -318,7 +318,7 @@ def workspace_bytes(
     """
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
-        attach(mods), kv_layout, backend,
+        attach(mods), kv_layout, backend, policy,
     )  # fmt: skip
     return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
 

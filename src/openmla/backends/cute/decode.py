@@ -273,9 +273,13 @@ class ManyRows:
 
 
 def _combine_variant(problem: DecodeProblem) -> CombineVariant:
-    """Narrow columns where whole rows would leave SMs idle: fewer rows than four per SM of an H100."""
+    """Narrow columns where whole rows would leave SMs idle: fewer rows than four per SM of an H100.
+
+    Narrow ones add the pieces up in another order, so the choice may not depend on the batch where the bits may not.
+    """
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    return CombineVariant(dtype, 128 if problem.batch * problem.s_q * problem.h_q < 4 * 132 else 512)
+    is_small = problem.batch * problem.s_q * problem.h_q < 4 * 132
+    return CombineVariant(dtype, 128 if is_small and not problem.is_batch_invariant else 512)
 
 
 def _available(*needed: tuple[str, Any]) -> Verdict:

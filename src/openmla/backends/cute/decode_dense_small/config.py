@@ -86,8 +86,8 @@ def grouped(problem: DecodeProblem) -> DecodeProblem:
     rows, heads = rows_per_kv_head(problem), problem.h_q // problem.h_kv
     is_short = problem.batch * problem.max_pages * problem.page_size <= MAX_GROUPED_TOKENS
     groups = rows // GROUP_ROWS
-    if not MAX_ROWS < rows <= MAX_GROUPED_ROWS or problem.h_kv != 1 or not is_short:
-        return problem
+    if not MAX_ROWS < rows <= MAX_GROUPED_ROWS or problem.h_kv != 1 or not is_short or problem.is_batch_invariant:
+        return problem  # which kernel runs may not depend on the batch where the bits may not
     if rows % GROUP_ROWS or heads % groups:
         return problem
     return replace(problem, h_kv=groups)
