@@ -1,0 +1,68 @@
+"""No number without a row behind it: pages name the rows they quote, the rows are there, and README says what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+RESULTS = ROOT / "bench" / "results"
+
+MEASURED = re.compile(r"\d\s?(?:us|ms|µs|GB/s|TB/s|[TG]FLOPS|[TG]FLOP/s)\b|\d times as fast")
+ROW_FILE = re.compile(r"bench/results/([\w.]+\.jsonl)")
+ROW_NAME = re.compile(r"\b(dds?-\d+-\d+)\b")
+
+# Pages with figures that are no measurements of ours; may only shrink.
+NOT_MEASURED = {
+    "docs/concepts/measurement.md": "the length below which a call is timed in a graph",
+    "docs/kernels/triton.md": "a prediction by counting cycles; the page says that nothing has run",
+    "docs/kernels/decode_sparse.md": "predictions, each beside what it is held against",
+}
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def rows(file: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / file).read_text().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_page_with_measured_numbers_names_rows_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = ROW_FILE.findall(text)
+    missing = [file for file in files if not (RESULTS / file).is_file()]
+    assert not missing, f"{name(page)} names rows that are not there: {missing}"
+    quoted = MEASURED.findall(text)
+    if quoted and name(page) not in NOT_MEASURED:
+        assert files, f"{name(page)} quotes {quoted[:3]} and names no file of bench/results"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ROW_NAME.search(page.read_text())], ids=name)
+def test_every_row_that_is_named_is_there(page: Path) -> None:
+    known = {row["environment"].get("row") for file in sorted(RESULTS.glob("*.jsonl")) for row in rows(file.name)}
+    unknown = sorted(set(ROW_NAME.findall(page.read_text())) - known)
+    assert not unknown, f"{name(page)} quotes rows that do not exist: {unknown}"
+
+
+def test_the_list_of_exceptions_only_shrinks() -> None:
+    stale = [page for page in NOT_MEASURED if not MEASURED.search((ROOT / page).read_text())]
+    assert not stale, f"these pages quote no number any more, take them off the list: {stale}"
+    assert len(NOT_MEASURED) <= 3
+
+
+def test_readme_says_what_the_rows_of_the_cpu_say() -> None:
+    """Its sentence holds the lowest and highest of the runs, rounded."""
+    sentence = next(line for line in (ROOT / "README.md").read_text().split("\n\n") if "two CPU cores" in line)
+    found = rows("cpu_decode.jsonl")
+    for heads in (16, 128):
+        mine = [r for r in found if r["case"] == f"decode-b16-sq1-hq{heads}-sk4096-bf16" and r["kind"] == "backend"]
+        assert len(mine) >= 2
+        times, ratios = [r["median_us"] / 1e3 for r in mine], [r["ratio"]["sdpa"] for r in mine]
+        assert f"{min(times):.0f} to {max(times):.0f} ms with {heads}" in sentence
+        assert f"{min(ratios):.1f} to {max(ratios):.1f}" in sentence
