@@ -40,6 +40,8 @@ class Bigrams(SearchChinese):
     The search page looks a query of two characters up as it is and a longer one as a part of a run, so both are found.
     """
 
+    language_name = "English"  # of the stemmer's class in JavaScript; Chinese words are not stemmed
+
     def split(self, input: str) -> list[str]:
         """Terms of a text."""
         runs = re.findall(r"[\u4e00-\u9fff]+", input)

@@ -108,6 +108,9 @@ def test_chinese_words_can_be_searched(site):
     index = re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), index)
     for word in ("注意力", "解码", "潜在向量"):
         assert word in index, word
+    static = out / "zh_CN" / "_static"
+    stemmer = re.search(r"Stemmer = (\w+)", (static / "language_data.js").read_text(encoding="utf-8"))
+    assert any(f"{stemmer[1]} =" in path.read_text(encoding="utf-8") for path in static.glob("*-stemmer.js")), stemmer
 
 
 def test_chapters_one_to_three_and_the_landing_page_are_translated():
