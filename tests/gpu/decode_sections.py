@@ -2,7 +2,7 @@
 
 matrix       every pair of options of a call: dtype, d_qk, h_q 1 to 128, h_kv, s_q, varlen, causal, page sizes, window,
              sink, lengths (empty, negative, beyond the table), policy, LSE, out=, plan, workspace; strided hostile views,
-             NaN in every KV byte that no row reaches, against the fp64 oracle under the tolerance rule
+             NaN in every KV byte that no row reaches, against the fp64 oracle under the tolerance rule;
              first what the backend has a kernel for, then everything
 fuzz         4,000 seeded cases of the same kind at the sizes of real kernels
 plans        device plans against `plan_decode`, field by field
@@ -17,25 +17,17 @@ sanitize     compute-sanitizer over the smallest cases
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import shutil
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from decode_items import LIST, Item, Made, NotRunError, Setup, bits, dense, listed_items, same_bits
+from decode_machine import TOOLS, host, sanitize, smallest
 
 import openmla
 from openmla import flash_mla
 from openmla.backends import select
-from openmla.core.errors import UnsupportedError
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.reference import attention
@@ -43,117 +35,10 @@ from openmla.split.schedule import plan_decode
 from openmla.testing import budget, coverage
 from openmla.testing.cases import Case, native_arguments
 
+__all__ = ["DEFAULT", "SECTIONS", "SHARDS", "NotRunError", "Setup"]
+
 FUZZ_CASES = 4000
 REPEATS = 1000  # of each of ten problems
-HOST_US = 15.0
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-LIST = tuple[int, ...]
-
-
-class NotRunError(Exception):
-    """This machine cannot run an item; says why."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where and how much."""
-
-    backend: str
-    device: str
-    is_small: bool = False
-
-    @property
-    def is_cuda(self) -> bool:
-        """Whether there are streams and graphs."""
-        return self.device == "cuda"
-
-    def takes(self, case: Case) -> bool:
-        """Whether the backend has a kernel for a case here."""
-        rows, batch = sum(case.seqlens_q), len(case.seqlens_k)
-        pages = max(-(-length // case.page_size) for length in (1, *case.seqlens_k) if length < 5000)
-
-        def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        lead = (rows,) if case.is_varlen else (batch, rows // batch)
-        problem = DecodeProblem.from_tensors(
-            like(case.dtype, *lead, case.h_q, case.d_qk), like(case.dtype, pages, case.page_size, case.h_kv, case.d_qk),
-            like(torch.int32, batch, pages), like(torch.int32, batch), d_v=case.d_v, is_causal=case.is_causal,
-            window=case.window or None, cu_seqlens_q=like(torch.int32, batch + 1) if case.is_varlen else None,
-            max_seqlen_q=max(case.seqlens_q) if case.is_varlen else None,
-            attn_sink=like(torch.float32, case.h_q) if case.has_sink else None, softmax_scale=case.softmax_scale,
-        )  # fmt: skip
-        try:
-            select(problem, Target.detect(self.device), self.backend)
-        except UnsupportedError:
-            return False
-        return True
-
-    def some(self, items: list[Any], count: int) -> list[Any]:
-        """`count` of the items in the small form, evenly spread; else all."""
-        return items[:: max(len(items) // count, 1)][:count] if self.is_small else items
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing to prove."""
-
-    section: str
-    number: int
-    name: str
-    setup: Setup
-    call: Callable[[Setup], dict[str, Any]]
-
-    @property
-    def backend(self) -> str:
-        """Whose."""
-        return self.setup.backend
-
-    @property
-    def repro(self) -> str:
-        """The command that runs it alone."""
-        return (
-            f"REPRO: python tests/gpu/prove_decode.py --backend {self.backend} --device {self.setup.device} "
-            f"--sections {self.section} --case-seed {self.number}"
-        )
-
-    def run(self) -> dict[str, Any]:
-        """Prove it."""
-        return self.call(self.setup)
-
-
-Made = list[tuple[str, Callable[[Setup], dict[str, Any]]]]
-
-
-def _items(section: str, make: Callable[[Setup], Made], small: int) -> Callable[..., list[Item]]:
-    """The items of a section: all, `small` of them, or only one."""
-
-    def listed(setup: Setup, only: int | None = None) -> list[Item]:
-        items = [
-            Item(section, number, f"{number} {name}", setup, call) for number, (name, call) in enumerate(make(setup))
-        ]
-        return setup.some(items, small) if only is None else [items[only]]
-
-    return listed
-
-
-def dense(lengths: LIST, h_q: int, *, s_q: int = 1, seed: int = 0, **options: Any) -> Case:
-    """A case of plain shape: pages of 64, d_qk 576, bf16, causal, standard normal."""
-    chosen = {"family": "unit", "dtype": torch.bfloat16, "h_kv": 1, "d_qk": 576, "page_size": 64, "is_causal": True}
-    chosen |= {"softmax_scale": 576**-0.5, **options}
-    return Case(op="decode", seed=seed, h_q=h_q, d_v=512, seqlens_q=(s_q,) * len(lengths), seqlens_k=lengths, **chosen)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Numbers as integers: NaN equals itself, 0 differs from -0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
-
-
-def same_bits(got: Any, want: Any, what: str) -> None:
-    """Every tensor of two results has the same bits."""
-    for name, x, y in zip(("out", "lse", "out of the second layer", "its lse"), got, want, strict=False):
-        differing = int((bits(x) != bits(y)).sum())
-        assert not differing, f"{what}: {differing} of {x.numel()} elements of {name} differ"
 
 
 # ------------------------------------------------------------------------------------------- matrix, fuzz, plans
@@ -476,110 +361,9 @@ def _border(setup: Setup, h_q: int, s_q: int, is_tuple: bool) -> dict[str, Any]:
     return {}
 
 
-def host(setup: Setup) -> Made:
-    """Both kernels, with and without a plan."""
-
-    def check(h_q: int, is_planned: bool) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _host(setup, h_q, is_planned)
-
-    kinds = [(h_q, is_planned) for h_q in (16, 128) for is_planned in (True, False)]
-    return [
-        (f"h_q {h_q} {'plan given' if is_planned else 'alone'}", check(h_q, is_planned)) for h_q, is_planned in kinds
-    ]
-
-
-def _host(setup: Setup, h_q: int, is_planned: bool) -> dict[str, Any]:
-    """Median of calls one behind the other. The bar holds for a call with a plan: one plan serves all layers."""
-    case = dense((900,) * 4, h_q, is_causal=False)
-    given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
-    planned = {name: value for name, value in given.items() if name != "softmax_scale"}
-    plan = openmla.plan(**planned, backend=setup.backend) if is_planned else None
-    times = []
-    for number in range(30 if setup.is_small else 600):
-        if setup.is_cuda and number % 50 == 0:
-            torch.cuda.synchronize()
-        at = time.perf_counter_ns()
-        openmla.decode(**given, plan=plan, backend=setup.backend)
-        times.append((time.perf_counter_ns() - at) / 1e3)
-    median = statistics.median(times[len(times) // 3 :])
-    found = {"measured": {"median us": round(median, 2)}}
-    if setup.is_cuda and setup.backend == "cute" and is_planned:
-        assert median <= HOST_US, f"host time {median:.1f} us, bar {HOST_US} us"
-    return found
-
-
-# ------------------------------------------------------------------------------------------- sanitizer
-
-
-def smallest(setup: Setup) -> Made:
-    """What the sanitizer watches: a run, no oracle; inputs come from the host, so that every byte was written."""
-    problems = [
-        dense((130,), 16), dense((0, 65, 1), 16, s_q=2), dense((130,), 128), dense((0, 65, 1), 128, s_q=2),
-        dense((700,), 16), dense((-1, 70, 2**31 - 1), 16, invalid_share=0.3),
-    ]  # fmt: skip
-
-    def check(case: Case) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _once(setup, case)
-
-    return [(f"h_q {case.h_q} {case.seqlens_k}", check(case)) for case in problems]
-
-
-def _once(setup: Setup, case: Case) -> dict[str, Any]:
-    given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
-    openmla.decode(**given, backend=setup.backend)
-    if setup.is_cuda:
-        torch.cuda.synchronize()
-    return {}
-
-
-def sanitize(setup: Setup) -> Made:
-    """One item per tool."""
-
-    def check(tool: str) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _sanitize(setup, tool)
-
-    return [(tool, check(tool)) for tool in TOOLS]
-
-
-def _sanitize(setup: Setup, tool: str) -> dict[str, Any]:
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not setup.is_cuda:
-        raise NotRunError("compute-sanitizer watches GPUs")
-    if not Path(program).exists():
-        raise NotRunError("compute-sanitizer is not installed; it comes with the CUDA toolkit")
-    script = Path(__file__).with_name("decode_sections.py")
-    found = subprocess.run(
-        [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", sys.executable, str(script),
-         setup.backend],
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    text = found.stdout + found.stderr
-    counted = re.search(r"ran (\d+) of (\d+)", text)
-    summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
-    if counted is None or found.returncode:
-        shown = [line for line in text.splitlines() if line.strip("= ")]
-        raise AssertionError(f"{tool} ended with status {found.returncode}\n" + "\n".join(shown[:40] + shown[-10:]))
-    assert int(counted[1]), f"{tool}: no case is supported"
-    return {"measured": {"cases": counted[0], "says": "; ".join(summary)}}
-
-
-def watched(backend: str) -> int:
-    """The program that the sanitizer runs: every smallest case once."""
-    setup, ran = Setup(backend, "cuda"), 0
-    items = SECTIONS["smallest"](setup)
-    for item in items:
-        try:
-            item.run()
-            ran += 1
-        except UnsupportedError as error:
-            print(f"{item.name}: {coverage.reasons(error, backend)}")
-    print(f"ran {ran} of {len(items)}")
-    return 0
-
-
 # name -> items(setup, only=number); the number beside it is how many the small form takes
 SECTIONS: dict[str, Callable[..., list[Item]]] = {
-    name: _items(name, make, small)
+    name: listed_items(name, make, small)
     for name, make, small in (
         ("matrix", matrix, 6), ("fuzz", fuzz, 8), ("plans", plans, 1), ("repeats", repeats, 2), ("graphs", graphs, 5),
         ("invariance", invariance, 1), ("big", big, 2), ("border", border, 2), ("host", host, 2),
@@ -588,6 +372,3 @@ SECTIONS: dict[str, Callable[..., list[Item]]] = {
 }  # fmt: skip
 DEFAULT = tuple(name for name in SECTIONS if name != "smallest")
 SHARDS = {"fuzz": 4, "matrix": 2, "sanitize": len(TOOLS), "graphs": 2}  # processes of a section
-
-if __name__ == "__main__":
-    raise SystemExit(watched(sys.argv[1]))

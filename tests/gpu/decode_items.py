@@ -1,0 +1,123 @@
+"""What the sections of `prove_decode.py` are made of: items, where they run, cases, equality of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from openmla.backends import select
+from openmla.core.errors import UnsupportedError
+from openmla.core.problem import DecodeProblem
+from openmla.core.target import Target
+from openmla.testing.cases import Case
+
+LIST = tuple[int, ...]
+
+
+class NotRunError(Exception):
+    """This machine cannot run an item; says why."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how much."""
+
+    backend: str
+    device: str
+    is_small: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether there are streams and graphs."""
+        return self.device == "cuda"
+
+    def takes(self, case: Case) -> bool:
+        """Whether the backend has a kernel for a case here."""
+        rows, batch = sum(case.seqlens_q), len(case.seqlens_k)
+        pages = max(-(-length // case.page_size) for length in (1, *case.seqlens_k) if length < 5000)
+
+        def like(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        lead = (rows,) if case.is_varlen else (batch, rows // batch)
+        problem = DecodeProblem.from_tensors(
+            like(case.dtype, *lead, case.h_q, case.d_qk), like(case.dtype, pages, case.page_size, case.h_kv, case.d_qk),
+            like(torch.int32, batch, pages), like(torch.int32, batch), d_v=case.d_v, is_causal=case.is_causal,
+            window=case.window or None, cu_seqlens_q=like(torch.int32, batch + 1) if case.is_varlen else None,
+            max_seqlen_q=max(case.seqlens_q) if case.is_varlen else None,
+            attn_sink=like(torch.float32, case.h_q) if case.has_sink else None, softmax_scale=case.softmax_scale,
+        )  # fmt: skip
+        try:
+            select(problem, Target.detect(self.device), self.backend)
+        except UnsupportedError:
+            return False
+        return True
+
+    def some(self, items: list[Any], count: int) -> list[Any]:
+        """`count` of the items in the small form, evenly spread; else all."""
+        return items[:: max(len(items) // count, 1)][:count] if self.is_small else items
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to prove."""
+
+    section: str
+    number: int
+    name: str
+    setup: Setup
+    call: Callable[[Setup], dict[str, Any]]
+
+    @property
+    def backend(self) -> str:
+        """Whose."""
+        return self.setup.backend
+
+    @property
+    def repro(self) -> str:
+        """The command that runs it alone."""
+        return (
+            f"REPRO: python tests/gpu/prove_decode.py --backend {self.backend} --device {self.setup.device} "
+            f"--sections {self.section} --case-seed {self.number}"
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Prove it."""
+        return self.call(self.setup)
+
+
+Made = list[tuple[str, Callable[[Setup], dict[str, Any]]]]
+
+
+def listed_items(section: str, make: Callable[[Setup], Made], small: int) -> Callable[..., list[Item]]:
+    """The items of a section: all, `small` of them, or only one."""
+
+    def listed(setup: Setup, only: int | None = None) -> list[Item]:
+        items = [
+            Item(section, number, f"{number} {name}", setup, call) for number, (name, call) in enumerate(make(setup))
+        ]
+        return setup.some(items, small) if only is None else [items[only]]
+
+    return listed
+
+
+def dense(lengths: LIST, h_q: int, *, s_q: int = 1, seed: int = 0, **options: Any) -> Case:
+    """A case of plain shape: pages of 64, d_qk 576, bf16, causal, standard normal."""
+    chosen = {"family": "unit", "dtype": torch.bfloat16, "h_kv": 1, "d_qk": 576, "page_size": 64, "is_causal": True}
+    chosen |= {"softmax_scale": 576**-0.5, **options}
+    return Case(op="decode", seed=seed, h_q=h_q, d_v=512, seqlens_q=(s_q,) * len(lengths), seqlens_k=lengths, **chosen)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers as integers: NaN equals itself, 0 differs from -0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
+def same_bits(got: Any, want: Any, what: str) -> None:
+    """Every tensor of two results has the same bits."""
+    for name, x, y in zip(("out", "lse", "out of the second layer", "its lse"), got, want, strict=False):
+        differing = int((bits(x) != bits(y)).sum())
+        assert not differing, f"{what}: {differing} of {x.numel()} elements of {name} differ"

@@ -1,0 +1,169 @@
+"""What `prove_decode.py` asks of the machine: time on the host, and what compute-sanitizer sees.
+
+Run as a program, it is what the sanitizer watches: python tests/gpu/decode_machine.py BACKEND
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_items import Made, NotRunError, Setup, dense
+
+import openmla
+from openmla.core.errors import UnsupportedError
+from openmla.ops import dispatch
+from openmla.testing import coverage
+from openmla.testing.cases import Case, native_arguments
+
+HOST_US = 15.0
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+def host(setup: Setup) -> Made:
+    """Both kernels, with and without a plan."""
+
+    def check(h_q: int, is_planned: bool) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _host(setup, h_q, is_planned)
+
+    kinds = [(h_q, is_planned) for h_q in (16, 128) for is_planned in (True, False)]
+    return [
+        (f"h_q {h_q} {'plan given' if is_planned else 'alone'}", check(h_q, is_planned)) for h_q, is_planned in kinds
+    ]
+
+
+def _host(setup: Setup, h_q: int, is_planned: bool) -> dict[str, Any]:
+    """Median of calls one behind the other. The bar holds for a call with a plan: one plan serves all layers."""
+    case = dense((900,) * 4, h_q, is_causal=False)
+    given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
+    planned = {name: value for name, value in given.items() if name != "softmax_scale"}
+    plan = openmla.plan(**planned, backend=setup.backend) if is_planned else None
+
+    def call() -> None:
+        openmla.decode(**given, plan=plan, backend=setup.backend)
+
+    whole = _median_us(call, setup)
+    found = {"median us": whole}
+    if setup.backend == "cute":
+        found |= _host_by_part(call, setup)
+    if setup.is_cuda and setup.backend == "cute" and is_planned:
+        assert whole <= HOST_US, f"host time {whole} us, bar {HOST_US} us: {found}"
+    return {"measured": found}
+
+
+def _median_us(call: Callable[[], Any], setup: Setup) -> float:
+    times = []
+    for number in range(30 if setup.is_small else 600):
+        if setup.is_cuda and number % 50 == 0:
+            torch.cuda.synchronize()
+        at = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - at) / 1e3)
+    return round(statistics.median(times[len(times) // 3 :]), 2)
+
+
+def _host_by_part(call: Callable[[], Any], setup: Setup) -> dict[str, Any]:
+    """Python without the compiled functions, and what handing 13 tensors to a compiled function costs."""
+    import tvm_ffi
+
+    known = list(dispatch._prepared.values())
+    compiled = [prepared.compiled for prepared in known]
+
+    def nothing(*arguments: Any) -> None:
+        return None
+
+    for prepared in known:
+        prepared.compiled = replace(prepared.compiled, decode=nothing, combine=nothing, schedule=nothing)
+    python = _median_us(call, setup)
+    for prepared, each in zip(known, compiled, strict=True):
+        prepared.compiled = each
+    empty = tvm_ffi.get_global_func("testing.nop")
+    tensors = [torch.zeros(4, 4, device=setup.device) for _ in range(13)]
+    return {
+        "python alone, us": python,
+        "13 tensors to a compiled function, us": _median_us(lambda: empty(*tensors), setup),
+        "fast exchange of tensors": hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    }
+
+
+# ------------------------------------------------------------------------------------------- sanitizer
+
+
+def smallest(setup: Setup) -> Made:
+    """What the sanitizer watches: a run, no oracle; inputs come from the host, so that every byte was written."""
+    problems = [
+        dense((130,), 16), dense((0, 65, 1), 16, s_q=2), dense((130,), 128), dense((0, 65, 1), 128, s_q=2),
+        dense((700,), 16), dense((-1, 70, 2**31 - 1), 16, invalid_share=0.3),
+    ]  # fmt: skip
+
+    def check(case: Case) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _once(setup, case)
+
+    return [(f"h_q {case.h_q} {case.seqlens_k}", check(case)) for case in problems]
+
+
+def _once(setup: Setup, case: Case) -> dict[str, Any]:
+    given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
+    openmla.decode(**given, backend=setup.backend)
+    if setup.is_cuda:
+        torch.cuda.synchronize()
+    return {}
+
+
+def sanitize(setup: Setup) -> Made:
+    """One item per tool."""
+
+    def check(tool: str) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _sanitize(setup, tool)
+
+    return [(tool, check(tool)) for tool in TOOLS]
+
+
+def _sanitize(setup: Setup, tool: str) -> dict[str, Any]:
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not setup.is_cuda:
+        raise NotRunError("compute-sanitizer watches GPUs")
+    if not Path(program).exists():
+        raise NotRunError("compute-sanitizer is not installed; it comes with the CUDA toolkit")
+    script = Path(__file__)
+    found = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", sys.executable, str(script),
+         setup.backend],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    text = found.stdout + found.stderr
+    counted = re.search(r"ran (\d+) of (\d+)", text)
+    summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+    if counted is None or found.returncode:
+        shown = [line for line in text.splitlines() if line.strip("= ")]
+        raise AssertionError(f"{tool} ended with status {found.returncode}\n" + "\n".join(shown[:40] + shown[-10:]))
+    assert int(counted[1]), f"{tool}: no case is supported"
+    return {"measured": {"cases": counted[0], "says": "; ".join(summary)}}
+
+
+def watched(backend: str) -> int:
+    """The program that the sanitizer runs: every smallest case once."""
+    setup, ran = Setup(backend, "cuda"), 0
+    items = smallest(setup)
+    for name, call in items:
+        try:
+            call(setup)
+            ran += 1
+        except UnsupportedError as error:
+            print(f"{name}: {coverage.reasons(error, backend)}")
+    print(f"ran {ran} of {len(items)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(watched(sys.argv[1]))
