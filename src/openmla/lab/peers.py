@@ -6,6 +6,7 @@
     flash_mla  DeepSeek's kernels, or SGLang's fork of them, where that package is installed
     fa3        FlashAttention 3 with its `qv` argument (package fa3-fwd, or FlashAttention's hopper build)
     flashinfer FlashInfer's BatchMLAPagedAttentionWrapper
+    triton_usual  the two-stage split-KV kernel that serving systems fall back to, see `openmla.lab.usual_triton`
     matmul     ceiling: the two matrix products alone, keys contiguous beforehand, nothing else
     gemm       ceiling: one large square product in the case's dtype, timed in turn with the others
 
@@ -400,6 +401,39 @@ def _flashinfer(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
     return Contender("flashinfer", "peer", "BatchMLAPagedAttentionWrapper", version, call)
 
 
+def _triton_usual(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
+    from openmla.backends.triton.config import is_installed, is_interpreted
+
+    rope = case.d_qk - case.d_v
+    rules = (
+        (is_installed(), "triton is not installed: pip install openmla[triton]"),
+        (target.is_cuda or is_interpreted(), "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 and patience"),
+        (
+            not is_interpreted() or case.dtype != "bf16",
+            "Triton's interpreter multiplies bf16 wrongly; use fp16 or fp32",
+        ),
+        (case.s_q == 1, f"it takes one query token, the case has {case.s_q}"),
+        (case.h_kv == 1, f"it has one KV head, the case has {case.h_kv}"),
+        (
+            all(n >= 16 and n & (n - 1) == 0 for n in (case.d_v, rope)),
+            f"its columns are powers of two of at least 16, the case has {case.d_v} and {rope}",
+        ),
+    )
+    broken = [why for holds, why in rules if not holds]
+    if broken:
+        return Refusal("triton_usual", "; ".join(broken))
+    from openmla.lab import usual_triton
+
+    decode = usual_triton.UsualDecode(case.batch, case.h_q, case.d_v, sets[0].device)
+
+    def call(i: int) -> Result:
+        x = sets[i]
+        return decode(x.q, x.kv_cache, x.block_table, x.cache_seqlens, x.softmax_scale, case.d_v)
+
+    config = f"{usual_triton.HEADS} heads, {usual_triton.KEYS} keys, {usual_triton.SPLITS} splits"
+    return Contender("triton_usual", "peer", "split-KV in two stages", config, call)
+
+
 PEERS: dict[str, Callable[[Case, Sets, Target], Contender | Refusal]] = {
     "sdpa": _sdpa,
     "eager": _eager,
@@ -407,6 +441,7 @@ PEERS: dict[str, Callable[[Case, Sets, Target], Contender | Refusal]] = {
     "flash_mla": _flash_mla,
     "fa3": _fa3,
     "flashinfer": _flashinfer,
+    "triton_usual": _triton_usual,
     "matmul": _matmul,
     "gemm": _gemm,
 }
