@@ -28,7 +28,6 @@ from decode_machine import TOOLS, host, sanitize, smallest
 import openmla
 from openmla import flash_mla
 from openmla.backends import select
-from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
@@ -98,9 +97,9 @@ def _check_plans(setup: Setup, h_q: int, seed: int) -> dict[str, Any]:
         policy = pick.choice(("balanced", "balanced", "batch_invariant"))
         made = openmla.plan(q, kv, pages, given, policy=policy, backend=setup.backend)
         openmla.check_errors()
-        problem, target = DecodeProblem.from_tensors(q, kv, pages, given), Target.detect(setup.device)
-        found = select(problem, target, setup.backend)
-        options = found.kernel.compile(problem, found.config, target).options._asdict()
+        target = Target.detect(setup.device)
+        found = select(made.problem, target, setup.backend)
+        options = found.kernel.compile(made.problem, found.config, target).options._asdict()
         want = plan_decode(
             [min(length, columns * 64) for length in lengths], options.pop("num_parts"), policy=policy, **options
         )

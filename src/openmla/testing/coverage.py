@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -303,6 +304,7 @@ def _faults(case: Case, operands: dict[str, Any]) -> tuple[set[Fault], set[Fault
 
 
 def reasons(error: Any, backend: str) -> str:
-    """Why no kernel of a backend takes a case, in one line."""
+    """Why no kernel of a backend takes a case, in one line; without the case's own values, so that cases can be counted."""
     mine = [(kernel, why) for kernel, why in error.reasons.items() if kernel.startswith(f"{backend}/")]
-    return "; ".join(f"{kernel}: {', '.join(cast(tuple[str, ...], why))}" for kernel, why in mine) or error.headline
+    text = "; ".join(f"{kernel}: {', '.join(cast(tuple[str, ...], why))}" for kernel, why in mine) or error.headline
+    return re.sub(r", got [^,;(]*", "", text)
