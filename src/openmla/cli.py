@@ -498,6 +498,7 @@ def _add_study(verbs: Any) -> None:
     parser.add_argument("--heads", type=_positive, default=128, metavar="N", help="query heads; default: 128")
     parser.add_argument("--layers", type=_positive, default=61, metavar="N", help="of the model that is priced; 61")
     parser.add_argument("--price", type=_seconds, default=2.0, help="of a card for an hour, any currency; default: 2")
+    parser.add_argument("--trained", type=Path, metavar="ROWS.jsonl", help="outcomes of python -m openmla.lab.quality")
     parser.add_argument("--memory", type=_seconds, default=80.0, metavar="GIB", help="of one card; default: 80")
     parser.add_argument("--seconds", type=_seconds, default=0.2, help="per rate and size measured; default: 0.2")
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
@@ -509,7 +510,7 @@ def _study(args: argparse.Namespace) -> int:
     with progress.on_stderr() as say:
         found = study.study(
             target=args.target, h_q=args.heads, layers=args.layers, per_hour=args.price, memory_gib=args.memory,
-            seconds=args.seconds, say=say,
+            seconds=args.seconds, trained=args.trained, say=say,
         )  # fmt: skip
     _show(args, found, study_page.page)
     return 0

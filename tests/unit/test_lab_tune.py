@@ -134,3 +134,13 @@ def test_refusals_and_malformed_files(tmp_path):
         tune.write(record, tmp_path / "no" / "t.json")
     with pytest.raises(ConfigError, match="cannot append"):
         tune.append(path / "x", [trial(1, 1.0)])
+
+
+def test_every_space_names_fields_of_its_kernels_config():
+    from openmla.backends.cute.decode_dense.config import Config as Many
+    from openmla.backends.triton.config import Config as Tiles
+
+    for key, config in ((("cute", "decode_dense"), Many()), (("triton", "decode_split"), Tiles(16, 16, 4, 2))):
+        assert {name for name in tune.SPACES[key] if not isinstance(getattr(config, name, None), int)} == set()
+    known = {(each.backend, each.name) for each in tune.kernels("decode")}
+    assert set(tune.SPACES) <= known

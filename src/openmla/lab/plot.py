@@ -224,6 +224,34 @@ def bars(values: Sequence[tuple[str, float]], *, salt: str, title: str, heading:
     return draw((4.6, 0.9 + 0.26 * len(values)), salt, title, paint)
 
 
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float]]], *, salt: str, title: str, heading: str, x_label: str
+) -> str:
+    """Points of several names over a logarithmic x axis; names with several points are joined in the order of x."""
+
+    def paint(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
+        axes = figure.add_subplot()
+        axes.set_xscale("log", base=2)
+        ends = []
+        for i, (name, each) in enumerate(points.items()):
+            x, y = zip(*sorted(each), strict=True)
+            colour = SERIES[i % len(SERIES)]
+            axes.plot(x, y, "-o", color=colour, linewidth=1.4, markersize=4.5)
+            ends.append((x[-1], y[-1], name, colour))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(True, axis="y", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, which="both")
+        axes.set_xlabel(x_label)
+        end_labels(axes, ends)
+        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+
+    return draw((4.6, 3.1), salt, title, paint)
+
+
 @dataclass(frozen=True)
 class Spot:
     """One point under a roof: FLOP per byte, TFLOP/s that were reached, or the roof itself where nothing was run."""

@@ -27,7 +27,7 @@ from openmla.core.errors import ConfigError
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem, PrefillProblem
 from openmla.core.target import Target
-from openmla.lab import clock
+from openmla.lab import clock, quality
 from openmla.lab.progress import Say, Stages
 from openmla.lab.roofline import Roof, data_sheet, measured
 from openmla.reference import attention, quant
@@ -341,6 +341,7 @@ class Study:
     stability: tuple[Stability, ...]
     latents: tuple[Latent, ...]
     machine: str
+    trained: tuple[quality.Outcome, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -377,12 +378,29 @@ class Study:
             for each in self.precision
             if each.s_k == longest
         ]
+        if self.trained:
+            lines.append("small models trained for it: numbers kept per token and layer, loss on unseen text")
+            lines += [
+                f"  {name:<8} {size:>4} {kept:>5} numbers  {loss:.4f}"
+                for name, size, kept, loss, _ in losses(self.trained)
+            ]
         return "\n".join(lines)
+
+
+def losses(trained: Sequence[quality.Outcome]) -> list[tuple[str, int, int, float, float]]:
+    """(form, size, numbers kept, mean loss over seeds, largest less smallest), by form and size."""
+    groups: dict[tuple[str, int, int], list[float]] = {}
+    for each in trained:
+        groups.setdefault((each.form, each.size, each.kv_numbers), []).append(each.loss)
+    return [
+        (form, size, kept, sum(values) / len(values), max(values) - min(values))
+        for (form, size, kept), values in sorted(groups.items(), key=lambda item: (item[0][0] != "mla", item[0]))
+    ]
 
 
 def study(
     *, target: str = "h100_sxm", h_q: int = 128, layers: int = 61, per_hour: float = 2.0, memory_gib: float = 80.0,
-    seconds: float = 0.2, say: Say | None = None,
+    seconds: float = 0.2, trained: Path | None = None, say: Say | None = None,
 ) -> Study:  # fmt: skip
     """Compare the forms.
 
@@ -393,6 +411,7 @@ def study(
         per_hour: price of one card for an hour, in any currency.
         memory_gib: of one card, for the number of cards that the KV needs.
         seconds: per rate and latent size that is measured.
+        trained: outcomes of `openmla.lab.quality`, shown beside the rest.
         say: progress.
 
     Raises:
@@ -403,6 +422,7 @@ def study(
             raise ConfigError(f"{name} must be positive, got {value}")
     if h_q % 8 and h_q > 8:
         raise ConfigError(f"h_q must be a multiple of 8, which is GQA's number of KV heads here, got {h_q}")
+    outcomes = () if trained is None else tuple(quality.read(trained))
     stages = Stages(4, say)
     with stages.stage(f"the roof of {target}"):
         here = Target.detect()
@@ -419,5 +439,5 @@ def study(
         sizes = latents(LATENTS, seconds)
     return Study(
         roof, h_q, per_hour, memory_gib, layers, every, tuple(grow), tuple(steps), tuple(prices), models(),
-        tuple(errors), tuple(stable), tuple(sizes), str(Target.detect("cpu")),
+        tuple(errors), tuple(stable), tuple(sizes), str(Target.detect("cpu")), outcomes,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openmla.lab import plot
 from openmla.lab.page import Figure, Page, Section, Table, Tile, amount, duration
-from openmla.lab.study import LENGTHS, WORKLOADS, Study
+from openmla.lab.study import LENGTHS, WORKLOADS, Study, losses
 
 _BYTES = 2
 
@@ -25,7 +25,7 @@ def page(found: Study) -> Page:
         f"sweep were measured on {found.machine}."
     )
     sections = [_forms(found), _lengths(found), _workloads(found), _money(found), _models(found), _precision(found),
-                _stability(found), _latent(found)]  # fmt: skip
+                _stability(found), _latent(found), *_trained(found)]  # fmt: skip
     return Page("MLA against MHA, GQA and MQA", lead, sections, tiles, ["Made by `openmla study`."])
 
 
@@ -156,6 +156,32 @@ def _latent(found: Study) -> Section:
     head = ("latent", "bytes per token", "less than MHA, 16 heads", "FLOP per byte", "decode here")
     text = (
         "Latent sizes with 64 RoPE columns and 16 heads; one decode of 4,096 keys in bf16 on this CPU. Bytes, FLOPs and time grow "
-        "with the latent alike. What a smaller latent costs in quality is a question to trained models and not answered here."
+        "with the latent alike. What a smaller latent costs in quality is a question to trained models (`--trained`)."
     )
     return Section("Latent size", [text], tables=[Table("latent", head, rows)])
+
+
+def _trained(found: Study) -> list[Section]:
+    if not found.trained:
+        return []
+    every = losses(found.trained)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for form, _, kept, loss, _ in every:
+        points.setdefault(form.upper(), []).append((kept, loss))
+    svg = plot.scatter(
+        points, salt="trained", title="Loss against numbers kept per token", heading="loss, nats per byte",
+        x_label="numbers kept per token and layer",
+    )  # fmt: skip
+    rows = [
+        [form.upper(), str(size), str(kept), f"{loss:.4f}", f"{spread:.4f}"] for form, size, kept, loss, spread in every
+    ]
+    first = found.trained[0]
+    seeds = len({each.seed for each in found.trained})
+    text = (
+        f"Byte-level models of about {first.parameters / 1e6:.1f} million parameters, equal but for their attention, {first.steps} steps each, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, on the source of Python's library (`openmla.lab.quality`). Small and short-trained: read the "
+        "order and the shape of the curve, not the numbers."
+    )
+    head = ("form", "latent or KV heads", "numbers kept", "loss", "between seeds")
+    table = Table("trained models", head, rows)
+    return [Section("Latent size against loss", [text], [Figure(svg, "Lower and further left is better.")], [table])]
