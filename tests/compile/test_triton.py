@@ -21,7 +21,7 @@ from openmla.backends.triton import DECODE, KERNELS, PREFILL, SPARSE_DECODE, SPA
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem, PrefillProblem, SparseDecodeProblem, SparsePrefillProblem
 from openmla.core.target import Target
-from openmla.mods import attach, document, sigmoid, sliding_window, soft_cap
+from openmla.mods import Rope, attach, document, sigmoid, sliding_window, soft_cap
 from openmla.testing.mod_cases import library_cases
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -355,6 +355,27 @@ def test_prefill_sizes_beyond_the_tiles_are_refused():
         "takes fewer than 65535 requests (an axis of the grid), got 65535",
         "takes up to 65535 heads (an axis of the grid), got 70000",
     )
+
+
+@pytest.mark.parametrize("layout", ["fp8_656", "fp8_584", "fp8_528", "fp8_528_mx", "fp4_288", "bf16_576"])
+@pytest.mark.parametrize("target", ["a100_sxm", "h100_sxm", "b200", "mi300x"])
+def test_append(target, layout, monkeypatch, tmp_path):
+    """Few registers, and no product is fused with a sum, which would round RoPE otherwise than the reference does."""
+    from openmla.backends.triton import append
+
+    recorder = Recorder(append.append_kernel)
+    monkeypatch.setattr(append, "append_kernel", recorder)
+    stored = kv_layout(layout)
+    append.append(
+        stored.empty_cache(4, 64), stored, torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, stored.d_qk, dtype=torch.bfloat16), rope=Rope.of_base(64, 16),
+        positions=torch.zeros(3, dtype=torch.int64),
+    )  # fmt: skip
+    found = compiled(recorder, target)
+    assert spilled(found, tmp_path) <= 8  # the return address of an exact division
+    assert found.metadata.shared <= 4096
+    if "ptx" in found.asm:  # AMD divides exactly by fused steps, so nothing can be seen there
+        assert "fma.rn.f32" not in found.asm["ptx"]
 
 
 @pytest.mark.parametrize("target", ["a100_sxm", "h100_sxm", "mi300x"])
