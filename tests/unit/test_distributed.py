@@ -15,8 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from openmla.core.errors import ProblemError
+from openmla.core.layout import plain_layout
 from openmla.distributed import ContextParallel, DeadRankError, Link
-from openmla.nn import MLA, MLAConfig, Rope
+from openmla.kv.cache import PagedKVCache
+from openmla.nn import MLA, MLAConfig, Pass, Rope
 from openmla.reference import attention as reference
 from openmla.testing import budget
 
@@ -222,6 +224,17 @@ def _tensor_parallel(rank: int):
     for name, parameter in share.named_parameters():
         wanted = share._share(theirs[name].grad, share._sharded_dim(name))
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5, msg=name)
+    found = []
+    for block in (share, whole):
+        cache = PagedKVCache(plain_layout(torch.float32, 48, 32), 4, page_size=4)
+        cache.alloc("a")
+        with torch.inference_mode():
+            prompt = Pass.begin(cache, ["a"], [6])
+            block(x[0, :6], prompt.positions, prompt)
+            step = Pass.begin(cache, ["a"], [1])
+            found.append(block(x[0, 6:], step.positions, step))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], want[0, 6:].detach(), rtol=1e-5, atol=1e-5)
     with pytest.raises(ProblemError, match="heads=3 must be divisible by the 2 ranks"):
         MLA(MLAConfig(48, 3), group=dist.group.WORLD)
     return True
