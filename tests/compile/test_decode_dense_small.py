@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,9 +38,9 @@ def test_variant_compiles_within_budget(config, tmp_path):
     assert resources.spills == 0, resources
     assert resources.registers <= budget["registers"], resources
     assert resources.dynamic_smem_bytes <= min(budget["smem_bytes"], small.SMEM_LIMIT), resources
-    # 18 + 18 score and 16 value instructions per tile (16 + 16 with 512 columns); one bulk load per eight rows
-    assert resources.sass["HGMMA"] >= config.d_qk // 16 + 16, resources
-    assert resources.sass["UTMALDG"] == 8, resources
+    # 18 score and 16 value instructions per tile and warpgroup (16 with 512 columns); one bulk load in a loop
+    assert resources.sass["HGMMA"] == config.d_qk // 32 + 16, resources
+    assert resources.sass["UTMALDG"] == 1, resources
 
 
 @pytest.mark.parametrize("columns", [512, 128])
@@ -77,11 +78,9 @@ def test_names_are_unique():
     [
         ({"h_q": 64, "max_pages": 4000}, "32 query rows"),
         ({"s_q": 3, "total_q": 12}, "32 query rows"),
-        ({"page_size": 12}, "multiple of 8"),
+        ({"total_q": 0}, "at least one query"),
         ({"d_v": 256}, "d_v 512"),
         ({"batch": 5000, "total_q": 5000}, "batch of 1 to 4096"),
-        ({"window": 100}, "sliding-window"),
-        ({"is_varlen": True}, "cu_seqlens_q"),
         ({"layout": kv_layout("fp8_656")}, "bf16 and fp16 caches"),
     ],
 )
@@ -101,6 +100,9 @@ def test_a_refusal_names_its_reason(changes, reason):
         {"h_q": 32, "has_sink": True},
         {"dtype": torch.float16, "layout": kv_layout("fp16_512"), "d_qk": 512},
         {"page_size": 8},
+        {"page_size": 1},
+        {"page_size": 12, "window": 100},
+        {"is_varlen": True, "s_q": 2, "total_q": 5},
     ],
 )
 def test_supported_problems_have_a_compiled_variant(changes):
@@ -120,13 +122,19 @@ def test_workspace_is_fixed_by_the_problem():
     asked = problem(h_q=32, h_kv=2)
     chosen = small.configs(asked, H100)[0]
     parts = small.num_parts(asked, H100)
-    assert parts == 66
+    assert parts == 64
     room = small.workspace(asked, chosen, parts, "balanced", 4096)
-    assert room.out_accum == (4 + 66, 2 * 16 * 512)
-    assert room.lse_accum == (4 + 66, 2 * 16 * 2)
-    assert room.counters == (2, 8, 1)
+    assert room.exchange == (2, 4 + 64, 16 * 576)
     chunked = small.workspace(asked, chosen, parts, "batch_invariant", 256)
-    assert chunked.out_accum[0] == 4 * 5
+    assert chunked.exchange[1] == 4 * 5
+    windowed = small.workspace(problem(window=200), chosen, parts, "batch_invariant", 256)
+    assert windowed.exchange[1] == 4 * 2  # 200 keys and the rest of their first tile
+
+
+@pytest.mark.parametrize(("h_kv", "parts"), [(1, 128), (2, 64), (4, 32), (8, 16), (3, 44), (16, 8), (132, 1)])
+def test_parts_fit_on_the_machine_and_divide_usual_batches(h_kv, parts):
+    assert small.num_parts(problem(h_q=h_kv, h_kv=h_kv), H100) == parts
+    assert parts * h_kv <= H100.num_sms
 
 
 def test_too_many_chunks_are_refused():
@@ -135,37 +143,48 @@ def test_too_many_chunks_are_refused():
         small.workspace(asked, small.configs(asked, H100)[0], 132, "batch_invariant", 64)
 
 
-def shares(rows, holders):
-    """Emulates `merge`: for each holder of `count` pieces, the (unit, warp) pairs of its turns."""
-    pieces = sum(holders)
-    units = 32 * ((rows + 7) // 8)
+def shares(rows, holders, error):
+    """Emulates `share` in fp32: the units of each holder of `count` pieces. `error`: of the approximate reciprocal."""
+    f = np.float32
+    pieces, units = sum(holders), 32 * ((rows + 7) // 8)
+    inverse = np.nextafter(f(1) / f(pieces), f(error)) if error is not None else f(1) / f(pieces)
+    per_piece, margin = f(units) * inverse, f(0.5) * inverse
     split = 0
     for count in holders:
-        team, turns = 1, count
-        if units <= 4 * pieces:
-            team = 8 if units <= pieces else 4 if units <= 2 * pieces else 2
-        else:
-            turns = ((units + pieces - 1) // pieces * count + 7) // 8
-        done = []
-        for turn in range(turns):
-            for leader in range(0, 8, team):
-                index = turn * (8 // team) + leader // team
-                unit = split + index * pieces
-                if count > 1:
-                    unit = split + index % count + (index // count) * pieces
-                if unit < units:
-                    done.append(unit)
-        yield done
+        yield range(int(f(split) * per_piece + margin), int(f(split + count) * per_piece + margin))
         split += count
 
 
+@pytest.mark.parametrize("error", [None, 0, 2])
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize(
     "holders", [[1, 1], [1] * 3, [1] * 33, [1] * 64, [1] * 132, [2, 1], [4] * 5, [7, 8, 8], [1, 100], [13] * 78]
 )
-def test_every_unit_of_a_merge_has_one_owner(rows, holders):
-    owned = sorted(unit for done in shares(rows, holders) for unit in done)
+def test_every_unit_of_a_merge_has_one_owner(rows, holders, error):
+    owned = [unit for units in shares(rows, holders, error) for unit in units]
     assert owned == list(range(32 * ((rows + 7) // 8)))
+
+
+def test_shares_are_exact_for_as_many_pieces_as_there_may_be():
+    for pieces in (*range(1, 200), 333, 512, 767, small.MAX_PIECES):
+        for error in (None, 0, 2):
+            found = [units.start for units in shares(32, [1] * pieces, error)]
+            assert found == [split * 128 // pieces for split in range(pieces)]
+
+
+@pytest.mark.parametrize("error", [None, 0, 2])
+def test_rows_are_split_into_query_and_head_without_division(error):
+    for group in range(1, 33):
+        f = np.float32
+        inverse = np.nextafter(f(1) / f(group), f(error)) if error is not None else f(1) / f(group)
+        per_group = int(f(65536) * inverse) + 1
+        assert [row * per_group >> 16 for row in range(32)] == [row // group for row in range(32)]
+
+
+def test_boxes_become_keys():
+    for bits in range(16):
+        word = (((bits & 15) * 0x00204081) & 0x01010101) * 255
+        assert word == sum(0xFF << (8 * i) for i in range(4) if bits >> i & 1)
 
 
 def test_scores_reach_shared_memory_transposed():

@@ -9,10 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import cutlass
-
-from openmla.backends.cute import combine, schedule
-from openmla.backends.cute.decode_dense_small import kernel
+from openmla.backends.cute import schedule
 from openmla.backends.cute.decode_dense_small.config import VARIANTS
 from openmla.backends.cute.decode_dense_small.launch import build
 from openmla.backends.cute.toolchain import compile_kernel, link_bundle
@@ -23,15 +20,6 @@ def main(out: Path) -> None:
         scratch = Path(folder)
         compiled = [compile_kernel(schedule.DecodePlan(), schedule.fake_arguments(), "decode_plan", out_dir=scratch)]
         compiled += [build(config, scratch) for config in VARIANTS]
-        for name, element in (("bf16", cutlass.BFloat16), ("fp16", cutlass.Float16)):
-            for columns in (512, 128):
-                code = combine.Combine(element, columns)
-                arguments = combine.fake_arguments(element)
-                compiled.append(compile_kernel(code, arguments, f"combine_{name}_{columns}", out_dir=scratch))
-        # one variant that leaves its partials to the separate combine, to check and to time that
-        code = kernel.DecodeDenseSmall(cutlass.BFloat16, 16, fused=False)
-        arguments = kernel.fake_arguments(cutlass.BFloat16, fused=False)
-        compiled.append(compile_kernel(code, arguments, "decode_dense_small_bf16_n16_d576_s2_part", out_dir=scratch))
         for each in compiled:
             print(f"{each.name:44} registers {each.resources.registers:4} spills {each.resources.spills}")
         link_bundle([each.object_path for each in compiled], out)

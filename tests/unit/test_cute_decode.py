@@ -15,6 +15,7 @@ import torch
 
 from openmla.backends.base import DecodeOperands
 from openmla.backends.cute import bundle, decode
+from openmla.backends.cute.decode_dense_small import config as small
 from openmla.core.faults import fault_word
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
@@ -43,20 +44,20 @@ def _plan_function(
 
 def _few_rows_function(
     q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, metadata: torch.Tensor,
-    num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor, lse_accum: torch.Tensor,
-    sink: torch.Tensor, counters: torch.Tensor, faults: torch.Tensor, scale_log2: float, is_causal: int,
+    num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, exchange: torch.Tensor, sink: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, faults: torch.Tensor, scale_log2: float, is_causal: int, window: int, max_s_q: int,
     block_tokens: int, chunk_blocks: int, has_sink: int,
 ) -> None:  # fmt: skip
-    assert int(num_splits[-1]) <= out_accum.shape[0] == lse_accum.shape[0], "a slot for every piece"
-    assert not counters.any()
-    assert out_accum.data_ptr() % 16 == 0
-    assert lse_accum.data_ptr() % 16 == 0
+    assert int(num_splits[-1]) <= exchange.shape[1], "a slot for every piece"
+    assert exchange.shape[0] == kv.shape[2]
+    assert bool((exchange[..., ::4] == small.UNWRITTEN).all())
+    assert exchange.data_ptr() % 16 == 0
     assert all(step % 8 == 0 for step in out.stride()[:-1])
-    out_accum.fill_(torch.nan)
-    lse_accum.fill_(torch.nan)
+    exchange.view(*exchange.shape[:2], -1, 4)[..., 1:] = 7  # what a launch may leave behind
     golden = attention.decode(
-        q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512, is_causal=bool(is_causal),
-        attn_sink=sink if has_sink else None,
+        q[0] if max_s_q else q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512,
+        is_causal=bool(is_causal), window=0 if window == small.NO_WINDOW else window,
+        cu_seqlens_q=cu_seqlens_q if max_s_q else None, attn_sink=sink if has_sink else None,
     )  # fmt: skip
     out.copy_(golden.out)
     lse.copy_(golden.lse)
@@ -140,7 +141,7 @@ def test_a_call_reaches_the_kernel_whole(kernel: decode.FewRows, policy: str, si
     assert kernel.supports(problem, H100)
     compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
     plan = kernel.plan(compiled, problem, operands.cache_seqlens, policy)
-    assert plan.tile_scheduler_metadata.shape == (132, 8)
+    assert plan.tile_scheduler_metadata.shape == (128, 8)
     assert (plan.chunk_blocks > 0) == (policy == "batch_invariant")
     workspace = torch.empty(kernel.workspace_bytes(compiled, problem, policy), dtype=torch.uint8)
     kernel.launch(compiled, problem, operands._replace(workspace=workspace), plan)
@@ -174,12 +175,11 @@ def test_many_rows_are_split_and_merged(kernel: decode.FewRows, policy: str) -> 
 
 
 @pytest.mark.parametrize("policy", ["balanced", "batch_invariant"])
-@pytest.mark.parametrize("h_q", [8, 128])
 def test_scratch_stays_with_the_plan_unless_it_is_large(
-    kernel: decode.FewRows, monkeypatch: pytest.MonkeyPatch, h_q: int, policy: str
+    kernel: decode.FewRows, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     problem, operands = _operands(is_causal=True)
-    chosen: Any = kernel if h_q == 8 else decode.MANY_ROWS
+    h_q, chosen = 128, decode.MANY_ROWS
     problem = replace(problem, h_q=h_q)
     q = torch.randn(3, 2, h_q, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
     outs = [torch.full((3, 2, h_q, 512), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
@@ -199,6 +199,46 @@ def test_scratch_stays_with_the_plan_unless_it_is_large(
     assert torch.equal(*outs)
     monkeypatch.setattr(decode, "PLAN_SCRATCH", size - 1)
     assert chosen.plan(compiled, problem, operands.cache_seqlens, policy).partials is None
+
+
+@pytest.mark.parametrize("policy", ["balanced", "batch_invariant"])
+def test_few_rows_exchange_partials_through_the_plan(kernel: decode.FewRows, policy: str) -> None:
+    problem, operands = _operands()
+    compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
+    assert kernel.workspace_bytes(compiled, problem, policy) == 0
+    plan = kernel.plan(compiled, problem, operands.cache_seqlens, policy)
+    assert plan.partials is not None
+    (exchange,) = plan.partials
+    assert bool((exchange == small.UNWRITTEN).all()), "new plans hold nothing that looks like a partial"
+    for _ in range(2):
+        kernel.launch(compiled, problem, operands, plan)
+
+
+@pytest.mark.parametrize("window", [0, 100, 1 << 40])
+def test_packed_queries_windows_and_odd_pages_reach_the_kernel(kernel: decode.FewRows, window: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(7, 8, 576, generator=generator).bfloat16()
+    kv = torch.randn(300, 7, 1, 576, generator=generator).bfloat16()
+    table = torch.randperm(300, generator=generator).to(torch.int32).view(3, 100)
+    lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([640, 0, 77], [1, 3, 5, 6]))
+    problem = DecodeProblem.from_tensors(
+        q, kv, table, lengths, cu_seqlens_q=starts, max_seqlen_q=2, window=window or None, is_causal=True
+    )
+    assert kernel.supports(problem, H100), kernel.supports(problem, H100).reasons
+    compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
+    plan = kernel.plan(compiled, problem, lengths, "balanced")
+    if window == 100:  # 100 + 2 - 1 tokens, and up to 63 before them in their tile: three blocks
+        blocks = plan.tile_scheduler_metadata
+        assert int(blocks[:, 3].max()) <= 3, "the plan must not share out tiles that nobody reads"
+    out, lse = torch.full((7, 8, 512), torch.nan, dtype=q.dtype), torch.full((8, 7), torch.nan)
+    operands = DecodeOperands(q, kv, table, lengths, 0.05, out, lse, fault_word(q.device), starts)
+    kernel.launch(compiled, problem, operands, plan)
+    golden = attention.decode(
+        q, kv, table, lengths, softmax_scale=0.05, d_v=512, is_causal=True, window=window, cu_seqlens_q=starts,
+        with_bounds=True,
+    )  # fmt: skip
+    budget.check(out, lse, golden, dtype=q.dtype).require()
+    assert bool((out[0] == 0).all() & (out[6] == 0).all()), "rows of no request are empty"
 
 
 def test_many_rows_over_few_keys_become_groups(kernel: decode.FewRows) -> None:
@@ -249,10 +289,9 @@ def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: deco
         pytest.param({"is_scale_positive": False}, "softmax_scale > 0", id="negative-scale"),
         pytest.param({"num_pages": 0}, "at least one page", id="no-pages"),
         pytest.param({"s_q": 5}, "up to 32 query rows", id="many-rows"),
-        pytest.param({"page_size": 20}, "multiple of 8", id="page-size"),
+        pytest.param({"total_q": 0}, "at least one query", id="no-queries"),
         pytest.param({"layout": kv_layout("fp8_656")}, "reads bf16 and fp16", id="fp8"),
         pytest.param({"dtype": torch.float32}, "reads bf16 and fp16", id="fp32"),
-        pytest.param({"window": 5}, "sliding-window", id="window"),
     ],
 )
 def test_a_refusal_says_why(kernel: decode.FewRows, change: dict[str, Any], reason: str) -> None:

@@ -171,16 +171,16 @@ class FewRows:
         return Compiled(config, options, _serve(small.FAMILY, config), _serve("schedule", ScheduleVariant()))
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
-        """Plan on the device; the counters of the merge start at zero here and every launch leaves them so."""
-        shapes, device = self._workspace(compiled, problem, policy), cache_seqlens.device
-        counters = torch.zeros(shapes.counters, dtype=torch.int32, device=device)
-        pieces = plan_on_device(compiled, problem, cache_seqlens, policy)
-        return pieces._replace(counters=counters, partials=partials(device, shapes.out_accum, shapes.lse_accum))
+        """Plan on the device. The exchange of partials stays with the plan: every launch leaves it as it found it."""
+        shape = self._workspace(compiled, problem, policy).exchange
+        exchange = torch.full(shape, small.UNWRITTEN, dtype=torch.int32, device=cache_seqlens.device)
+        pieces = plan_on_device(compiled, problem, small.planned_lengths(problem, cache_seqlens), policy)
+        return pieces._replace(partials=(exchange,))
 
     def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
-        """fp32 partials of every slot that a plan can use."""
-        shapes = self._workspace(compiled, problem, policy)
-        return 4 * (math.prod(shapes.out_accum) + math.prod(shapes.lse_accum))
+        """None: partials lie in the plan, because they must be marked as unwritten before the first launch."""
+        self._workspace(compiled, problem, policy)  # raises where the policy cannot be had
+        return 0
 
     def _workspace(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> small.Workspace:
         found = compiled.scratch.get(policy)
@@ -192,13 +192,13 @@ class FewRows:
 
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
         """One kernel."""
-        shapes = self._workspace(compiled, problem, "batch_invariant" if plan.chunk_blocks else "balanced")
-        out_accum, lse_accum = scratch(operands, plan, shapes.out_accum, shapes.lse_accum)
+        groups = self._workspace(compiled, problem, "batch_invariant" if plan.chunk_blocks else "balanced").groups
         direct = with_aligned_out(operands)
-        assert plan.counters is not None
+        assert plan.partials is not None
         launch_small(
-            compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse_accum,
-            plan.counters, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, groups=shapes.groups,
+            compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, *plan.partials,
+            chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, window=problem.window, max_s_q=problem.s_q,
+            groups=groups,
         )  # fmt: skip
         if direct is not operands:
             operands.out.copy_(direct.out)

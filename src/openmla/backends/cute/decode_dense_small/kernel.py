@@ -5,13 +5,15 @@ Operands are swapped, so that the few rows lie on the N side of wgmma and nothin
     O^T [512, N]         += V^T [512, 64] P^T        A = V^T, the same bytes seen MN-major; B = P, K-major
 
 One producer warp keeps two tiles of 64 keys in flight and runs ahead into the next request. A tile arrives as eight
-boxes of eight whole rows, 9,216 contiguous bytes each (boxes of 64 columns gave 5 % less of the memory's rate). Two
-consumer warpgroups share each tile: warpgroup w sums its half of the columns of every dot product, exchanges partial
-scores with the other, does the softmax of the query rows [w N/2, w N/2 + N/2) and accumulates the rows
-[256 w, 256 w + 256) of O^T.
+boxes of eight whole rows, 9,216 contiguous bytes each (boxes of 64 columns gave 5 % less of the memory's rate); from pages
+that hold no multiple of eight tokens, row by row. Two consumer warpgroups share each tile: warpgroup w sums its half of
+every slice's columns, exchanges partial scores with the other, does the softmax of the query rows [w N/2, w N/2 + N/2) and
+accumulates the rows [256 w, 256 w + 256) of O^T.
 
-Requests in several pieces leave fp32 partials. The CTAs that hold the pieces of one request then merge it together,
-each a share of the rows and columns, in split order; the launch is cooperative, so waiting for the others is safe.
+A request in several pieces is merged by the CTAs that hold them, each a share of the rows and columns, in split order.
+Partials pass through an exchange in global memory without flags, fences or counters: every 16 bytes say by their first
+word whether they are there (UNWRITTEN is a NaN that arithmetic never yields), whoever needs them polls them, and the one
+reader of each marks it unwritten again. The launch is cooperative, so waiting for the others is safe.
 
 Barriers per tile: X (both warpgroups: partial S^T exchanged), M (one warpgroup: maxima of its four warps), P (both:
 P and rescale factors stored). A second write to any of these buffers lies behind at least one of them.
@@ -40,6 +42,11 @@ EVICT_FIRST = 0x12F0000000000000
 
 BAR_X, BAR_M, BAR_P, BAR_Q = 1, 2, 4, 5  # named barriers; BAR_M + w belongs to warpgroup w
 
+UNWRITTEN = -1  # first word of a partial's 16 bytes between launches; as a float a NaN that no arithmetic yields
+MINUS_INFINITY = -0x800000  # the bits of fp32 -inf
+NO_WINDOW = 1 << 30  # every query sees every key before its own end
+MAX_POLLS = 1 << 24  # some ten seconds, should a partial never come: wrong numbers, not a hang
+
 PAGE_OUT_OF_RANGE = 1
 LENGTH_NEGATIVE = 2
 LENGTH_OVER_CAPACITY = 4
@@ -53,33 +60,34 @@ class DecodeDenseSmall:
         rows: N, 16 or 32; query rows per KV head, padded.
         d_qk: 576 or 512.
         stages: tiles in the ring.
-        fused: merge split requests in this kernel; else leave partials to `openmla.backends.cute.combine`.
     """
 
-    def __init__(self, dtype: Any, rows: int, d_qk: int = 576, stages: int = 2, fused: bool = True) -> None:
-        self.dtype, self.n, self.d_qk, self.stages, self.fused = dtype, rows, d_qk, stages, fused
+    def __init__(self, dtype: Any, rows: int, d_qk: int = 576, stages: int = 2) -> None:
+        self.dtype, self.n, self.d_qk, self.stages = dtype, rows, d_qk, stages
         self.boxes = M // BOX
+        self.piece_bytes = rows * 2304
         self.slices = d_qk // SLICE
         self.box_bytes = BOX * d_qk * 2
 
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [batch, s_q, h_q, d_qk]
+        q: cute.Tensor,  # [batch, s_q, h_q, d_qk]; with cu_seqlens_q [1, total_q, h_q, d_qk]
         kv: cute.Tensor,  # [num_pages, page_size, h_kv, d_qk]
         table: cute.Tensor,  # int32 [batch, max_pages]
         lengths: cute.Tensor,  # int32 [batch]
         metadata: cute.Tensor,  # int32 [num_parts, 8]
         num_splits: cute.Tensor,  # int32 [batch + 1]
-        out: cute.Tensor,  # [batch, s_q, h_q, 512]
-        lse: cute.Tensor,  # fp32 [batch, h_q, s_q]
-        out_accum: cute.Tensor,  # fp32 [slots, h_kv * N * 512], or [slots, h_kv * rows * 512] when not fused
-        lse_accum: cute.Tensor,  # fp32 [slots, h_kv * N * 2]: maximum and sum; [slots, h_kv * rows]: base-2 lse
+        out: cute.Tensor,  # [batch, s_q, h_q, 512], or [1, total_q, h_q, 512]
+        lse: cute.Tensor,  # fp32 [batch, h_q, s_q], or [1, h_q, total_q]
+        exchange: cute.Tensor,  # int32 [h_kv, slots, N * 576]: partials; UNWRITTEN before the first launch and after each
         sink: cute.Tensor,  # fp32 [h_q]
-        counters: cute.Tensor,  # int32 [2, batch * h_kv, 1], zero before the first launch, zero again after each
+        cu_seqlens_q: cute.Tensor,  # int32 [batch + 1]
         faults: cute.Tensor,  # int32 [1]
         scale_log2: Float32,
         is_causal: Int32,
+        window: Int32,  # keys that a query sees up to its own position; NO_WINDOW for all
+        max_s_q: Int32,  # of any request of cu_seqlens_q; 0: every request has q.shape[1] queries
         unit: Int32,  # tokens per block of the plan, a multiple of 8
         chunk_blocks: Int32,  # of batch_invariant, together a multiple of 64 tokens; else 0
         has_sink: Int32,
@@ -113,7 +121,7 @@ class DecodeDenseSmall:
         class Storage:
             full: cute.struct.MemRange[Int64, self.stages]
             empty: cute.struct.MemRange[Int64, self.stages]
-            info: cute.struct.MemRange[Int32, self.stages]
+            info: cute.struct.MemRange[Int32, self.stages * 2]
             top: cute.struct.Align[cute.struct.MemRange[Float32, self.n * 4], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
             last: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
@@ -125,15 +133,14 @@ class DecodeDenseSmall:
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
-            tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum, lse_accum, sink, counters,
-            faults, scale_log2, is_causal, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
+            tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink, cu_seqlens_q, faults,
+            scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
             grid=[metadata.shape[0], kv.shape[2], 1],
             block=[THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
-            cooperative=self.fused,
-            use_pdl=not self.fused,
+            cooperative=True,
         )  # fmt: skip
 
     @cute.kernel
@@ -149,13 +156,14 @@ class DecodeDenseSmall:
         num_splits: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
-        out_accum: cute.Tensor,
-        lse_accum: cute.Tensor,
+        exchange: cute.Tensor,
         sink: cute.Tensor,
-        counters: cute.Tensor,
+        cu_seqlens_q: cute.Tensor,
         faults: cute.Tensor,
         scale_log2: Float32,
         is_causal: Int32,
+        window: Int32,
+        max_s_q: Int32,
         unit: Int32,
         chunk_blocks: Int32,
         has_sink: Int32,
@@ -173,29 +181,49 @@ class DecodeDenseSmall:
         stage_step = cute.make_layout(self.stages, stride=M * self.d_qk)
         sm_ring = st.ring.get_tensor(cute.append(ring_layout.outer, stage_step), swizzle=ring_layout.inner)
 
+        is_boxed = kv.shape[1] % BOX == 0
+        sm_info = st.info.get_tensor(cute.make_layout((2, self.stages)))
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(full + i, 1 if is_boxed else 32)
                     cute.arch.mbarrier_init(empty + i, 8)
             cpasync.prefetch_descriptor(tma)
+        if warp == 1:
+            self.prefetch(table, lengths, metadata.shape[0], part)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if const_expr(not self.fused):
-            cute.arch.griddepcontrol_launch_dependents()
-            cute.arch.griddepcontrol_wait()
 
         if warp >= 8:
             if warp == 8:
-                self.produce(
-                    tma, tma_kv, kv, table, lengths, metadata, faults, unit, part, head_kv, full, empty, sm_info, sm_ring,
-                )  # fmt: skip
+                if is_boxed:
+                    self.produce(
+                        tma, tma_kv, kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv,
+                        full, empty, sm_info, sm_ring,
+                    )  # fmt: skip
+                else:
+                    self.produce_rows(
+                        kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv, full, empty,
+                        sm_info, st.ring.data_ptr().toint().to(Int32),
+                    )  # fmt: skip
         else:
             self.consume(
-                st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, out_accum,
-                lse_accum, sink, counters, scale_log2, is_causal, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
+                st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink,
+                cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
                 part, head_kv, warp,
             )  # fmt: skip
+
+    @cute.jit
+    def prefetch(self, table: cute.Tensor, lengths: cute.Tensor, parts: Int32, part: Int32):
+        """Page ids and lengths towards L2 while the plan is on its way: every CTA asks for other lines."""
+        line = (part + parts * cute.arch.lane_idx()) * 128
+        size = (Int64(table.shape[0] - 1) * table.stride[0] + table.shape[1]) * 4
+        if line < size:
+            address = table.iterator.toint() + line
+            cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+        if line < lengths.shape[0] * 4:
+            address = lengths.iterator.toint() + line
+            cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
 
     @cute.jit
     def clamped(self, length: Int32, table: cute.Tensor, kv: cute.Tensor) -> Int32:
@@ -203,6 +231,22 @@ class DecodeDenseSmall:
         capacity = table.shape[1] * kv.shape[1]
         length = length if length > 0 else Int32(0)
         return length if length < capacity else Int32(capacity)
+
+    @cute.jit
+    def unseen(self, length: Int32, window: Int32, s_q: Int32, max_s_q: Int32) -> Int32:
+        """Tokens before the window of every query of a request, in whole tiles; the plan counts from there."""
+        unseen = Int32(0)
+        if window < NO_WINDOW:  # a branch, so that nothing else waits for the length
+            queries = s_q if max_s_q == 0 else max_s_q
+            tokens = length - (window + queries - 1)
+            unseen = tokens // M * M if tokens > 0 else Int32(0)
+        return unseen
+
+    @cute.jit
+    def bad_length(self, raw: Int32, length: Int32) -> Int32:
+        """Fault bits of a length."""
+        bad = Int32(LENGTH_NEGATIVE) if raw < 0 else Int32(0)
+        return bad | LENGTH_OVER_CAPACITY if raw > length else bad
 
     @cute.jit
     def produce(
@@ -214,6 +258,9 @@ class DecodeDenseSmall:
         lengths: cute.Tensor,
         metadata: cute.Tensor,
         faults: cute.Tensor,
+        s_q: Int32,
+        window: Int32,
+        max_s_q: Int32,
         unit: Int32,
         part: Int32,
         head_kv: Int32,
@@ -222,10 +269,10 @@ class DecodeDenseSmall:
         sm_info: cute.Tensor,
         sm_ring: cute.Tensor,
     ):
-        """The loading warp: every slice of every tile of every piece of this part, in ring order.
+        """The loading warp: every box of every tile of every piece of this part, in ring order.
 
         A page id out of range becomes a coordinate outside the tensor: the copy engine fills in zeros, and the tile's
-        description tells the consumers which pages to mask.
+        description tells the consumers which keys to mask.
         """
         lane = cute.arch.lane_idx()
         group = 32 // self.boxes  # tiles whose page ids one load of the warp brings
@@ -243,19 +290,15 @@ class DecodeDenseSmall:
         bad = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
             raw = lengths[request]
-            box = begin // BOX + lane
-            column, _ = self.locate(box, boxes_per_page)
-            entry = Int32(-1)
-            if column < table.shape[1]:
-                entry = table[request, column]  # read before the length is known: it may be garbage
             length = self.clamped(raw, table, kv)
-            if raw < 0:
-                bad = bad | LENGTH_NEGATIVE
-            if raw > length:
-                bad = bad | LENGTH_OVER_CAPACITY
+            unseen = self.unseen(length, window, s_q, max_s_q)
+            bad = bad | self.bad_length(raw, length)
+            begin += unseen
             end = length
             if request == end_request:
-                end = last_end if last_end < length else length
+                end = unseen + last_end if unseen + last_end < length else length
+            box = begin // BOX + lane
+            entry = self.page_of(box, boxes_per_page, table, request)
             pages = Int32(-1)
             for token in cutlass.range(begin, end, M, unroll=1):
                 place = (token - begin) // M % group
@@ -267,28 +310,25 @@ class DecodeDenseSmall:
                         pages = Int32(-1)
                         bad = bad | PAGE_OUT_OF_RANGE
                     box += 32
-                    column, _ = self.locate(box, boxes_per_page)
-                    entry = Int32(-1)
-                    if column < table.shape[1]:
-                        entry = table[request, column]
+                    entry = self.page_of(box, boxes_per_page, table, request)  # of the next four tiles
                 seen = Int32(cute.arch.vote_ballot_sync(pages >= 0)) >> (place * self.boxes)
                 _, row = self.locate(token // BOX, boxes_per_page)
                 boxes = (end - token + BOX - 1) // BOX
                 boxes = boxes if boxes < self.boxes else Int32(self.boxes)
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 with cute.arch.elect_one():
-                    sm_info[stage] = seen & (1 << self.boxes) - 1
+                    sm_info[0, stage] = self.bytes_of(seen)
+                    sm_info[1, stage] = self.bytes_of(seen >> 4)
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, boxes * self.box_bytes)
-                for i in cutlass.range_constexpr(self.boxes):
+                for i in cutlass.range(boxes, unroll=1):
                     page = cute.arch.shuffle_sync(pages, place * self.boxes + i)
-                    if i < boxes:
-                        cute.copy(
-                            tma,
-                            t_kv[None, row, page],
-                            t_ring[None, i, 0, stage],
-                            tma_bar_ptr=full + stage,
-                            cache_policy=policy,
-                        )
+                    cute.copy(
+                        tma,
+                        t_kv[None, row, page],
+                        t_ring[None, i, 0, stage],
+                        tma_bar_ptr=full + stage,
+                        cache_policy=policy,
+                    )
                     row += 1
                     row = row if row < boxes_per_page else Int32(0)
                 stage += 1
@@ -300,6 +340,20 @@ class DecodeDenseSmall:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
 
     @cute.jit
+    def bytes_of(self, bits: Int32) -> Int32:
+        """Four bits, each repeated eight times: boxes to keys."""
+        return ((bits & 15) * 0x00204081 & 0x01010101) * 255
+
+    @cute.jit
+    def page_of(self, box: Int32, boxes_per_page: Int32, table: cute.Tensor, request: Int32) -> Int32:
+        """Page of a box of rows; -1 beyond the block table."""
+        column, _ = self.locate(box, boxes_per_page)
+        entry = Int32(-1)
+        if column < table.shape[1]:
+            entry = table[request, column]
+        return entry
+
+    @cute.jit
     def locate(self, box: Int32, boxes_per_page: Int32):
         """Page column and place within the page of a box of rows. Pages of 64 spare the division."""
         column, place = box // 8, box % 8
@@ -309,20 +363,123 @@ class DecodeDenseSmall:
         return column, place
 
     @cute.jit
+    def produce_rows(
+        self,
+        kv: cute.Tensor,
+        table: cute.Tensor,
+        lengths: cute.Tensor,
+        metadata: cute.Tensor,
+        faults: cute.Tensor,
+        s_q: Int32,
+        window: Int32,
+        max_s_q: Int32,
+        unit: Int32,
+        part: Int32,
+        head_kv: Int32,
+        full: cutlass.Constexpr,
+        empty: cutlass.Constexpr,
+        sm_info: cute.Tensor,
+        ring_base: Int32,
+    ):
+        """The loading warp for pages that hold no multiple of eight tokens: row by row, 16 bytes per lane.
+
+        A box of the copy engine is eight rows, and its smaller boxes would leave no gaps for the other rows of a
+        swizzled group. Rows of a page id out of range become zeros.
+        """
+        lane = cute.arch.lane_idx()
+        page_size = kv.shape[1]
+        begin_request, end_request = metadata[part, 0], metadata[part, 1]
+        begin, last_end = metadata[part, 2] * unit, metadata[part, 3] * unit  # tokens
+        stage = Int32(0)
+        phase = Int32(1)
+        bad = Int32(0)
+        rows = cute.make_rmem_tensor(cute.make_layout(2), Int64)  # addresses of rows lane and lane + 32 of a tile
+        for request in cutlass.range(begin_request, end_request + 1, unroll=1):
+            raw = lengths[request]
+            length = self.clamped(raw, table, kv)
+            unseen = self.unseen(length, window, s_q, max_s_q)
+            bad = bad | self.bad_length(raw, length)
+            begin += unseen
+            end = length
+            if request == end_request:
+                end = unseen + last_end if unseen + last_end < length else length
+            for token in cutlass.range(begin, end, M, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                for half in cutlass.range_constexpr(2):
+                    position = token + lane + half * 32
+                    column = position // page_size
+                    page = Int32(-1)
+                    if position < end:
+                        page = table[request, column]
+                        if (page < 0) | (page >= kv.shape[0]):
+                            page = Int32(-1)
+                            bad = bad | PAGE_OUT_OF_RANGE
+                    seen = Int32(cute.arch.vote_ballot_sync(page >= 0))
+                    if lane == 0:
+                        sm_info[half, stage] = seen
+                    line = kv[page if page >= 0 else Int32(0), position - column * page_size, head_kv, None]
+                    rows[half] = line.iterator.toint() + (0 if page >= 0 else 1)
+                for half in cutlass.range_constexpr(2):
+                    for i in cutlass.range(0, 32, 4, unroll=1):
+                        group = (
+                            ring_base + stage * (M * self.d_qk * 2) + (half * 4 + i // 8) * self.box_bytes + i % 8 * 128
+                        )
+                        for j in cutlass.range_constexpr(4):
+                            source = cute.arch.shuffle_sync(rows[half], i + j)
+                            swizzled = group + j * 128 + ((lane ^ (i + j)) % 8) * 16 + lane // 8 * 1024
+                            self.copy_16(swizzled, source, lane * 16)
+                            self.copy_16(swizzled + 4096, source, lane * 16 + 512)
+                        if const_expr(self.d_qk > D_V):
+                            source = cute.arch.shuffle_sync(rows[half], i + lane // 8)
+                            swizzled = group + 8192 + lane // 8 * 128 + ((lane ^ (i + lane // 8)) % 8) * 16
+                            self.copy_16(swizzled, source, lane % 8 * 16 + 1024)
+                cute.arch.cp_async_commit_group()
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.fence_view_async_shared()
+                cute.arch.mbarrier_arrive(full + stage)
+                stage += 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
+            begin = Int32(0)
+        if bad != 0:
+            cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
+
+    @cute.jit
+    def copy_16(self, target: Int32, source: Int64, offset: Int32):
+        """16 bytes of a row into shared memory; zeros if the lowest bit of its address is set."""
+        cute.arch.inline_ptx(
+            "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+            read_only_args=[target, (source & -2) + offset, 16 - Int32(source & 1) * 16],
+        )
+
+    @cute.jit
+    def split_row(self, row: Int32, head_kv: Int32, group: Int32, per_group: Int32):
+        """Query token of a request and head of a row."""
+        token = row * per_group >> 16
+        return token, head_kv * group + row - token * group
+
+    @cute.jit
     def load_q(
-        self, q: cute.Tensor, request: Int32, head_kv: Int32, group: Int32, rows: Int32, q_base: Int32, tid: Int32
+        self,
+        q: cute.Tensor,
+        where: Int32,
+        first_query: Int32,
+        head_kv: Int32,
+        group: Int32,
+        per_group: Int32,
+        rows: Int32,
+        q_base: Int32,
+        tid: Int32,
     ):
         """Query rows of one request into shared memory, in the 128-byte swizzle; absent rows become zeros."""
         warp, lane = tid // 32, tid % 32
         chunks = self.d_qk // 8
         for i in cutlass.range_constexpr(self.n // 8):
             row = warp + i * 8
-            token = row // group
-            head = head_kv * group + row % group
             size = Int32(16) if row < rows else Int32(0)
-            token = token if row < rows else Int32(0)
-            head = head if row < rows else Int32(0)
-            line = q[request, token, head, None].iterator
+            token, head = self.split_row(row if row < rows else Int32(0), head_kv, group, per_group)
+            line = q[where, first_query + token, head, None].iterator
             for c in cutlass.range_constexpr((chunks + 31) // 32):
                 chunk = lane + c * 32
                 if chunk < chunks:
@@ -349,12 +506,13 @@ class DecodeDenseSmall:
         num_splits: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
-        out_accum: cute.Tensor,
-        lse_accum: cute.Tensor,
+        exchange: cute.Tensor,
         sink: cute.Tensor,
-        counters: cute.Tensor,
+        cu_seqlens_q: cute.Tensor,
         scale_log2: Float32,
         is_causal: Int32,
+        window: Int32,
+        max_s_q: Int32,
         unit: Int32,
         chunk_blocks: Int32,
         has_sink: Int32,
@@ -367,7 +525,6 @@ class DecodeDenseSmall:
         warp: Int32,
     ):
         """The two warpgroups: dot products, softmax, weighted sum, and the rows of each piece's result."""
-        steps = self.d_qk // 32  # half of the k-steps of a score
         n, per = self.n, self.n // 4  # per: accumulators of one thread that one warpgroup's rows take
         own = n // 8  # query rows a thread sees of its own warpgroup's half
         tid, _, _ = cute.arch.thread_idx()
@@ -402,43 +559,48 @@ class DecodeDenseSmall:
         top = cute.make_rmem_tensor(cute.make_layout(own), Float32)
         total = cute.make_rmem_tensor(cute.make_layout(own), Float32)
 
-        s_q, group = q.shape[1], q.shape[2] // kv.shape[2]
-        rows = s_q * group
+        group = q.shape[2] // kv.shape[2]
+        # row // group for rows below 32 is (row * per_group) >> 16, and a division is thirty instructions
+        per_group = Int32(65536.0 * cute.arch.rcp_approx(Float32(group))) + 1
         begin_request, end_request = metadata[part, 0], metadata[part, 1]
         begin, last_end, split = metadata[part, 2] * unit, metadata[part, 3] * unit, metadata[part, 4]
         begin_at, begin_split = begin, split
-        # of the first and the last request: what the merge needs, without another look into memory
-        first_of_begin, pieces_of_begin = Int32(0), Int32(0)
-        first_slot, pieces, end = Int32(0), Int32(0), Int32(0)
+        # of the last request: what the merge needs, made while the first tile is on its way
+        where, first_query, rows, first_slot, pieces = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        begin_unit, end_unit, log_team = Int32(0), Int32(0), Int32(0)
         stage = Int32(0)
         phase = Int32(0)
         for request in cutlass.range(begin_request, end_request + 1, unroll=1):
             # every load before the first use of one: each may come from memory
             # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
-            self.load_q(q, request, head_kv, group, rows, q_base, tid)
+            where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
+            rows = s_q * group
+            self.load_q(q, where, first_query, head_kv, group, per_group, rows, q_base, tid)
             raw = lengths[request]
             first_slot = num_splits[request]
             pieces = num_splits[request + 1] - first_slot
             length = self.clamped(raw, table, kv)
+            unseen = self.unseen(length, window, q.shape[1], max_s_q)
             end = length
             if request == end_request:
-                end = last_end if last_end < length else length
+                end = unseen + last_end if unseen + last_end < length else length
             shortest = length
             if is_causal != 0:
                 shortest = length - s_q + 1
+            earliest = shortest - window  # the first key that the first query sees
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
 
-            if request == begin_request:
-                first_of_begin, pieces_of_begin = first_slot, pieces
             count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
+            begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
             for piece in cutlass.range(count, unroll=1):
-                start = begin + piece * chunk_blocks * unit
+                start = unseen + begin + piece * chunk_blocks * unit
                 stop = end  # the last piece takes what there is: as many tiles as the producer loads, whatever the plan
                 if piece + 1 < count:
                     stop = start + chunk_blocks * unit
                     stop = stop if stop < end else end
+                target = exchange[head_kv, first_slot + split + piece, None].iterator.toint()
                 for i in cutlass.range_constexpr(own):
                     top[i] = -Float32.inf
                     total[i] = Float32(0.0)
@@ -448,13 +610,12 @@ class DecodeDenseSmall:
                     # ---- S^T, this warpgroup's share
                     cute.arch.mbarrier_wait(full + stage, phase)
                     warpgroup.fence()
-                    for h in cutlass.range_constexpr(2):
-                        if half == h:
-                            for k in cutlass.range_constexpr(h * steps, (h + 1) * steps):
-                                qk.set(warpgroup.Field.ACCUMULATE, k != h * steps)
-                                cute.gemm(qk, s, a_k[None, None, k, stage], b_q[None, None, k], s)
+                    for k in cutlass.range_constexpr(2 * self.slices):
+                        at = (half * 2 + k % 2, k // 2)  # 32 of a slice's 64 columns: one copy of the code for both
+                        qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                        cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
                     warpgroup.commit_group()
-                    info = sm_info[stage]
+                    seen_keys = sm_info[0, stage], sm_info[1, stage]
                     warpgroup.wait_group(0)
 
                     # ---- X: give the other warpgroup its rows, add what it gives
@@ -468,22 +629,25 @@ class DecodeDenseSmall:
                     for j in cutlass.range_constexpr(per // 4):
                         for i in cutlass.range_constexpr(4):
                             mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
-                    if token + M > stop:
-                        # keys beyond the end may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
+                    if (token + M > stop) | (token < earliest):
+                        # keys that nobody sees may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
                         # behind X, because every warp must be done with these rows as keys
-                        self.clear_tail(ring_base + stage * self.boxes * self.box_bytes, half, wtid, stop - token)
+                        tile_base = ring_base + stage * self.boxes * self.box_bytes
+                        self.clear_unseen(tile_base, half, wtid, earliest - token, stop - token)
                     last_seen = stop if stop < shortest else shortest
-                    if (token + M > last_seen) | (info != (1 << self.boxes) - 1):
+                    is_partial = (token + M > last_seen) | (token < length - window)
+                    if is_partial | (seen_keys[0] != -1) | (seen_keys[1] != -1):
+                        mask = (seen_keys[0] if wwarp < 2 else seen_keys[1]) >> (key0 % 32)  # keys key0 and key0 + 8
                         for i in cutlass.range_constexpr(own):
-                            limit = stop
+                            limit = length
                             if is_causal != 0:
                                 row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
-                                limit = length - (s_q - 1 - row // group)
-                                limit = limit if limit < stop else stop
+                                limit = length - (s_q - 1 - (row * per_group >> 16))
+                            first_seen = limit - window
+                            limit = limit if limit < stop else stop
                             for j in cutlass.range_constexpr(2):
-                                key = key0 + 8 * j
-                                seen = (info >> (key // BOX)) & 1
-                                if (token + key >= limit) | (seen == 0):
+                                key = token + key0 + 8 * j
+                                if (key >= limit) | (key < first_seen) | ((mask >> (8 * j)) & 1 == 0):
                                     mine[(i // 2) * 4 + i % 2 + 2 * j] = -Float32.inf
 
                     # ---- M: maxima over keys: two in the thread, eight lanes, four warps
@@ -536,6 +700,8 @@ class DecodeDenseSmall:
                         for m in cutlass.range_constexpr(4):
                             cute.gemm(pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m])
                     warpgroup.commit_group()
+                    if token + M >= stop:
+                        self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
                     warpgroup.wait_group(0)
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(empty + stage)
@@ -544,43 +710,75 @@ class DecodeDenseSmall:
                         stage = Int32(0)
                         phase = phase ^ 1
 
-                self.finish(
-                    o, top, total, sm_top, sm_factor, sm_last, out, lse, out_accum, lse_accum, sink, has_sink, request, head_kv,
-                    first_slot + split + piece, pieces, rows, group, q_base, half, wwarp, lane, tid,
-                )  # fmt: skip
-                if const_expr(self.fused):
-                    if pieces > 1:
-                        if tid == 0:  # the barrier at the end of `finish` and this release make all stores visible
-                            counter = counters[0, request * kv.shape[2] + head_kv, None].iterator
-                            cute.arch.atomic_add(counter, Int32(1), sem="release", scope="gpu")
+                if start >= stop:
+                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)  # sums of the piece before are read
+                    self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
+                if pieces > 1:
+                    self.store_partial(o, target + (half * n * 1024 + wwarp * 512 + lane * 16), rows)
+                else:
+                    self.finish(
+                        o, sm_top, sm_factor, sm_last, out, lse, sink, has_sink, where, first_query, head_kv, rows, group,
+                        per_group, q_base, half, wwarp, lane, tid,
+                    )  # fmt: skip
             begin = Int32(0)
             split = Int32(0)
 
-        if const_expr(self.fused):
-            for request in cutlass.range(begin_request, end_request + 1, unroll=1):
+        for back in cutlass.range(end_request - begin_request + 1, unroll=1):
+            request = end_request - back
+            if back > 0:
                 begin, split = Int32(0), Int32(0)
-                slot_, pieces_ = first_slot, pieces
-                look_again = (request != begin_request) & (request != end_request)
                 if request == begin_request:
                     begin, split = begin_at, begin_split
-                    slot_, pieces_ = first_of_begin, pieces_of_begin
-                if look_again:
-                    slot_ = num_splits[request]
-                    pieces_ = num_splits[request + 1] - slot_
-                if pieces_ > 1:
-                    count = self.pieces_here(request, end_request, begin, last_end, split, pieces_, chunk_blocks * unit)
-                    which = request * kv.shape[2] + head_kv
-                    left = Int32(0)
-                    if tid == 0:
-                        left = self.await_pieces(counters, which, pieces_, count)
-                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
-                    self.merge(
-                        st, out, lse, out_accum, lse_accum, sink, has_sink, request, head_kv, slot_, pieces_, split,
-                        count, rows, group, tid,
-                    )  # fmt: skip
-                    if (tid == 0) & (left + count == pieces_):  # the last to leave: ready for the next launch
-                        counters[0, which, 0] = Int32(0)
-                        counters[1, which, 0] = Int32(0)
+                first_slot = num_splits[request]
+                pieces = num_splits[request + 1] - first_slot
+                where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
+                rows = s_q * group
+                count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
+                begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
+            if pieces > 1:
+                self.merge(
+                    st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where, first_query,
+                    head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
+                )  # fmt: skip
+        if max_s_q > 0:
+            if part == 0:
+                self.clear_outside(out, lse, cu_seqlens_q, head_kv, group, tid)
+
+    @cute.jit
+    def queries(self, cu_seqlens_q: cute.Tensor, q: cute.Tensor, request: Int32, max_s_q: Int32):
+        """(first index, second index of the first, number) of a request's query tokens in q, out and lse."""
+        where, first, count = request, Int32(0), Int32(q.shape[1])
+        if max_s_q > 0:
+            where, total = Int32(0), q.shape[1]
+            first = self.offset(cu_seqlens_q, request, total)
+            count = self.offset(cu_seqlens_q, request + 1, total) - first
+            count = count if count > 0 else Int32(0)
+            count = count if count < max_s_q else max_s_q
+        return where, first, count
+
+    @cute.jit
+    def offset(self, cu_seqlens_q: cute.Tensor, index: Int32, total: Int32) -> Int32:
+        """One entry of cu_seqlens_q, clamped to the query tokens that there are."""
+        x = cu_seqlens_q[index]
+        x = x if x > 0 else Int32(0)
+        return x if x < total else total
+
+    @cute.jit
+    def clear_outside(
+        self, out: cute.Tensor, lse: cute.Tensor, cu_seqlens_q: cute.Tensor, head_kv: Int32, group: Int32, tid: Int32
+    ):
+        """Rows of out and lse that belong to no request: before the first and behind the last."""
+        total = out.shape[1]
+        head_tokens = self.offset(cu_seqlens_q, Int32(0), total)
+        last = self.offset(cu_seqlens_q, cu_seqlens_q.shape[0] - 1, total)
+        for i in cutlass.range(head_tokens + total - last, unroll=1):
+            token = i if i < head_tokens else last + i - head_tokens
+            for item in cutlass.range(tid, group * (D_V // 2), 256, unroll=1):
+                head = head_kv * group + item // (D_V // 2)
+                line = cute.recast_tensor(out[0, token, head, None], Int32)
+                line[item % (D_V // 2)] = Int32(0)
+                if item % (D_V // 2) == 0:
+                    lse[0, head, token] = -Float32.inf
 
     @cute.jit
     def pieces_here(
@@ -602,13 +800,24 @@ class DecodeDenseSmall:
         return count
 
     @cute.jit
-    def await_pieces(self, counters: cute.Tensor, which: Int32, pieces: Int32, mine: Int32) -> Int32:
-        """Wait until all pieces of a request are stored. Returns how many pieces' holders have left before."""
-        arrived = counters[0, which, None].iterator
-        seen = cute.arch.load(arrived, Int32, sem="acquire", scope="gpu")
-        while seen < pieces:
-            seen = cute.arch.load(arrived, Int32, sem="acquire", scope="gpu")
-        return cute.arch.atomic_add(counters[1, which, None].iterator, mine, sem="relaxed", scope="gpu")
+    def share(self, rows: Int32, pieces: Int32, split: Int32, count: Int32):
+        """(first unit, end of units, log2 of warps per unit) of the holder of pieces [split, split + count).
+
+        A unit is what one warp stores with one instruction of `store_partial`: 512 bytes, 16 columns of 8 rows. The
+        holder of [a, b) of n pieces merges the units [a units / n, b units / n). A team of 8, 4, 2 or 1 warps adds up a
+        unit: so many that all units are done at once if every holder has one piece. It depends on the number of
+        pieces alone, and so do the bits of the sum.
+        """
+        units = (rows + 7 >> 3) << 5
+        # exact: products below 2^17, and the half keeps them 2^-11 away from the next integer
+        inverse = cute.arch.rcp_approx(Float32(pieces))
+        per_piece, margin = Float32(units) * inverse, Float32(0.5) * inverse
+        begin_unit = Int32(Float32(split) * per_piece + margin)
+        end_unit = Int32(Float32(split + count) * per_piece + margin)
+        log_team = Int32(3) if units <= pieces else Int32(2) if units <= 2 * pieces else Int32(0)
+        if (units > 2 * pieces) & (units <= 4 * pieces):
+            log_team = Int32(1)
+        return begin_unit, end_unit, log_team
 
     @cute.jit
     def merge(
@@ -616,179 +825,188 @@ class DecodeDenseSmall:
         st: cutlass.Constexpr,
         out: cute.Tensor,
         lse: cute.Tensor,
-        out_accum: cute.Tensor,
-        lse_accum: cute.Tensor,
+        place: Int64,
         sink: cute.Tensor,
         has_sink: Int32,
-        request: Int32,
+        where: Int32,
+        first_query: Int32,
         head_kv: Int32,
-        first_slot: Int32,
         pieces: Int32,
-        my_split: Int32,
-        count: Int32,
+        begin_unit: Int32,
+        end_unit: Int32,
+        log_team: Int32,
         rows: Int32,
         group: Int32,
-        tid: Int32,
+        per_group: Int32,
     ):
-        """This CTA's share of one request.
+        """This CTA's share of one request, whose pieces lie `piece_bytes` apart from `place` on.
 
-        A unit is what one warp stored with one instruction of `store_partial`: 512 bytes, 16 columns of 8 rows. Unit u
-        belongs to the holder of piece u mod pieces. A team of 8, 4, 2 or 1 warps adds up a unit, so many that all of
-        the CTA's units are done at once if they can be; each member takes every `team`-th piece.
+        Each member of a team takes every `team`-th group of eight pieces: first their statistics, which were stored
+        before the last weighted sum was done, so that the weights are ready when the data come; then the data. One
+        warp adds up the team's sums, in order, through shared memory.
         """
         n = self.n
-        warp, lane = tid // 32, tid % 32
-        # ring and Q are free after the last tile; MAX_PIECES of config.py keeps the weights inside the ring
-        sm_weight = cute.make_tensor(
-            cute.recast_ptr(st.ring.data_ptr(), dtype=Float32), cute.make_layout((n, 1024), stride=(1, n))
+        tid, _, _ = cute.arch.thread_idx()
+        lane, warp = tid & 31, tid >> 5
+        team = 1 << log_team
+        member = warp & team - 1
+        sm_stats = cute.make_tensor(
+            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((4, 4, 8), stride=(1, 4, 16))
         )
         sm_sums = cute.make_tensor(
-            cute.recast_ptr(st.q.data_ptr(), dtype=Float32), cute.make_layout((4, 32, 8), stride=(1, 4, 128))
+            cute.recast_ptr(st.q.data_ptr() + 1024, dtype=Float32), cute.make_layout((4, 32, 8), stride=(1, 4, 128))
         )
-        units = 32 * ((rows + 7) // 8)
-        team = Int32(1)  # warps
-        turns = count
-        if units <= 4 * pieces:
-            team = Int32(8) if units <= pieces else Int32(4) if units <= 2 * pieces else Int32(2)
-        else:
-            turns = ((units + pieces - 1) // pieces * count + 7) // 8
-        teams = 8 // team
-        member = warp % team
-        loads = cute.make_rmem_tensor(cute.make_layout((4, 8)), Float32)
-        pair = cute.make_rmem_tensor(cute.make_layout(2), Float32)
+        held = cute.make_rmem_tensor(cute.make_layout(4), Int32)  # statistics of piece `lane // 4` of a group
+        stat = cute.recast_tensor(held, Float32)
+        loaded = cute.make_rmem_tensor(cute.make_layout((4, 8)), Int32)
+        values = cute.recast_tensor(loaded, Float32)
+        weights = cute.make_rmem_tensor(cute.make_layout((2, 8)), Float32)
         sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
-        # the first partials are on their way while the weights are made
-        unit = self.unit_of(warp // team, count, my_split, pieces)
-        self.fetch(loads, out_accum, unit, units, head_kv, lane, first_slot, member, team, pieces)
-        self.weigh(
-            st, sm_weight, lse, lse_accum, sink, has_sink, request, head_kv, first_slot, pieces, my_split, rows, group,
-            tid,
-        )  # fmt: skip
-        for turn in cutlass.range(turns, unroll=1):
-            row = unit // 32 * 8 + (lane % 4) * 2
+        four = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        packed = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
+        top = cute.make_rmem_tensor(cute.make_layout(2), Float32)
+        total = cute.make_rmem_tensor(cute.make_layout(2), Float32)
+        scale = cute.make_rmem_tensor(cute.make_layout(2), Float32)
+        for base in cutlass.range(begin_unit, end_unit, 8 >> log_team, unroll=1):
+            unit = base + (warp >> log_team)
+            block, eighth = unit >> 5, unit & 31  # eight rows; 16 columns of 512
+            there = ((eighth >> 2) * (n // 8) + block) * 4 + (eighth & 3)  # see store_partial
+            data = place + there * 512
+            stats = place + (n * 2048 + there * 64 + (lane & 3) * 16 + (lane >> 2) * self.piece_bytes)
+            many = pieces if unit < end_unit else Int32(0)
+            # ---- statistics: maximum and sum of every row over all pieces
+            top.fill(-Float32.inf)
+            total.fill(0.0)
+            for begin in cutlass.range(member * 8, many, team * 8, unroll=1):
+                self.await_stats(held, stats + begin * self.piece_bytes, many - begin, lane)
+                for r in cutlass.range_constexpr(2):
+                    top[r], total[r] = self.join(top[r], total[r], stat[2 * r], stat[2 * r + 1])
+            for r in cutlass.range_constexpr(2):
+                top[r], total[r] = self.join_lanes(top[r], total[r])
+            if team > 1:
+                if lane < 4:
+                    for r in cutlass.range_constexpr(2):
+                        four[2 * r], four[2 * r + 1] = top[r], total[r]
+                    cute.autovec_copy(four, sm_stats[None, lane, warp])
+                cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+                cute.autovec_copy(sm_stats[None, lane & 3, (warp - member) + ((lane >> 2) & team - 1)], four)
+                for r in cutlass.range_constexpr(2):
+                    other = four[2 * r + 1] if lane >> 2 < team else Float32(0.0)
+                    top[r], total[r] = self.join_lanes(four[2 * r], other)
+            row = block * 8 + (lane & 3) * 2
+            for r in cutlass.range_constexpr(2):
+                token, head = self.split_row(row + r if row + r < rows else Int32(0), head_kv, group, per_group)
+                scale[r], lse2 = self.closing(top[r], total[r], sink, head, has_sink)
+                if (lane < 4) & (eighth == 0) & (member == 0) & (many > 0) & (row + r < rows):
+                    lse[where, head, first_query + token] = lse2 * LN_2
+            # ---- data
             sums.fill(0.0)
-            for base in cutlass.range(0, pieces, 8 * team, unroll=1):
-                if base > 0:
-                    self.fetch(loads, out_accum, unit, units, head_kv, lane, first_slot, base + member, team, pieces)
+            for begin in cutlass.range(member * 8, many, team * 8, unroll=1):
+                if pieces > team * 8:  # else still held
+                    self.await_stats(held, stats + begin * self.piece_bytes, many - begin, lane)
+                for r in cutlass.range_constexpr(2):
+                    shift = top[r] if top[r] > -Float32.inf else Float32(0.0)
+                    weight = cute.math.exp2(stat[2 * r] - shift, fastmath=True) * scale[r]
+                    for u in cutlass.range_constexpr(8):  # from lane 4 u + lane % 4
+                        weights[r, u] = cute.arch.shuffle_sync(weight, u * 4, mask_and_clamp=0x31F)
+                self.await_data(loaded, data + begin * self.piece_bytes, many - begin, lane)
                 for u in cutlass.range_constexpr(8):
-                    piece = base + member + u * team
-                    if (piece < pieces) & (unit < units):
-                        weights = cute.local_tile(sm_weight, (2, 1), (row // 2, piece))
-                        cute.autovec_copy(weights[None, 0], pair)
-                        sums[0] = sums[0] + loads[0, u] * pair[0]
-                        sums[1] = sums[1] + loads[1, u] * pair[1]
-                        sums[2] = sums[2] + loads[2, u] * pair[0]
-                        sums[3] = sums[3] + loads[3, u] * pair[1]
-            done = unit
-            unit = self.unit_of((turn + 1) * teams + warp // team, count, my_split, pieces)
-            if turn + 1 < turns:
-                self.fetch(loads, out_accum, unit, units, head_kv, lane, first_slot, member, team, pieces)
+                    for i in cutlass.range_constexpr(4):
+                        sums[i] = sums[i] + values[i, u] * weights[i % 2, u]
+                self.forget(data + begin * self.piece_bytes, stats + begin * self.piece_bytes, many - begin, lane)
             if team > 1:
                 cute.autovec_copy(sums, sm_sums[None, lane, warp])
-                cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
-                if member == 0:
-                    for w in cutlass.range(warp + 1, warp + team, unroll=1):
-                        for i in cutlass.range_constexpr(4):
-                            sums[i] = sums[i] + sm_sums[i, lane, w]
                 cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-            if (done < units) & (member == 0):
-                column = done % 32 * 16 + lane // 4
-                for b in cutlass.range_constexpr(2):
-                    if row + b < rows:
-                        line = out[request, (row + b) // group, head_kv * group + (row + b) % group, None]
-                        line[column] = sums[b].to(self.dtype)
-                        line[column + 8] = sums[2 + b].to(self.dtype)
+                if member == 0:
+                    for w in cutlass.range_constexpr(1, 8):
+                        if w < team:
+                            cute.autovec_copy(sm_sums[None, lane, warp + w], four)
+                            for i in cutlass.range_constexpr(4):
+                                sums[i] = sums[i] + four[i]
+            # lane 4 c + p has columns c and c + 8 of rows 2 p and 2 p + 1; of two neighbours in c, the even one takes
+            # the even row, and each stores two columns at once
+            is_odd = (lane & 4) != 0
+            for i in cutlass.range_constexpr(2):
+                other = cute.arch.shuffle_sync_bfly(sums[2 * i] if is_odd else sums[2 * i + 1], 4)
+                four[2 * i] = other if is_odd else sums[2 * i]
+                four[2 * i + 1] = sums[2 * i + 1] if is_odd else other
+            row = row + (lane >> 2 & 1)
+            if (member == 0) & (many > 0) & (row < rows):
+                token, head = self.split_row(row, head_kv, group, per_group)
+                packed.store(four.load().to(self.dtype))
+                words = cute.recast_tensor(packed, Int32)
+                line = cute.recast_tensor(out[where, first_query + token, head, None], Int32)
+                line[eighth * 8 + (lane >> 3)] = words[0]
+                line[eighth * 8 + 4 + (lane >> 3)] = words[1]
 
     @cute.jit
-    def unit_of(self, index: Int32, count: Int32, my_split: Int32, pieces: Int32) -> Int32:
-        """The index-th unit of a CTA that holds `count` pieces: those whose remainder by `pieces` is one of its own."""
-        unit = my_split + index * pieces
-        if count > 1:
-            unit = my_split + index % count + (index // count) * pieces
-        return unit
+    def await_stats(self, held: cute.Tensor, address: Int64, count: Int32, lane: Int32):
+        """Maximum and sum, of two rows, of piece `lane // 4` of a group of eight, as soon as all eight are there."""
+        held[0] = Int32(UNWRITTEN) if lane >> 2 < count else Int32(MINUS_INFINITY)
+        held[1], held[2], held[3] = Int32(0), Int32(MINUS_INFINITY), Int32(0)
+        polls = Int32(MAX_POLLS)
+        while polls > 0:
+            self.look(held, 0, address)
+            polls -= 1
+            if not cute.arch.vote_any_sync(held[0] == UNWRITTEN):
+                polls = Int32(0)
 
     @cute.jit
-    def fetch(
-        self,
-        loads: cute.Tensor,
-        out_accum: cute.Tensor,
-        unit: Int32,
-        units: Int32,
-        head_kv: Int32,
-        lane: Int32,
-        first_slot: Int32,
-        begin: Int32,
-        step: Int32,
-        pieces: Int32,
-    ):
-        """One unit's 16 bytes per lane of up to eight pieces."""
-        block, eighth = unit // 32, unit % 32  # eight rows; 16 columns of 512
-        place = (eighth // 4 * (self.n // 8) + block) * 4 + eighth % 4  # in units of 512 bytes, see store_partial
-        data = cute.local_tile(out_accum, (1, 4), (None, (head_kv * self.n * 4 + place) * 32 + lane))
+    def await_data(self, loaded: cute.Tensor, address: Int64, count: Int32, lane: Int32):
+        """A unit's 16 bytes per lane of eight pieces, as soon as all are there."""
+        polls = Int32(MAX_POLLS)
+        # four words of each piece tell whether it is there; asking for all 36 KB again and again got in its way
+        word = Int32(UNWRITTEN) if lane >> 2 < count else Int32(0)
+        probe = address + ((lane >> 2) * self.piece_bytes + (lane & 3) * 128)
+        while polls > 0:
+            if word == UNWRITTEN:
+                word = cute.arch.inline_ptx(
+                    "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[probe]
+                )
+            polls -= 1
+            if not cute.arch.vote_any_sync(word == UNWRITTEN):
+                polls = Int32(0)
         for u in cutlass.range_constexpr(8):
-            piece = begin + u * step
-            if (piece < pieces) & (unit < units):
-                cute.autovec_copy(data[0, None, first_slot + piece], loads[None, u])
+            loaded[0, u] = Int32(UNWRITTEN) if u < count else Int32(0)
+            loaded[1, u], loaded[2, u], loaded[3, u] = Int32(0), Int32(0), Int32(0)
+        polls = Int32(MAX_POLLS)
+        mine = address + lane * 16
+        while polls > 0:
+            is_missing = cutlass.Boolean(False)
+            for u in cutlass.range_constexpr(8):
+                self.look(loaded[None, u], u * self.piece_bytes, mine)
+            for u in cutlass.range_constexpr(8):
+                is_missing = is_missing | (loaded[0, u] == UNWRITTEN)
+            polls -= 1
+            if not cute.arch.vote_any_sync(is_missing):
+                polls = Int32(0)
 
     @cute.jit
-    def weigh(
-        self,
-        st: cutlass.Constexpr,
-        sm_weight: cute.Tensor,
-        lse: cute.Tensor,
-        lse_accum: cute.Tensor,
-        sink: cute.Tensor,
-        has_sink: Int32,
-        request: Int32,
-        head_kv: Int32,
-        first_slot: Int32,
-        pieces: Int32,
-        my_split: Int32,
-        rows: Int32,
-        group: Int32,
-        tid: Int32,
-    ):
-        """Weights of all pieces and rows into shared memory; by the way, each row's lse.
-
-        A thread looks after one row and every `lanes`-th piece.
-        """
-        n, lanes = self.n, 256 // self.n
-        row, member = tid % n, tid // n
-        sm_part = cute.make_tensor(
-            cute.recast_ptr(st.q.data_ptr() + 4096, dtype=Float32),
-            cute.make_layout((2, n, lanes), stride=(1, 2, 2 * n)),
+    def look(self, words: cute.Tensor, offset: cutlass.Constexpr, address: Int64):
+        """Load 16 bytes that are still unwritten, in one indivisible load."""
+        words[0], words[1], words[2], words[3] = cute.arch.inline_ptx(
+            "{ .reg .pred p; .reg .b64 low, high; .reg .b128 all; setp.eq.s32 p, {$r1}, -1; "
+            "mov.b64 low, {{$r1}, {$r2}}; mov.b64 high, {{$r3}, {$r4}}; mov.b128 all, {low, high}; "
+            "@p ld.relaxed.gpu.global.b128 all, [{$r0} + " + str(offset) + "]; "
+            "mov.b128 {low, high}, all; mov.b64 {{$w0}, {$w1}}, low; mov.b64 {{$w2}, {$w3}}, high; }",
+            write_only_types=[Int32] * 4,
+            read_only_args=[address, words[0], words[1], words[2], words[3]],
         )
-        stats = cute.local_tile(lse_accum, (1, 2), (None, head_kv * n + row))
-        pairs = cute.make_rmem_tensor(cute.make_layout((2, 4)), Float32)
-        top, total = -Float32.inf, Float32(0.0)
-        for base in cutlass.range(member, pieces, 4 * lanes, unroll=1):
-            for u in cutlass.range_constexpr(4):
-                if base + u * lanes < pieces:
-                    cute.autovec_copy(stats[0, None, first_slot + base + u * lanes], pairs[None, u])
-            for u in cutlass.range_constexpr(4):
-                if base + u * lanes < pieces:
-                    top, total = self.join(top, total, pairs[0, u], pairs[1, u])
-        sm_part[0, row, member] = top
-        sm_part[1, row, member] = total
-        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
-        top, total = -Float32.inf, Float32(0.0)
-        for w in cutlass.range_constexpr(lanes):
-            top = cute.arch.fmax(top, sm_part[0, row, w])
-        shift = top if top > -Float32.inf else Float32(0.0)
-        for w in cutlass.range_constexpr(lanes):
-            total += sm_part[1, row, w] * cute.math.exp2(sm_part[0, row, w] - shift, fastmath=True)
-        head = head_kv * group + row % group if row < rows else Int32(0)
-        scale, lse2 = self.closing(top, total, sink, head, has_sink)
-        if (member == 0) & (row < rows) & (my_split == 0):
-            lse[request, head, row // group] = lse2 * LN_2
-        for base in cutlass.range(member, pieces, 4 * lanes, unroll=1):
-            for u in cutlass.range_constexpr(4):
-                piece = base + u * lanes
-                if piece < pieces:
-                    if pieces > 4 * lanes:  # else still in registers
-                        pairs[0, u] = stats[0, 0, first_slot + piece]
-                    sm_weight[row, piece] = cute.math.exp2(pairs[0, u] - shift, fastmath=True) * scale
-        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+
+    @cute.jit
+    def forget(self, data: Int64, stats: Int64, count: Int32, lane: Int32):
+        """Mark what was read as unwritten, for the next launch."""
+        mine = data + lane * 16
+        for u in cutlass.range_constexpr(8):
+            if u < count:
+                self.unwrite(mine, u * self.piece_bytes)
+        if lane >> 2 < count:
+            self.unwrite(stats, 0)
+
+    @cute.jit
+    def unwrite(self, address: Int64, offset: cutlass.Constexpr):
+        """The first word of 16 bytes of global memory."""
+        cute.arch.inline_ptx("st.relaxed.gpu.global.b32 [{$r0} + " + str(offset) + "], -1;", read_only_args=[address])
 
     @cute.jit
     def join(self, top: Float32, total: Float32, other: Float32, other_total: Float32):
@@ -801,11 +1019,23 @@ class DecodeDenseSmall:
         return peak, total
 
     @cute.jit
+    def join_lanes(self, top: Float32, total: Float32):
+        """The pairs of the eight lanes with the same `lane % 4` into one, for all of them."""
+        peak = top
+        for d in (4, 8, 16):
+            peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, d))
+        shift = peak if peak > -Float32.inf else Float32(0.0)
+        total = total * cute.math.exp2(top - shift, fastmath=True)
+        for d in (4, 8, 16):
+            total = total + cute.arch.shuffle_sync_bfly(total, d)
+        return peak, total
+
+    @cute.jit
     def closing(self, top: Float32, total: Float32, sink: cute.Tensor, head: Int32, has_sink: Int32):
         """Factor of a row's sums, and its base-2 lse."""
         scale = Float32(0.0)
         lse2 = -Float32.inf
-        if total > 0.0:
+        if total != 0.0:  # a NaN goes its way
             scale = cute.arch.rcp_approx(total)
             lse2 = top + cute.math.log2(total, fastmath=True)
             if has_sink != 0:
@@ -814,16 +1044,17 @@ class DecodeDenseSmall:
         return scale, lse2
 
     @cute.jit
-    def clear_tail(self, base: Int32, half: Int32, wtid: Int32, valid: Int32):
-        """Zero the rows behind the last key in this warpgroup's four latent slices; whole lines, so swizzle is moot."""
-        keep = valid if valid > 0 else Int32(0)
+    def clear_unseen(self, base: Int32, half: Int32, wtid: Int32, first: Int32, stop: Int32):
+        """Zero the rows outside [first, stop) in this warpgroup's four latent slices; whole lines, so swizzle is moot."""
+        begin = stop if (stop > 0) & (first <= 0) else Int32(0)
         zero = Int32(0)
-        for item in cutlass.range(keep * 32 + wtid, M * 32, 128, unroll=1):
-            row, slice_, chunk = item // 32, half * 4 + (item // 8) % 4, item % 8
-            place = base + (row // 8) * (self.d_qk * 16) + slice_ * 1024 + (row % 8) * 128 + chunk * 16
-            cute.arch.inline_ptx(
-                "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[place, zero]
-            )
+        for item in cutlass.range(begin * 32 + wtid, M * 32, 128, unroll=1):
+            row, slice_, chunk = item >> 5, half * 4 + (item >> 3 & 3), item & 7
+            place = base + (row >> 3) * (self.d_qk * 16) + slice_ * 1024 + (row & 7) * 128 + chunk * 16
+            if (row < first) | (row >= stop):
+                cute.arch.inline_ptx(
+                    "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[place, zero]
+                )
 
     @cute.jit
     def store_p(self, mine: cute.Tensor, p_base: Int32, half: Int32, wwarp: Int32, lane: Int32):
@@ -840,38 +1071,26 @@ class DecodeDenseSmall:
             )
 
     @cute.jit
-    def finish(
+    def publish(
         self,
-        o: cutlass.Constexpr,
         top: cute.Tensor,
         total: cute.Tensor,
         sm_top: cute.Tensor,
-        sm_factor: cute.Tensor,
         sm_last: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        out_accum: cute.Tensor,
-        lse_accum: cute.Tensor,
-        sink: cute.Tensor,
-        has_sink: Int32,
-        request: Int32,
-        head_kv: Int32,
-        slot: Int32,
+        target: Int64,
         pieces: Int32,
         rows: Int32,
-        group: Int32,
-        stage_base: Int32,
         half: Int32,
         wwarp: Int32,
         lane: Int32,
         tid: Int32,
     ):
-        """Store one piece: final rows where the request has one piece, else a partial in fp32."""
+        """Sums and maxima of a piece's rows into shared memory and, where others wait for them, to the exchange.
+
+        The weighted sum of the last tile is still running. Each unit gets a copy, for its one reader.
+        """
         n, own = self.n, self.n // 8
         pair = (lane % 4) * 2
-        if const_expr(self.fused):
-            if pieces > 1:
-                self.store_partial(o, out_accum, slot, head_kv, half, tid)
         for i in cutlass.range_constexpr(own):
             x = total[i]
             for d in (4, 8, 16):
@@ -881,36 +1100,54 @@ class DecodeDenseSmall:
                 sm_top[row, wwarp] = x
                 if wwarp == 0:
                     sm_last[row] = top[i]  # not into sm_factor: the other warpgroup may still read that
-        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
-        if tid < n:
+        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+        if pieces > 1:
+            stats = target + (n * 2048 + tid * 16)
+            for i in cutlass.range_constexpr(n // 16):
+                block = (tid // 16 + i * 16) % own
+                row = block * 8 + pair
+                x = (sm_top[row, 0] + sm_top[row, 1]) + (sm_top[row, 2] + sm_top[row, 3])
+                y = (sm_top[row + 1, 0] + sm_top[row + 1, 1]) + (sm_top[row + 1, 2] + sm_top[row + 1, 3])
+                if block * 8 < rows:
+                    self.put(stats, i * 4096, sm_last[row], x, sm_last[row + 1], y)
+
+    @cute.jit
+    def finish(
+        self,
+        o: cutlass.Constexpr,
+        sm_top: cute.Tensor,
+        sm_factor: cute.Tensor,
+        sm_last: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        sink: cute.Tensor,
+        has_sink: Int32,
+        where: Int32,
+        first_query: Int32,
+        head_kv: Int32,
+        rows: Int32,
+        group: Int32,
+        per_group: Int32,
+        stage_base: Int32,
+        half: Int32,
+        wwarp: Int32,
+        lane: Int32,
+        tid: Int32,
+    ):
+        """Final rows of a request in one piece."""
+        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)  # sm_factor of the last tile is read
+        if tid < self.n:
             x = (sm_top[tid, 0] + sm_top[tid, 1]) + (sm_top[tid, 2] + sm_top[tid, 3])
-            token, head = tid // group, head_kv * group + tid % group
             scale = Float32(0.0)
-            if pieces > 1:
-                if const_expr(self.fused):
-                    lse_accum[slot, (head_kv * n + tid) * 2] = sm_last[tid]
-                    lse_accum[slot, (head_kv * n + tid) * 2 + 1] = x
-                elif tid < rows:
-                    scale, lse2 = self.closing(sm_last[tid], x, sink, Int32(0), Int32(0))
-                    lse_accum[slot, head_kv * rows + tid] = lse2
-            elif tid < rows:
+            if tid < rows:
+                token, head = self.split_row(tid, head_kv, group, per_group)
                 scale, lse2 = self.closing(sm_last[tid], x, sink, head, has_sink)
-                lse[request, head, token] = lse2 * LN_2
+                lse[where, head, first_query + token] = lse2 * LN_2
             sm_factor[tid] = scale
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-        if pieces == 1:
-            self.store_rows(o, sm_factor, out, request, head_kv, rows, group, stage_base, half, wwarp, lane, tid)
-        elif const_expr(not self.fused):
-            column = half * 256 + wwarp * 16 + lane // 4
-            for g in cutlass.range_constexpr(n // 8):
-                for b in cutlass.range_constexpr(2):
-                    row = g * 8 + pair + b
-                    scale = sm_factor[row]
-                    if row < rows:
-                        part = cute.local_tile(out_accum, (1, D_V), (slot, head_kv * rows + row))
-                        for m in cutlass.range_constexpr(4):
-                            part[0, column + m * 64] = o[m][g * 4 + b] * scale
-                            part[0, column + m * 64 + 8] = o[m][g * 4 + 2 + b] * scale
+        self.store_rows(
+            o, sm_factor, out, where, first_query, head_kv, rows, group, per_group, stage_base, half, wwarp, lane, tid
+        )
 
     @cute.jit
     def store_rows(
@@ -918,10 +1155,12 @@ class DecodeDenseSmall:
         o: cutlass.Constexpr,
         sm_factor: cute.Tensor,
         out: cute.Tensor,
-        request: Int32,
+        where: Int32,
+        first_query: Int32,
         head_kv: Int32,
         rows: Int32,
         group: Int32,
+        per_group: Int32,
         stage_base: Int32,
         half: Int32,
         wwarp: Int32,
@@ -949,7 +1188,8 @@ class DecodeDenseSmall:
         for i in cutlass.range_constexpr(n // 8):
             row = tid // 32 + i * 8
             if row < rows:
-                line = out[request, row // group, head_kv * group + row % group, None].iterator
+                token, head = self.split_row(row, head_kv, group, per_group)
+                line = out[where, first_query + token, head, None].iterator
                 for c in cutlass.range_constexpr(2):
                     chunk = lane + c * 32
                     a, b, d, e = cute.arch.inline_ptx(
@@ -964,37 +1204,34 @@ class DecodeDenseSmall:
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)  # Q may come back to its place
 
     @cute.jit
-    def store_partial(
-        self,
-        o: cutlass.Constexpr,
-        out_accum: cute.Tensor,
-        slot: Int32,
-        head_kv: Int32,
-        half: Int32,
-        tid: Int32,
-    ):
+    def store_partial(self, o: cutlass.Constexpr, place: Int64, rows: Int32):
         """The accumulators as they lie, before division: 16 bytes per thread, 512 in a row per warp.
 
         Rows of 512 columns would scatter each store of a warp over four rows; that took four times the store cycles.
         """
-        for m in cutlass.range_constexpr(4):
-            for g in cutlass.range_constexpr(self.n // 8):
-                place = ((half * 4 + m) * (self.n // 8) + g) * 128 + tid % 128
-                four = cute.local_tile(out_accum, (1, 4), (slot, head_kv * self.n * 128 + place))
-                values = cute.make_rmem_tensor(cute.make_layout((1, 4)), Float32)
-                for i in cutlass.range_constexpr(4):
-                    values[i] = o[m][g * 4 + i]
-                cute.autovec_copy(values, four)
+        for g in cutlass.range_constexpr(self.n // 8):
+            if g * 8 < rows:
+                for m in cutlass.range_constexpr(4):
+                    four = [o[m][g * 4 + i] for i in range(4)]
+                    self.put(place, (m * (self.n // 8) + g) * 2048, *four)
+
+    @cute.jit
+    def put(self, address: Int64, offset: cutlass.Constexpr, a: Float32, b: Float32, c: Float32, d: Float32):
+        """16 bytes of a partial, in one indivisible store: whoever sees the first word sees all four."""
+        cute.arch.inline_ptx(
+            "{ .reg .b64 low, high; .reg .b128 all; mov.b64 low, {{$r1}, {$r2}}; mov.b64 high, {{$r3}, {$r4}}; "
+            "mov.b128 all, {low, high}; st.relaxed.gpu.global.b128 [{$r0} + " + str(offset) + "], all; }",
+            read_only_args=[address, a, b, c, d],
+        )
 
 
-def fake_arguments(dtype: Any, d_qk: int = 576, fused: bool = True) -> list[Any]:
+def fake_arguments(dtype: Any, rows: int, d_qk: int = 576) -> list[Any]:
     """Arguments for `toolchain.compile_kernel(DecodeDenseSmall(...), ...)`: every extent and stride left open."""
     from cutlass.cute.runtime import make_fake_tensor
 
     from openmla.backends.cute.toolchain import fake_stream, fake_tensor
 
     sym, div = cute.sym_int, [cute.sym_int64(divisibility=8) for _ in range(6)]  # rows start at 16-byte multiples
-    accum_step = [cute.sym_int64(divisibility=4), cute.sym_int64(divisibility=4 if fused else 1)]
     out_step = [cute.sym_int64(divisibility=8) for _ in range(3)]
     q = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[:3], 1), assumed_align=16)
     kv = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[3:], 1), assumed_align=16)
@@ -1007,11 +1244,10 @@ def fake_arguments(dtype: Any, d_qk: int = 576, fused: bool = True) -> list[Any]
         fake_tensor(Int32, (None,), align=4),
         make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=16),
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),
-        make_fake_tensor(Float32, (sym(), sym()), stride=(accum_step[0], 1), assumed_align=16),
-        make_fake_tensor(Float32, (sym(), sym()), stride=(accum_step[1], 1), assumed_align=16),
+        fake_tensor(Int32, (None, None, rows * 576), align=16),
         fake_tensor(Float32, (None,), align=4),
-        make_fake_tensor(Int32, (2, sym(), 1), stride=(cute.sym_int64(), 1, 1), assumed_align=4),
+        fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (1,), align=4),
-        Float32(1.0), Int32(0), Int32(64), Int32(0), Int32(0),
+        Float32(1.0), Int32(0), Int32(1 << 30), Int32(0), Int32(64), Int32(0), Int32(0),
         fake_stream(),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from openmla.backends.base import DecodeOperands
-from openmla.backends.cute.decode_dense_small.config import BLOCK_TOKENS, Config
+from openmla.backends.cute.decode_dense_small.config import BLOCK_TOKENS, NO_WINDOW, Config
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 
 LOG2_E = math.log2(math.e)
@@ -24,7 +24,7 @@ def build(config: Config, out_dir: Path) -> CompiledObject:
 
     element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
     code = kernel.DecodeDenseSmall(element, config.rows, d_qk=config.d_qk, stages=config.stages)
-    return compile_kernel(code, kernel.fake_arguments(element, config.d_qk), config.name, out_dir=out_dir)
+    return compile_kernel(code, kernel.fake_arguments(element, config.rows, config.d_qk), config.name, out_dir=out_dir)
 
 
 @cache
@@ -39,12 +39,12 @@ def launch(
     operands: DecodeOperands,
     metadata: torch.Tensor,
     num_splits: torch.Tensor,
-    out_accum: torch.Tensor,
-    lse_accum: torch.Tensor,
-    counters: torch.Tensor,
+    exchange: torch.Tensor,
     *,
     chunk_blocks: int,
     is_causal: bool,
+    window: int,
+    max_s_q: int,
     groups: int,
     block_tokens: int = BLOCK_TOKENS,
 ) -> None:
@@ -53,20 +53,26 @@ def launch(
     Args:
         function: the exported function of a variant.
         operands: checked tensors; strides of q, kv_cache and out in multiples of 8 elements.
-        metadata, num_splits: the plan (`openmla.split.schedule`) in blocks of `block_tokens`.
-        out_accum, lse_accum, counters: of the shapes that `config.workspace` gives; counters zero before the first call.
+        metadata, num_splits: the plan (`openmla.split.schedule`) in blocks of `block_tokens`, of
+            `config.planned_lengths`.
+        exchange: of the shape that `config.workspace` gives; UNWRITTEN before the first call.
         chunk_blocks: piece length of batch_invariant in blocks, a multiple of 64 tokens; else 0.
         is_causal: bottom-right aligned causal mask.
+        window: keys that a query sees up to its own position; 0: all.
+        max_s_q: query tokens of a request at most, with cu_seqlens_q.
         groups: KV heads as the kernel sees them (`config.grouped`).
         block_tokens: of the plan, a multiple of 8.
     """
-    sink = operands.attn_sink
+    q, out, lse, offsets, sink = operands.q, operands.out, operands.lse, operands.cu_seqlens_q, operands.attn_sink
+    if offsets is None:
+        offsets, max_s_q = operands.cache_seqlens, 0  # not read
+    else:
+        q, out, lse = q[None], out[None], lse[None]
     kv_cache = operands.kv_cache
     if groups != kv_cache.shape[2]:
         kv_cache = kv_cache.expand(-1, -1, groups, -1)
     function(
-        operands.q, kv_cache, operands.block_table, operands.cache_seqlens, metadata, num_splits,
-        operands.out, operands.lse, out_accum, lse_accum, no_sink(operands.q.device) if sink is None else sink, counters,
-        operands.fault_word, operands.softmax_scale * LOG2_E, int(is_causal), block_tokens, chunk_blocks,
-        int(sink is not None),
+        q, kv_cache, operands.block_table, operands.cache_seqlens, metadata, num_splits, out, lse, exchange,
+        no_sink(q.device) if sink is None else sink, offsets, operands.fault_word, operands.softmax_scale * LOG2_E,
+        int(is_causal or window > 0), min(window or NO_WINDOW, NO_WINDOW), max_s_q, block_tokens, chunk_blocks, int(sink is not None),
     )  # fmt: skip
