@@ -80,19 +80,45 @@ def tokens(count: int) -> str:
 
 
 def end_labels(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends of lines, pushed apart where they would overlap. (x, y, name, colour), log y axis."""
+    """Names of lines in a column right of the axes, each as near to its line's end as the others and the axes allow.
+
+    ends: (x, y, name, colour).
+    """
     figure = axes.figure
     figure.canvas.draw()
     spots = sorted(ends, key=lambda end: end[1])
-    last = -1e9
-    for x, y, name, colour in spots:
-        at = axes.transData.transform((x, y))[1]
-        place = max(at, last + 1.25 * POINT * figure.dpi / 72)
-        last = place
-        offset = (place - at) * 72 / figure.dpi
+    gap = 1.25 * POINT * figure.dpi / 72
+    wanted = [axes.transData.transform((x, y))[1] for x, y, _, _ in spots]
+    low, high = axes.transAxes.transform((0, 0))[1], axes.transAxes.transform((0, 1))[1]
+    for place, (_, y, name, colour) in zip(_apart(wanted, gap, low, high), spots, strict=True):
+        at = axes.transData.transform((1, y))[1]
         axes.annotate(
-            name, (x, y), xytext=(6, offset), textcoords="offset points", color=colour, va="center", weight="bold"
-        )
+            name, (1, y), xycoords=("axes fraction", "data"), xytext=(5, (place - at) * 72 / figure.dpi),
+            textcoords="offset points", color=colour, va="center", weight="bold",
+        )  # fmt: skip
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending places near the ascending wanted ones, `gap` apart, in [low, high] where they fit."""
+    groups: list[tuple[float, int]] = []  # (sum of wanted places less their offsets, members) of labels that touch
+    for each in wanted:
+        groups.append((each, 1))
+        while len(groups) > 1:
+            (total, count), (last, more) = groups[-2], groups[-1]
+            top = total / count + (count - 1) / 2 * gap
+            bottom = last / more - (more - 1) / 2 * gap
+            if bottom - top >= gap:
+                break
+            groups[-2:] = [(total + last, count + more)]
+    placed = []
+    for total, count in groups:
+        begin = total / count - (count - 1) / 2 * gap
+        placed += [begin + i * gap for i in range(count)]
+    shift = min(0.0, high - placed[-1]) if placed else 0.0
+    placed = [each + shift for each in placed]
+    for i, each in enumerate(placed):  # pushed back up where the shift took them below the axes
+        placed[i] = max(each, low + i * gap)
+    return placed
 
 
 def plain_log(axes: Any) -> None:
@@ -188,16 +214,16 @@ def dots(
         axes.set_axisbelow(True)
         axes.tick_params(length=0, which="both")
         low, high = axes.get_xlim()
-        steps = (1, 2, 5) if high / low < 40 else (1,)
+        steps = (1, 1.2, 1.5, 2, 3, 5) if high / low < 4 else (1, 2, 5) if high / low < 40 else (1,)
         axes.xaxis.set_major_locator(LogLocator(10, subs=steps))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines["left"].set_visible(False)
-        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=POINT, color=MUTED)
         if len(series) > 1:
             axes.legend(
-                loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=POINT - 1,
-                handletextpad=0.1, columnspacing=0.8,
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=POINT - 1,
+                handletextpad=0.1, columnspacing=0.8, borderaxespad=0.1,
             )  # fmt: skip
 
     return draw((4.6, 0.9 + 0.215 * len(labels)), salt, title, paint)
@@ -219,7 +245,7 @@ def bars(values: Sequence[tuple[str, float]], *, salt: str, title: str, heading:
         axes.set_xlim(0, 1.15 * max([1e-9, *(value for _, value in values)]))
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=POINT, color=MUTED)
 
     return draw((4.6, 0.9 + 0.26 * len(values)), salt, title, paint)
 
@@ -247,7 +273,7 @@ def scatter(
         axes.tick_params(length=0, which="both")
         axes.set_xlabel(x_label)
         end_labels(axes, ends)
-        axes.set_title(heading, loc="left", fontsize=POINT, color=MUTED)
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=POINT, color=MUTED)
 
     return draw((4.6, 3.1), salt, title, paint)
 
