@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_study(verbs)
     _add_verify(verbs)
     _add_compile(verbs)
+    _add_learn(verbs)
     return parser
 
 
@@ -561,3 +562,31 @@ def _compile(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {manifest}; point OPENMLA_AOT_DIR at its folder")
     return 0
+
+
+# learn
+
+
+def _add_learn(verbs: Any) -> None:
+    parser = _verb(verbs, "learn", _learn, "exercises that a machine checks, with hints; progress stays on this machine")
+    parser.add_argument("name", nargs="?", help="an exercise; default: the list, and what is solved")
+    parser.add_argument("--check", action="store_true", help="judge your file instead of showing the task")
+    parser.add_argument("--file", type=Path, metavar="FILE.py", help="your file; default: NAME.py in this folder")
+
+
+def _learn(args: argparse.Namespace) -> int:
+    from openmla.learn import course, report
+
+    if args.name is None and (args.check or args.file):
+        raise ConfigError("--check and --file belong to an exercise; name one, `openmla learn` lists them")
+    if args.name is None:
+        found: Any = report.overview()
+    elif args.check:
+        found = report.checked(course.exercise(args.name), args.file or Path(f"{args.name}.py"))
+    else:
+        found = report.begun(course.exercise(args.name), args.file or Path(f"{args.name}.py"))
+    if args.json:
+        _print_json({"schema": _JSON_SCHEMA, **found.as_dict()})
+    else:
+        print(found)
+    return 0 if found.passed else 1

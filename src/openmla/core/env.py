@@ -76,6 +76,20 @@ def cache_dir() -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "openmla"
 
 
+def state_dir() -> Path:
+    """The folder of what outlives a run and is not a cache, such as the progress of `openmla learn`; not created here.
+
+    $XDG_STATE_HOME/openmla or ~/.local/state/openmla.
+    """
+    xdg = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(xdg) if xdg else Path.home() / ".local" / "state") / "openmla"
+
+
+def for_child(**variables: str) -> dict[str, str]:
+    """The environment of a process that this one starts: its own, with `variables` in place."""
+    return {**os.environ, **variables}
+
+
 def any_is_set(*foreign: str) -> bool:
     """True when one of another library's variables is set, whatever its value: something limits that library."""
     return any(name in os.environ for name in foreign)
