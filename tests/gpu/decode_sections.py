@@ -11,6 +11,7 @@ graphs       50 CUDA-graph scenarios: lengths, queries and tables change between
 invariance   batch_invariant: a request's bits alone, permuted, among more requests, and inside a graph
 big          KV pools beyond 2^32 elements, packed and strided
 border       flash_mla's interface
+stale        a plan whose lengths have changed: requests that kept theirs keep their bits, and the plan stays usable
 host         time from the Python call to the launch
 sanitize     compute-sanitizer over the smallest cases
 """
@@ -360,12 +361,45 @@ def _border(setup: Setup, h_q: int, s_q: int, is_tuple: bool) -> dict[str, Any]:
     return {}
 
 
+def stale(setup: Setup) -> Made:
+    """A plan that is no longer true may cost the requests that changed, nobody else."""
+
+    def check(h_q: int, policy: str, lengths: LIST) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _stale(setup, h_q, policy, lengths)
+
+    kinds = [(h_q, policy) for h_q in (16, 128) for policy in ("balanced", "batch_invariant")]
+    changed = {"longer": (CAPACITY, 64, 1300, 3900), "shorter": (5, 64, 0, 3900)}
+    return [
+        (f"h_q {h_q} {policy} {name}", check(h_q, policy, lengths))
+        for h_q, policy in kinds
+        for name, lengths in changed.items()
+    ]
+
+
+def _stale(setup: Setup, h_q: int, policy: str, lengths: LIST) -> dict[str, Any]:
+    case = dense((CAPACITY,) * 4, h_q, seed=1)
+    given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
+    planned = {name: value for name, value in given.items() if name != "softmax_scale"}
+    given["cache_seqlens"].copy_(torch.tensor(CAPTURED))
+    plan = openmla.plan(**planned, policy=policy, backend=setup.backend)
+    right = openmla.decode(**given, plan=plan, backend=setup.backend)
+    given["cache_seqlens"].copy_(torch.tensor(lengths))
+    other = openmla.decode(**given, plan=plan, backend=setup.backend)
+    kept = [request for request in range(4) if lengths[request] == CAPTURED[request]]
+    same_bits([x[kept] for x in other], [x[kept] for x in right], "requests that kept their lengths")
+    openmla.check_errors()
+    given["cache_seqlens"].copy_(torch.tensor(CAPTURED))
+    same_bits(openmla.decode(**given, plan=plan, backend=setup.backend), right, "the plan's own lengths again")
+    assert not openmla.check_errors(), "faults without a reason"
+    return {}
+
+
 # name -> items(setup, only=number); the number beside it is how many the small form takes
 SECTIONS: dict[str, Callable[..., list[Item]]] = {
     name: listed_items(name, make, small)
     for name, make, small in (
         ("matrix", matrix, 6), ("fuzz", fuzz, 8), ("plans", plans, 1), ("repeats", repeats, 2), ("graphs", graphs, 5),
-        ("invariance", invariance, 1), ("big", big, 2), ("border", border, 2), ("host", host, 2),
+        ("invariance", invariance, 1), ("big", big, 2), ("border", border, 2), ("stale", stale, 2), ("host", host, 2),
         ("smallest", smallest, 2), ("sanitize", sanitize, 1),
     )
 }  # fmt: skip

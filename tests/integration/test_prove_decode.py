@@ -26,7 +26,7 @@ def scripts(monkeypatch):
     ("section", "numbers"),
     [
         ("matrix", (0, 57)), ("fuzz", (3, 4, 5)), ("repeats", (6,)), ("graphs", (0, 9, 12, 23)), ("invariance", (1,)),
-        ("big", (1,)), ("border", (1,)), ("host", (0,)), ("smallest", (1, 5)),
+        ("big", (1,)), ("border", (1,)), ("stale", (0, 3)), ("host", (0,)), ("smallest", (1, 5)),
     ],
 )  # fmt: skip
 def test_a_section_passes_on_the_cpu_backend(scripts, section, numbers):
