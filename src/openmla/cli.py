@@ -45,10 +45,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
@@ -253,6 +249,9 @@ def _add_bench(verbs: Any) -> None:
     parser.add_argument("--seconds", type=_seconds, default=1.5, help="per contender and case; default: 1.5")
     _add_device(parser)
     parser.add_argument("--out", type=Path, metavar="ROWS.jsonl", help="append rows to this file")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out cases that --out holds of this commit and machine"
+    )
     parser.add_argument("--list", action="store_true", help="print the case names and stop")
 
 
@@ -312,9 +311,8 @@ def _bench(args: argparse.Namespace) -> int:
     suite, cases = _chosen_cases(args)
     if args.list:
         names = [case.name for case in cases]
-        _print_json({"schema": _JSON_SCHEMA, "suite": suite.name, "cases": names}) if args.json else print(
-            *names, sep="\n"
-        )
+        record = {"schema": _JSON_SCHEMA, "suite": suite.name, "cases": names}
+        _print_json(record) if args.json else print(*names, sep="\n")
         return 0
     return _bench_cases(args, suite, cases)
 
@@ -340,25 +338,23 @@ def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
     if unknown:
         raise ConfigError(f"unknown peer {unknown[0]!r}; use one of: {', '.join(peers.PEERS)}, none")
     options = runner.Options(backends, chosen, args.seconds)
+    target = Target.detect(args.device)
+    rows = bars.resumed(args.out, target, _say) if args.resume else []
+    kept = {row.case for row in rows}
+    cases = [case for case in cases if case.name not in kept]
     results = []
     with progress.on_stderr() as say:
-        for result in runner.run(suite, cases, options, Target.detect(args.device), say):
+        for result in runner.run(suite, cases, options, target, say):
             results.append(result)
             if args.out:
                 store.append(args.out, result.rows)
             if not args.json:
                 print(table.case_table(result), end="\n\n", flush=True)
-    rows = [row for result in results for row in result.rows]
+    rows += [row for result in results for row in result.rows]
     judged = bars.judge(suite.bars, [case.name for case in suite.cases], rows)
     if args.json:
-        _print_json(
-            {
-                "schema": _JSON_SCHEMA,
-                "suite": suite.name,
-                "results": [each.as_dict() for each in results],
-                "bars": [each.as_dict() for each in judged],
-            }
-        )
+        found = {"results": [each.as_dict() for each in results], "bars": [each.as_dict() for each in judged]}
+        _print_json({"schema": _JSON_SCHEMA, "suite": suite.name, **found})
     elif judged:
         print(bars.table_text(judged))
     is_missed = any(each.verdict == "missed" for each in judged)
@@ -568,7 +564,9 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _add_learn(verbs: Any) -> None:
-    parser = _verb(verbs, "learn", _learn, "exercises that a machine checks, with hints; progress stays on this machine")
+    parser = _verb(
+        verbs, "learn", _learn, "exercises that a machine checks, with hints; progress stays on this machine"
+    )
     parser.add_argument("name", nargs="?", help="an exercise; default: the list, and what is solved")
     parser.add_argument("--check", action="store_true", help="judge your file instead of showing the task")
     parser.add_argument("--file", type=Path, metavar="FILE.py", help="your file; default: NAME.py in this folder")

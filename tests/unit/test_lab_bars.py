@@ -6,6 +6,7 @@ import pytest
 from lab_rows import row
 
 from openmla.core.errors import ConfigError
+from openmla.core.target import Target
 from openmla.lab import bars, suite
 from openmla.lab.suite import Bar, Case
 
@@ -165,3 +166,25 @@ def test_the_bars_of_decode_dense():
     assert by_value[("gemm", "each", 0.97)] == by_value[("ratio", "each", 1.06)] == 1
     assert by_value[("median_us", "each", 10.0)] == by_value[("median_us", "each", 13.0)] == 1
     assert by_value[("policy_cost", "each", 0.05)] == 4
+
+
+def test_resume_keeps_rows_of_this_commit_and_machine_alone(tmp_path, monkeypatch):
+    here = {"device": "d", "git_sha": "a1", "git_dirty": False, "torch": "2", "packages": {}}
+    monkeypatch.setattr(bars.store, "environment", lambda target: here)
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        row(case=A, environment=here), row(case=A, who="sdpa", kind="peer", environment=here),
+        row(case=B, environment={**here, "git_sha": "b2"}),
+        row(case="c", environment={**here, "git_dirty": True}),
+        row(case="d", environment={**here, "device": "e"}),
+    ]  # fmt: skip
+    bars.store.append(path, rows)
+    said: list[str] = []
+    kept = bars.resumed(path, Target.preset("cpu"), said.append)
+    assert [(each.case, each.who) for each in kept] == [(A, "torch"), (A, "sdpa")]
+    assert "holds 1 case(s)" in said[0]
+    assert bars.resumed(tmp_path / "none.jsonl", Target.preset("cpu"), said.append) == []
+    here["git_dirty"] = True
+    assert bars.resumed(path, Target.preset("cpu"), said.append) == []
+    with pytest.raises(ConfigError, match="name it with --out"):
+        bars.resumed(None, Target.preset("cpu"), said.append)

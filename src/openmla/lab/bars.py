@@ -8,10 +8,14 @@ peer that ran) keeps no promise and breaks none: it is counted as not measured, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from openmla.core.errors import ConfigError
+from openmla.core.target import Target
+from openmla.lab import store
 from openmla.lab.store import Row
 from openmla.lab.suite import Bar
 
@@ -98,6 +102,24 @@ def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
         if any(row.kind == "backend" for row in run):
             found[run[0].case] = run
     return found
+
+
+def resumed(path: Path | None, target: Target, say: Callable[[str], None]) -> list[Row]:
+    """Rows of a file that need not be measured again: the newest run of each case, if it was on this machine and on
+    this very commit, without changes. Raises ConfigError without a file.
+    """
+    if path is None:
+        raise ConfigError("--resume continues a file; name it with --out")
+    facts = store.environment(target)
+    keys = ("device", "git_sha", "torch", "packages")
+    found = []
+    for run in newest(store.read(path)).values() if path.exists() else ():
+        env = run[0].environment
+        is_clean = env.get("git_dirty") is False and facts.get("git_dirty") is False
+        if is_clean and all(env.get(key) == facts.get(key) for key in keys):
+            found.append(run)
+    say(f"{path} holds {len(found)} case(s) of this commit and machine")
+    return [row for run in found for row in run]
 
 
 def ours(run: Sequence[Row]) -> Row | None:

@@ -61,6 +61,7 @@ class LiveDisplay:
             TimeElapsedColumn(),
             console=Console(stderr=True),
             refresh_per_second=2,  # drawing shares the processor with what is being timed
+            redirect_stdout=sys.stdout.isatty(),  # else results meant for a file would land on the terminal
         )
         self._task: Any = None
 
