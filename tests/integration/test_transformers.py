@@ -236,6 +236,27 @@ def test_continuous_batching_is_repaired(v3) -> None:
     assert [by_prompt[tuple(p)] for p in PROMPTS] == want
 
 
+def test_a_static_cache_decodes_as_one_compiled_graph(v3) -> None:
+    """`fullgraph` raises at the first thing that a graph cannot hold; one graph serves all tokens."""
+    ids = torch.tensor([PROMPTS[0]])
+
+    def run(step):
+        cache = transformers.StaticCache(config=v3.config, max_cache_len=32)
+        with torch.no_grad():
+            v3(ids, past_key_values=cache)
+            fed = [torch.tensor([[token]]) for token in (3, 4, 5)]
+            return torch.cat([step(input_ids=each, past_key_values=cache).logits for each in fed])
+
+    want = run(v3)
+    attached = attach(v3)
+    try:
+        compiled = torch.compile(v3, fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(compiled), want, rtol=1e-4, atol=1e-4)
+    finally:
+        attached.detach()
+        torch.compiler.reset()
+
+
 def test_training_has_the_gradients_of_stock(v3) -> None:
     ids = plain()["input_ids"]
 
