@@ -210,10 +210,9 @@ def profile(
 
 
 def _one(case: Case, target: Target, tool: str, backend: str, seconds: float) -> Profile:
-    device = torch.device("cuda" if target.is_cuda else "cpu")
+    roof = ceilings.measure(target, (case.dtype,), min(seconds, 0.3))
     work = cost(workload.problem(case), case.draw_lengths())
-    count = workload.num_sets(case, target, work.bytes, is_rotated=not target.is_cuda)
-    sets = [workload.decode_inputs(case, device, index) for index in range(count)]
+    sets, floor = runner.inputs(case, target, roof)
     chosen = select(peers.problem_of(case, sets[0]), target, backend)
     contender = peers.backend(case, sets, target, chosen.kernel.backend)
     if isinstance(contender, peers.Refusal):
@@ -221,8 +220,6 @@ def _one(case: Case, target: Target, tool: str, backend: str, seconds: float) ->
     verdict = gate.check(case, sets[0], *contender.call(0))
     if not verdict.is_green:
         raise UnsupportedError(f"no profile of a wrong result: {verdict.text}", {}, case.name)
-    roof = ceilings.measure(target, (case.dtype,), min(seconds, 0.3))
-    floor = max(work.flops / roof.gemm_tflops[case.dtype] / 1e6, work.bytes / roof.read_gbps / 1e3)
     _, samples = runner.time_in_turn([contender], len(sets), target, case, floor, seconds, lambda text: None)
     median = clock.quantile(sorted(samples[0]), 0.5)
     used, found = _look(case, target, tool, contender, len(sets), chosen.kernel.backend, median)

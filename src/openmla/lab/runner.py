@@ -140,6 +140,16 @@ def run_case(
     return result
 
 
+def inputs(case: Case, target: Target, roof: ceilings.Ceilings) -> tuple[list[workload.DecodeInputs], float]:
+    """(input sets of a case, the microseconds that the roof allows), by the rules of `run`."""
+    device = torch.device("cuda" if target.is_cuda else "cpu")
+    work = cost(workload.problem(case), case.draw_lengths())
+    floor = _floor_us(work, roof, case)
+    is_rotated = not target.is_cuda or floor < GRAPH_BELOW_US
+    count = workload.num_sets(case, target, work.bytes, is_rotated=is_rotated)
+    return [workload.decode_inputs(case, device, index) for index in range(count)], floor
+
+
 def time_in_turn(
     contenders: Sequence[Contender], num_sets: int, target: Target, case: Case, floor_us: float, seconds: float,
     say: Progress,

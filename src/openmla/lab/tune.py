@@ -26,10 +26,9 @@ from openmla import backends
 from openmla.backends import kernels, select
 from openmla.backends.base import DecodeOperands
 from openmla.core import faults
-from openmla.core.cost import cost
 from openmla.core.errors import CompileError, ConfigError, UnsupportedError
 from openmla.core.target import Target
-from openmla.lab import ceilings, clock, gate, peers, plot, runner, store, workload
+from openmla.lab import ceilings, clock, gate, peers, plot, runner, store
 from openmla.lab.page import Figure, Page, Section, Table, Tile, duration
 from openmla.lab.peers import Contender
 from openmla.lab.progress import Say, Stages
@@ -419,13 +418,7 @@ def _tune_one(
     case: Case, target: Target, backend: str, seconds: float, file: Path | None, seen: Sequence[Trial],
     facts: dict[str, Any], tell: Callable[[float], None],
 ) -> Tuned:  # fmt: skip
-    device = torch.device("cuda" if target.is_cuda else "cpu")
-    work = cost(workload.problem(case), case.draw_lengths())
-    roof = ceilings.measure(target, (case.dtype,), 0.3)
-    floor = max(work.flops / roof.gemm_tflops[case.dtype] / 1e6, work.bytes / roof.read_gbps / 1e3)
-    in_graph = target.is_cuda and floor < runner.GRAPH_BELOW_US
-    count = workload.num_sets(case, target, work.bytes, is_rotated=in_graph or not target.is_cuda)
-    sets = [workload.decode_inputs(case, device, index) for index in range(count)]
+    sets, floor = runner.inputs(case, target, ceilings.measure(target, (case.dtype,), 0.3))
     knobs = _knobs(case, sets, target, backend)
     provenance = _provenance(facts, knobs.backend)
     mine = [
