@@ -437,6 +437,9 @@ def _add_profile(verbs: Any) -> None:
     parser.add_argument("--backend", metavar="NAME", help="default: OPENMLA_BACKEND")
     parser.add_argument("--seconds", type=_seconds, default=0.3, help="for the time without the tool; default: 0.3")
     _add_device(parser)
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE.json", help="show what --json wrote elsewhere; nothing runs"
+    )
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
 
 
@@ -444,6 +447,9 @@ def _profile(args: argparse.Namespace) -> int:
     from openmla.core.target import Target
     from openmla.lab import profile, profile_page, progress
 
+    if args.record:
+        _show(args, profile.load(args.record), profile_page.page)
+        return 0
     _, cases = _chosen_cases(args)
     (backend,) = _known_backends([args.backend] if args.backend else None)
     with progress.on_stderr() as say:
@@ -465,6 +471,7 @@ def _add_tune(verbs: Any) -> None:
     _add_device(parser)
     parser.add_argument("--trials", type=Path, metavar="TRIALS.jsonl", help="append trials here, and continue from it")
     parser.add_argument("--table", type=Path, metavar="TUNED.json", help="write the tuned table with its provenance")
+    parser.add_argument("--record", type=Path, metavar="TUNED.json", help="show a table made elsewhere; nothing runs")
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
 
 
@@ -472,6 +479,9 @@ def _tune(args: argparse.Namespace) -> int:
     from openmla.core.target import Target
     from openmla.lab import progress, tune
 
+    if args.record:
+        _show(args, tune.load(args.record), tune.page)
+        return 0
     _, cases = _chosen_cases(args)
     (backend,) = _known_backends([args.backend] if args.backend else None)
     with progress.on_stderr() as say:

@@ -1,5 +1,6 @@
 """Profiles: the same record from every tool. What GPUs say is read from recorded forms of their tools' output."""
 
+import dataclasses
 import json
 
 import pytest
@@ -61,12 +62,15 @@ def test_counters_need_no_profiler():
     assert {"arithmetic", "bandwidth", "tiles"} <= set(found.readings)
 
 
-def test_pages_and_json_have_one_shape_for_every_tool():
+def test_pages_and_json_have_one_shape_for_every_tool(tmp_path):
     found = profile.profile([CASE], CPU, tool="counters", seconds=0.01)
-    json.dumps(found.as_dict(), allow_nan=False)
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps(found.as_dict(), allow_nan=False))
+    assert profile.load(record) == found
+    record.write_text('{"profiles": [{}], "refused": {}}')
+    with pytest.raises(ConfigError, match="is no record of openmla profile --json: KeyError 'phases'"):
+        profile.load(record)
     seen = profile.of_ncu(NCU)
-    import dataclasses
-
     gpu = dataclasses.replace(
         found.profiles[0], tool="ncu", phases=tuple(seen.phases), readings=seen.readings, stalls=tuple(seen.stalls),
         memory=dataclasses.replace(found.profiles[0].memory, moved=seen.moved, hit_rate=seen.hit_rate),

@@ -49,7 +49,7 @@ def knobs(monkeypatch):
     return made
 
 
-def test_the_fast_value_wins_and_the_wrong_one_cannot(knobs):
+def test_the_fast_value_wins_and_the_wrong_one_cannot(knobs, tmp_path):
     record = tune.tune([CASE], CPU, seconds=0.01)
     (found,) = record.entries
     assert found.best == {"speed": 3, "safe": 1}
@@ -62,6 +62,11 @@ def test_the_fast_value_wins_and_the_wrong_one_cannot(knobs):
     json.dumps(record.as_dict(), allow_nan=False)
     html = page.render(tune.page(record))
     assert "a better setting for 1 of 1 cases" in html
+    tune.write(record, tmp_path / "tuned.json")
+    assert page.render(tune.page(tune.load(tmp_path / "tuned.json"))) == html
+    (tmp_path / "tuned.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is no table of openmla tune: KeyError 'entries'"):
+        tune.load(tmp_path / "tuned.json")
 
 
 def test_a_second_run_continues_from_the_file(knobs, tmp_path):

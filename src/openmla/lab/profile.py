@@ -113,6 +113,28 @@ class Profiles:
         return "\n".join([*lines, *(f"{case}: not profiled, {why}" for case, why in self.refused.items())])
 
 
+def load(path: Path) -> Profiles:
+    """The record that `openmla profile --json` wrote, perhaps on a machine that cannot draw. Raises ConfigError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Profiles(tuple(_of_dict(each) for each in raw["profiles"]), raw["refused"])
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no record of openmla profile --json: {type(error).__name__} {error}") from error
+
+
+def _of_dict(raw: dict[str, Any]) -> Profile:
+    changed: dict[str, Any] = {
+        "phases": tuple(Phase(**each) for each in raw["phases"]),
+        "operators": tuple(Phase(**each) for each in raw["operators"]),
+        "readings": {name: Reading(**each) for name, each in raw["readings"].items()},
+        "stalls": tuple((str(name), float(share)) for name, share in raw["stalls"]),
+        "memory": Memory(**raw["memory"]),
+    }
+    return Profile(**{**raw, **changed})
+
+
 def _text(one: Profile) -> str:
     memory = one.memory
     lines = [f"{one.case}: {one.who}/{one.kernel} takes {one.seconds * 1e6:.1f} us ({one.tool})"]

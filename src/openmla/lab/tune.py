@@ -475,6 +475,26 @@ def write(record: Record, path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file with --table") from error
 
 
+def load(path: Path) -> Record:
+    """A table that `write` made, perhaps on a machine that cannot draw. Raises ConfigError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        entries = []
+        for each in raw["entries"]:
+            worth = tuple(
+                Worth(
+                    name, each["best"][name], each["default"][name], {int(k): v for k, v in one["medians_us"].items()}
+                )
+                for name, one in each["worth"].items()
+            )
+            entries.append(Tuned(**{**each, "worth": worth}))
+        return Record(tuple(entries), raw["refused"], raw["utc"])
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no table of openmla tune: {type(error).__name__} {error}") from error
+
+
 def read(path: Path) -> list[Trial]:
     """Every trial of a file; none when it is not there yet. Raises ConfigError naming file and line of a malformed one."""
     if not path.exists():
