@@ -297,33 +297,36 @@ def test_other_masks_are_respected(v3) -> None:
             attached.detach()
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("Glm4MoeLite", {"q_lora_rank": 48}),
-        ("Youtu", {"q_lora_rank": 48}),
-        ("MiniCPM3", {"q_lora_rank": 48}),
-        (
-            "LongcatFlash",
-            {
-                "q_lora_rank": 48,
-                "ffn_hidden_size": 96,
-                "num_layers": 2,
-                "head_dim": 16,
-                "expert_ffn_hidden_size": 32,
-                "zero_expert_num": 1,
-                "moe_topk": 2,
-            },
-        ),
-    ],
-)
-def test_other_families_through_the_same_seam(name, changes) -> None:
+FAMILIES = {
+    "Glm4MoeLite": {}, "Youtu": {}, "MiniCPM3": {}, "Mistral4": {}, "AXK1": {}, "AXK2": {},
+    "GlmMoeDsa": {"index_topk": 8, "index_head_dim": 32, "index_n_heads": 2},
+    "LongcatFlash": {
+        "num_layers": 2, "num_hidden_layers": None, "head_dim": 16, "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32, "zero_expert_num": 1, "moe_topk": 2,
+    },
+}  # fmt: skip
+HYBRID = ["linear_attention", "full_attention", "full_attention"]
+# What has layers of another kind, or indices of another layer: it keeps the caches of transformers.
+MIXED = {
+    "HYV4": {},
+    "BailingHybrid": {"layer_types": HYBRID, "head_dim": 16},
+    "KimiLinear": {
+        "q_lora_rank": None, "layer_types": HYBRID, "linear_head_dim": 16, "linear_num_heads": 2,
+        "num_local_experts": 4, "mlp_layer_types": ["dense"] * 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXED])
+def test_other_families_through_the_same_seam(name) -> None:
     config_type = getattr(transformers, f"{name}Config", None)
     if config_type is None:
         pytest.skip(f"this transformers has no {name}")
+    sizes = SIZES | {"q_lora_rank": 48} | (FAMILIES | MIXED)[name]
+    if sizes["num_hidden_layers"] is None:
+        del sizes["num_hidden_layers"]
     torch.manual_seed(0)
-    sizes = {k: v for k, v in SIZES.items() if name != "LongcatFlash" or k != "num_hidden_layers"}
-    model = getattr(transformers, f"{name}ForCausalLM")(config_type(**sizes | changes)).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config_type(**sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -332,7 +335,11 @@ def test_other_families_through_the_same_seam(name, changes) -> None:
     attached = attach(model)
     try:
         assert tokens(model, padded()) == want
-        assert tokens(model, padded(), past_key_values=attached.cache()) == want
+        if name in MIXED:
+            with pytest.raises(UnsupportedError, match=rf"LatentCache cannot hold {name}"):
+                attached.cache()
+        else:
+            assert tokens(model, padded(), past_key_values=attached.cache()) == want
     finally:
         attached.detach()
 
