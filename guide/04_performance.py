@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4. Performance: what the kernels reach, and how they got there
 #
-# Every time on this page is read from a row in `bench/results`, measured on one H100 80GB HBM3, with its row's name; the script that wrote a row checked the result first. The logs behind them, failures
+# Every time on this page is read from a row in `bench/results`, measured on one H100 80GB HBM3, and named by its row. The logs behind them, failures
 # included, are the pages of the two dense kernels: [few rows](../docs/kernels/decode_dense_small.md) and [many rows](../docs/kernels/decode_dense.md).
 
 # %%
@@ -165,7 +165,7 @@ assert round(clocks) == 2176
 drawings.lanes(
     {
         "scores": [(0, 70, "", 0), (70, 730, "maximum of j-1", 3), (730, 1370, "wgmma + exp", 0), (1370, 1470, "", 4), (1470, 2180, "24 wgmma", 0), (2180, 2425, "drain", 7)],
-        "values, left": [(0, 290, "P V", 1), (290, 1470, "waits for P(j-1)", 7), (2250, 2600, "P V", 1)],
+        "values, left": [(0, 290, "P V", 1), (290, 2250, "waits for P(j-1), then for its gate", 7), (2250, 2600, "P V", 1)],
         "values, right": [(0, 840, "P V(j-2)", 1), (840, 2500, "waits", 7), (2500, 2600, "", 1)],
     },
     x="clocks of one turn", salt="turn", is_wide=True,
@@ -192,7 +192,7 @@ print("the peer in the same runs:", ", ".join(f"{ROWS[row_id].median_us:.1f}" fo
 assert all(ROWS[row_id].case == "decode-b1-sq1-hq16-sk4096-bf16" for row_id in (*VERSIONS.values(), *PEERS))
 drawings.bars(
     {**{name: ROWS[row_id].median_us for name, row_id in VERSIONS.items()}, "peer (dds-5-01)": ROWS["dds-5-01"].median_us},
-    unit="microseconds, batch 1, 16 heads, 4096 tokens, L2 flushed by writing", salt="versions",
+    unit="us: batch 1, 16 heads, 4096 tokens", salt="versions",
     caption="Small steps. The largest jump was the first version itself; of what is left, an empty launch takes 4.3 us.",
 )  # fmt: skip
 

@@ -86,13 +86,13 @@ def roofline(
             axes.plot(x, y, "o", color=plot.SERIES[0], markersize=5)
             axes.annotate(
                 name, (x, y), xytext=(12, -12 - 15 * depth), textcoords="offset points", color=plot.SERIES[0], va="center",
-                fontsize=plot.POINT - 1, arrowprops={"arrowstyle": "-", "color": plot.GRID, "shrinkB": 3},
+                fontsize=plot.POINT - 1, arrowprops={"arrowstyle": "-", "color": plot.GRID, "shrinkB": 3, "relpos": (0, 0.5)},
             )  # fmt: skip
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.minorticks_off()
         axes.set_xlim(low, high)
-        axes.set_ylim(top=2.2 * tflops)
+        axes.set_ylim(min(low * gbps / 1e3, *(y / 3 for _, _, y in every)), 2.2 * tflops)
         axes.grid(True, linewidth=0.5)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
