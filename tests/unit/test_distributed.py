@@ -163,10 +163,12 @@ def test_every_rank_has_the_same_bits() -> None:
 
 
 def _one_stops(rank: int, how: str, victim: int, timeout_s: float):
-    ranks = ContextParallel(timeout_s=timeout_s)
+    ranks = ContextParallel(timeout_s=60)
     q, keys = operands()
     mine = [k[torch.arange(len(k)) % ranks.world == rank] for k in keys]
-    ranks.decode(q, *paged(mine, 16))  # a healthy one first
+    ranks.decode(q, *paged(mine, 16))  # a healthy one first, on a machine that may be busy
+    dist.barrier()
+    ranks.timeout_s = timeout_s
     if rank == victim:
 
         def stop_inside(start, what) -> None:
@@ -188,18 +190,18 @@ def _one_stops(rank: int, how: str, victim: int, timeout_s: float):
 
 @pytest.mark.parametrize(("how", "world", "victim"), [("killed", 2, 1), ("killed", 4, 2), ("stalled", 4, 3)])
 def test_a_dead_rank_is_named_in_time(how, world, victim) -> None:
-    timeout_s = 3.0
+    timeout_s = 5.0
     found = run_ranks(_one_stops, world, how, victim, timeout_s, expect_dead=(victim,))
     survivors = [each for rank, each in enumerate(found) if rank != victim]
     for ranks, message, seconds, stays_lost in survivors:
         assert ranks == (victim,), message
-        assert f"rank(s) {victim} did not answer within 3 s" in message
-        assert seconds < 30, "a time limit of 3 s, and one for the roll call"
+        assert f"rank(s) {victim} did not answer within 5 s" in message
+        assert seconds < 30, "a time limit of 5 s, and one for the roll call"
         assert stays_lost
 
 
 def test_when_the_rank_that_holds_the_store_dies_nobody_hangs() -> None:
-    found = run_ranks(_one_stops, 2, "killed", 0, 3.0, expect_dead=(0,))
+    found = run_ranks(_one_stops, 2, "killed", 0, 5.0, expect_dead=(0,))
     ranks, message, seconds, _ = found[1]
     assert ranks == (0,)
     assert "rank(s) 0 did not answer" in message
