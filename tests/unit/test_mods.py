@@ -13,6 +13,7 @@ import torch
 
 import openmla
 from openmla import backends, cli, mods
+from openmla.backends.torch import anywhere, kernels
 from openmla.core.errors import ConfigError, ModError, ProblemError
 from openmla.mods import Rope, activation, attach, m, mask_mod, score_mod
 from openmla.reference import attention
@@ -44,6 +45,27 @@ def judge(case: Case, given: Any, operands: dict[str, Any] | None = None, backen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_library(name, dtype):
     judge(dataclasses.replace(CASE, dtype=dtype), LIBRARY[name])
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_where_nothing_is_known_on_the_host(name, monkeypatch):
+    """The path of devices other than a CPU, on a CPU."""
+    monkeypatch.setattr(kernels, "tiled", anywhere)
+    judge(CASE, LIBRARY[name])
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("name", ["several", "sigmoid with others"])
+def test_more_rows_and_keys_than_a_tile_and_a_task_hold(name, width):
+    """Tasks of 256 rows, tiles of 512 keys and more, merged in turn by two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(width)
+    try:
+        given = library_cases(h_q=128, capacity=2600)[name]
+        case = dataclasses.replace(CASE, h_q=128, h_kv=1, seqlens_q=(3, 3), seqlens_k=(2500, 700), dtype=torch.bfloat16)
+        judge(case, given)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["several", "sigmoid with others"])

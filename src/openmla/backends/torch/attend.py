@@ -28,6 +28,7 @@ import torch
 from openmla.backends.torch import workers
 from openmla.backends.torch.products import Products
 from openmla.backends.torch.workers import Scratch
+from openmla.mods import Attached, Site
 
 # Query rows per task: their fp32 scores of one tile take 512 KB, their running output as much.
 TASK_ROWS = 256
@@ -58,6 +59,24 @@ class Sight(NamedTuple):
         return (keys < self.begin[:, None]) | (keys >= self.end[:, None])
 
 
+class TaskMods(NamedTuple):
+    """Mods of a decode, and where the rows of a task stand; int32."""
+
+    attached: Attached
+    b: torch.Tensor  # []
+    h: torch.Tensor  # [R, 1]
+    q_idx: torch.Tensor  # [R, 1]
+
+    @property
+    def has_activation(self) -> bool:
+        """Weights are no exponentials, and are not divided by their sum."""
+        return self.attached.form.activation is not None
+
+    def site(self, first: int, last: int) -> Site:
+        """Of scores [R, last - first]."""
+        return Site(self.b, self.h, self.q_idx, torch.arange(first, last, dtype=torch.int32, device="cpu"))
+
+
 @dataclass(frozen=True)
 class Task:
     """Query rows that share their keys."""
@@ -67,6 +86,7 @@ class Task:
     read: Callable[[int, int, Scratch], Tile]
     write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]  # out [R, d_v], lse [R], top [R], all fp32
     sight: Sight | None = None  # None: every row sees every key of every span
+    modded: TaskMods | None = None
 
 
 class Pending(NamedTuple):
@@ -100,6 +120,9 @@ class _Rows:
     def write(self, task: Task) -> None:
         rows = task.q.shape[0]
         mass, top = self.mass[:rows, 0], self.top[:rows, 0]
+        if task.modded is not None and task.modded.has_activation:
+            task.write(self.out[:rows], torch.log(mass), top)
+            return
         out = self.out[:rows].div_(mass.masked_fill(mass == 0, 1)[:, None])
         top = (top * _LN_2).masked_fill_(mass == 0, -torch.inf)
         # Where the mass is 0, the top is -inf and so is the sum.
@@ -123,7 +146,7 @@ class Attention:
     def __init__(self, products: Callable[[torch.Tensor], Products], d_v: int, softmax_scale: float) -> None:
         self._products = products
         self._d_v = d_v
-        self._factor = softmax_scale * _LOG2_E
+        self._scale = softmax_scale
         self._failed = False
 
     def run(self, tasks: Sequence[Pending]) -> None:
@@ -193,21 +216,46 @@ class Attention:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(m [R, 1], l [R, 1], o [R, d_v]) of keys [first, last); o is in scratch."""
         tile = task.read(first, last, scratch)
-        scores = products.scores(tile.k, self._factor, scratch)
+        # Mods want scores in natural units.
+        factor = self._scale * _LOG2_E if task.modded is None else self._scale
+        scores = products.scores(tile.k, factor, scratch)
         real, keys = task.q.shape[0], last - first
         if scores.shape[1] > keys:
             scores[:, keys:] = -torch.inf
         hidden = task.sight.hidden(first, last) if task.sight is not None else None
+        modded = task.modded
+        if modded is not None:
+            hidden = _change(scores[:real, :keys], modded, modded.site(first, last), hidden)
         if hidden is not None:
             scores[:real, :keys].masked_fill_(hidden, -torch.inf)
         if tile.absent is not None:
             scores[:, :keys].masked_fill_(tile.absent, -torch.inf)
-        top = scores.amax(1, keepdim=True).clamp_min_(_NOTHING)
-        weights = scores.sub_(top).exp2_()
+        if modded is not None and modded.has_activation:
+            # With a top of 0 everywhere, merging is adding.
+            top, weights = torch.zeros((scores.shape[0], 1), device="cpu"), scores
+            weights[:real, :keys] = modded.attached.weights(scores[:real, :keys], modded.site(first, last))
+            weights[real:] = 0
+            weights[:, keys:] = 0
+        else:
+            top = scores.amax(1, keepdim=True).clamp_min_(_NOTHING)
+            weights = scores.sub_(top).exp2_()
         mass = weights.sum(1, keepdim=True)
         if hidden is None:
             return top, mass, products.weigh(weights, tile.v, scratch)
         return top, mass, _weigh_seen(products, weights, tile.v, hidden, scratch)
+
+
+def _change(
+    scores: torch.Tensor, modded: TaskMods, site: Site, hidden: torch.Tensor | None
+) -> torch.Tensor | None:  # fmt: skip
+    """Scores in natural units, changed in place: to what an activation takes, else to base 2. Returns what is hidden."""
+    changed = modded.attached.scores(scores, site)
+    torch.mul(changed, 1.0 if modded.has_activation else _LOG2_E, out=scores)
+    shown = modded.attached.visible(site)
+    if shown is None:
+        return hidden
+    masked = shown.logical_not().expand(scores.shape)
+    return masked if hidden is None else masked | hidden
 
 
 def _weigh_seen(

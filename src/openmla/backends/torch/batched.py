@@ -1,8 +1,7 @@
 """Attention for any device: blocks of query tokens, each with its own gathered keys, up to capacity. No host sync.
 
 The last resort where no kernel fits: every token gathers its own rows, so nothing is shared, and lengths are
-masks instead of loop bounds, so that no value has to be known on the host. On a CPU `tiled` is used instead, except
-for problems with mods.
+masks instead of loop bounds, so that no value has to be known on the host. On a CPU `tiled` is used instead.
 """
 
 from __future__ import annotations

@@ -42,9 +42,8 @@ class _TorchKernel:
 
     def launch(self, compiled: TorchConfig, problem: Any, operands: Any, plan: Any) -> None:
         """Writes out, lse and max_logits of the operands in full. A plan is not needed and ignored."""
-        is_tiled = operands.q.is_cpu and getattr(problem, "mods", None) is None
         with torch.no_grad():
-            getattr(tiled if is_tiled else anywhere, self.op)(problem, operands)
+            getattr(tiled if operands.q.is_cpu else anywhere, self.op)(problem, operands)
 
 
 _BLOCK_KEYS = 64  # the unit in which a plan counts keys

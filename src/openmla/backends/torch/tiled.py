@@ -13,13 +13,14 @@ from itertools import pairwise
 import torch
 
 from openmla.backends.base import DecodeOperands, PrefillOperands, SparseDecodeOperands, SparsePrefillOperands
-from openmla.backends.torch.attend import TASK_ROWS, Attention, Pending, Sight, Task, Tile, tile_spans
+from openmla.backends.torch.attend import TASK_ROWS, Attention, Pending, Sight, Task, TaskMods, Tile, tile_spans
 from openmla.backends.torch.products import arithmetic_for
 from openmla.backends.torch.reading import CacheReader, read_span
 from openmla.backends.torch.workers import Scratch
 from openmla.core.faults import Fault
 from openmla.core.layout import KVLayout, plain_layout
 from openmla.core.problem import DecodeProblem, PrefillProblem, SparseDecodeProblem, SparsePrefillProblem
+from openmla.mods import Attached
 
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -128,6 +129,8 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
         CacheReader(operands.kv_cache, problem.layout, head, problem.d_v, arithmetic) for head in range(problem.h_kv)
     ]
     causal, window = problem.is_causal, problem.window
+    if operands.mods is not None and operands.mods.rope is not None:
+        q = operands.mods.rope.rotated(q, problem.d_v, _positions(spans, lengths, q.shape[:2]))
 
     def make(request: int, head: int, first: int, last: int, step: int) -> Task:
         row, start, stop = spans[request]
@@ -141,6 +144,9 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
             _read_pages(operands.block_table[request], size, readers[head], found),
             _writer(out[row, tokens, heads], lse[row, heads, tokens].t(), sink),
             sight,
+            None
+            if operands.mods is None
+            else _standing(operands.mods, request, heads, s_k - stop + start, first, last),
         )
 
     tasks = []
@@ -152,6 +158,24 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
                 tasks.append(Pending(-(-seen // step), partial(make, request, head, first, last, step)))
     Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
     found.report(operands.fault_word)
+
+
+def _positions(spans: Sequence[tuple[int, int, int]], lengths: Sequence[int], shape: torch.Size) -> torch.Tensor:
+    """Position of each query token in its request, int32 [rows, tokens]; spans are (row, first token, last)."""
+    found = torch.zeros(shape, dtype=torch.int32, device="cpu")
+    for (row, start, stop), s_k in zip(spans, lengths, strict=True):
+        found[row, start:stop] = torch.arange(s_k - stop + start, s_k, dtype=torch.int32, device="cpu")
+    return found
+
+
+def _standing(mods: Attached, request: int, heads: slice, before: int, first: int, last: int) -> TaskMods:
+    """Where the rows of query tokens [first, last) and `heads` stand, token after token; `before`: s_k - s_q."""
+    h = torch.arange(heads.start, heads.stop, dtype=torch.int32, device="cpu")
+    q_idx = torch.arange(before + first, before + last, dtype=torch.int32, device="cpu")
+    return TaskMods(
+        mods, torch.tensor(request, dtype=torch.int32, device="cpu"), h.repeat(last - first)[:, None],
+        q_idx.repeat_interleave(h.shape[0])[:, None],
+    )  # fmt: skip
 
 
 def _read_pages(
