@@ -26,7 +26,7 @@ print(f"{len(ROWS)} named rows; the fields of one: {', '.join(list(vars(ROWS['dd
 # %% [markdown]
 # ## The roof that a card really has
 #
-# A data sheet says 989 TFLOP/s and 3,352 GB/s. A large matrix product reaches less, because the card holds its power at 700 W by lowering its clock: less when it runs once, and less still when it runs back to back.
+# A data sheet says 989 TFLOP/s and 3,352 GB/s. A large matrix product reaches less, because the card holds its power at about 700 W by lowering its clock: less when it runs once, and less still when it runs back to back.
 
 # %%
 gemm, reading = ROWS["dd-5-07"], ROWS["dds-2-18"].ceilings["read_gbps"]
