@@ -1,17 +1,16 @@
 """Timings of the few-row dense decode kernel on one Hopper GPU, beside sgl-flash-mla where it is installed.
 
-    python tests/gpu/decode_dense_small_times.py LIBRARY [CELL ...]     rows to $OUT
+    python tests/gpu/decode_dense_small_times.py LIBRARY[,LIBRARY ...] [CELL ...]     rows to $OUT
 
-LIBRARY is built by build_decode_dense_small.py; decode_dense_small.py beside this file checks it.
+Several libraries (two versions of the kernel) are timed in turn, by the names of their files. They are built by
+build_decode_dense_small.py; decode_dense_small.py beside this file checks them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -115,16 +114,53 @@ CELLS = ((1, 4096, 16), (1, 32768, 16), (1, 131072, 16), (4, 4096, 16), (4, 3276
          (128, 16384, 32))  # fmt: skip
 
 
-def run_times(library: str, only: list[str]) -> None:
-    fns = Functions(library)
-    out_dir = Path(os.environ.get("OUT", "."))
-    read = read_bandwidth()
-    gemm, facts = gemm_tflops(), environment(Target.detect("cuda"))
-    print(
-        f"{facts['device']}: read-only {read:.0f} GB/s, gemm {gemm:.0f} TFLOPS, commit {facts['git_sha']}", flush=True
+def row(
+    case: Case, who: str, each: list[float], ratio: dict[str, float], is_clean: bool, facts: dict, ceilings: dict
+) -> Row:
+    """One contender's times as a row."""
+    us, ordered, is_peer = statistics.median(each), sorted(each), who == "flash_mla"
+    batch, s_k = len(case.lengths), case.lengths[0]
+    moved = batch * s_k * 1152 + 2 * batch * case.h_q * 1088
+    flops = 2 * batch * case.h_q * s_k * 1088
+    return Row(
+        suite="decode_dense_small",
+        case=f"decode-b{batch}-sq1-hq{case.h_q}-sk{s_k}-bf16",
+        who="flash_mla" if is_peer else "cute",
+        kind="peer" if is_peer else "backend",
+        kernel="flash_mla dense, use_legacy" if is_peer else kernel_name(case),
+        config="" if is_peer else who,
+        policy="balanced",
+        median_us=us,
+        p20_us=ordered[len(each) // 5],
+        p80_us=ordered[4 * len(each) // 5],
+        n=len(each),
+        host_us=None,
+        flops=flops,
+        bytes=moved,
+        tflops=flops / us / 1e6,
+        gbps=moved / us / 1e3,
+        fraction_gemm=flops / us / 1e6 / ceilings["gemm_tflops"],
+        fraction_read=moved / us / 1e3 / ceilings["read_gbps"],
+        ratio=ratio,
+        gate="" if is_peer else "within 1e-2 of the peer's largest element",
+        timing="graph",
+        cache="cold, nothing to write back" if is_clean else "cold, flushed by writing",
+        dtype="bf16",
+        inputs="0.1 * randn, shuffled pages of 64",
+        seed=0,
+        environment=facts,
+        ceilings=ceilings,
+        utc=now(),
     )
-    # [suffix, tokens per plan block, overhead tokens, least tokens per part, with the plan inside]
-    variants = json.loads(os.environ.get("VARIANTS", "[]"))
+
+
+def run_times(libraries: list[str], only: list[str]) -> None:
+    """Every cell, all libraries and the peer in turn."""
+    versions = {Path(library).stem: Functions(library) for library in libraries}
+    out_dir = Path(os.environ.get("OUT", "."))
+    facts = environment(Target.detect("cuda"))
+    ceilings = {"gemm_tflops": gemm_tflops(), "read_gbps": read_bandwidth()}
+    print(f"{facts['device']}, commit {facts['git_sha']}", *(f"{k} {v:.0f}" for k, v in ceilings.items()), flush=True)
     for batch, s_k, h_q in CELLS:
         tag = f"b{batch}_h{h_q}_k{s_k}"
         if only and tag not in only:
@@ -135,72 +171,32 @@ def run_times(library: str, only: list[str]) -> None:
         call = peer(x)
         if call is not None:
             graphs["flash_mla"] = graph_of(call)
-        chosen = variants or [["", 64, 64, 64, False]]
-        ops = []
-        for suffix, unit, overhead, share, with_plan in chosen:
-            tuned = replace(case, unit=unit, overhead=overhead // unit, share=max(share // unit, 1))
-            op = Operator(fns, x, kernel_name(case) + suffix, case=tuned)
+        for name, fns in versions.items():
+            op = Operator(fns, x, kernel_name(case))
             op.plan()
-            ops.append(op)
-            steps = (lambda o=op: (o.plan(), o.run())) if with_plan else op.run
-            graphs[f"ours{suffix}_u{unit}_o{overhead}_m{share}" + ("_plan" if with_plan else "")] = graph_of(steps)
-        if call is not None:
-            ref = call()[0]
-            for op in ops:
+            graphs[name] = graph_of(op.run)
+            if call is not None:
+                ref = call()[0]
                 bad = (op.out.double() - ref.double()).abs().max() / ref.double().abs().max()
-                assert bad < 1e-2, f"{tag}: differs from the peer by {bad:.1e}"
-        big = batch * s_k > 1 << 20
-        moved = batch * s_k * 1152 + 2 * batch * h_q * 1088
-        flops = 2 * batch * h_q * s_k * 1088
+                assert bad < 1e-2, f"{tag}: {name} differs from the peer by {bad:.1e}"
         for is_clean in (False, True):
-            times = time_graphs(graphs, rounds=3, repeats=5 if big else 15, is_clean=is_clean)
-            medians = {who: statistics.median(each) for who, each in times.items()}
-            line = f"{tag:16}{'clean' if is_clean else 'dirty'}"
+            times = time_graphs(graphs, rounds=3, repeats=5 if batch * s_k > 1 << 20 else 15, is_clean=is_clean)
             rows = []
             for who, each in times.items():
-                us, ordered = medians[who], sorted(each)
-                ratio = {} if call is None or who == "flash_mla" else {"flash_mla": medians["flash_mla"] / us}
-                is_peer = who == "flash_mla"
-                line += f" | {who} {us:.1f}us {moved / us / 1e3:.0f}GB/s" + "".join(
-                    f" x{x:.2f}" for x in ratio.values()
-                )
-                rows.append(
-                    Row(
-                        suite="decode_dense_small",
-                        case=f"decode-b{batch}-sq1-hq{h_q}-sk{s_k}-bf16",
-                        who="flash_mla" if is_peer else "cute",
-                        kind="peer" if is_peer else "backend",
-                        kernel="flash_mla dense, use_legacy" if is_peer else kernel_name(case),
-                        config="" if is_peer else who,
-                        policy="balanced",
-                        median_us=us,
-                        p20_us=ordered[len(each) // 5],
-                        p80_us=ordered[4 * len(each) // 5],
-                        n=len(each),
-                        host_us=None,
-                        flops=flops,
-                        bytes=moved,
-                        tflops=flops / us / 1e6,
-                        gbps=moved / us / 1e3,
-                        fraction_gemm=flops / us / 1e6 / gemm,
-                        fraction_read=moved / us / 1e3 / read,
-                        ratio=ratio,
-                        gate="" if is_peer else "within 1e-2 of the peer's largest element",
-                        timing="graph",
-                        cache="cold, nothing to write back" if is_clean else "cold, flushed by writing",
-                        dtype="bf16",
-                        inputs="0.1 * randn, shuffled pages of 64",
-                        seed=0,
-                        environment=facts,
-                        ceilings={"gemm_tflops": gemm, "read_gbps": read},
-                        utc=now(),
-                    )
-                )
+                ratio = {}
+                if call is not None and who != "flash_mla":
+                    ratio["flash_mla"] = statistics.median(times["flash_mla"]) / statistics.median(each)
+                rows.append(row(case, who, each, ratio, is_clean, facts, ceilings))
+            said = (
+                f"{r.config or r.who} {r.median_us:.1f}us {r.gbps:.0f}GB/s"
+                + "".join(f" x{v:.2f}" for v in r.ratio.values())
+                for r in rows
+            )
+            print(f"{tag:16}{'clean' if is_clean else 'dirty'}", *said, sep=" | ", flush=True)
             append(out_dir / "decode_dense_small.jsonl", rows)
-            print(line, flush=True)
-        del graphs, ops, x, call
+        del graphs, x, call
         torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    run_times(sys.argv[1], sys.argv[2:])
+    run_times(sys.argv[1].split(","), sys.argv[2:])
