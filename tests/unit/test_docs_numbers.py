@@ -45,7 +45,9 @@ def test_a_page_with_measured_numbers_names_rows_that_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ROW_NAME.search(page.read_text())], ids=name)
 def test_every_row_that_is_named_is_there(page: Path) -> None:
-    known = {row["environment"].get("row") for file in sorted(RESULTS.glob("*.jsonl")) for row in rows(file.name)}
+    known = {
+        row.get("environment", {}).get("row") for file in sorted(RESULTS.glob("*.jsonl")) for row in rows(file.name)
+    }
     unknown = sorted(set(ROW_NAME.findall(page.read_text())) - known)
     assert not unknown, f"{name(page)} quotes rows that do not exist: {unknown}"
 
@@ -66,3 +68,9 @@ def test_readme_says_what_the_rows_of_the_cpu_say() -> None:
         times, ratios = [r["median_us"] / 1e3 for r in mine], [r["ratio"]["sdpa"] for r in mine]
         assert f"{min(times):.0f} to {max(times):.0f} ms with {heads}" in sentence
         assert f"{min(ratios):.1f} to {max(ratios):.1f}" in sentence
+
+
+def test_the_table_of_trained_models_is_that_of_its_rows() -> None:
+    text = (ROOT / "docs" / "laboratory.md").read_text()
+    table = re.findall(r"^\| (?:MLA|MQA|GQA|MHA).*\| (\d+) \| (\d\.\d+) \|$", text, re.MULTILINE)
+    assert table == [(str(row["kv_numbers"]), f"{row['loss']:.3f}") for row in rows("latent_quality.jsonl")]
