@@ -205,12 +205,19 @@ def test_dequantisation_is_the_contract_for_every_code():
 
 @pytest.mark.parametrize("h_q", [1, 8, 16, 64, 128])
 @pytest.mark.parametrize("s_q", [1, 2, 5])
-def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
+def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q, monkeypatch):
+    monkeypatch.setattr(sparse, "CHECKED", ("fp8_656",))
     asked = problem(h_q=h_q, s_q=s_q, has_sink=True, has_topk_length=True, page_size=7, topk=100)
     assert sparse.supports(asked, H100)
-    assert sparse.configs(asked, H100)[0] in sparse.VARIANTS
+    assert sparse.configs(asked, H100)[0] in BUILT
     parts = sparse.num_parts(asked, H100)
     assert 1 <= parts * sparse.row_blocks(asked) * s_q <= H100.num_sms
+
+
+def test_a_layout_that_no_gpu_has_run_is_refused():
+    for layout in set(sparse.LAYOUTS) - set(sparse.CHECKED):
+        verdict = sparse.supports(problem(layout=kv_layout(layout)), H100)
+        assert any("checked on a GPU" in reason for reason in verdict.reasons)
 
 
 @pytest.mark.parametrize(

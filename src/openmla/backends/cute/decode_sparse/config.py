@@ -180,12 +180,15 @@ class Config:
         return asdict(self)
 
 
-LAYOUTS = ("fp8_656",)
-VARIANTS: tuple[Config, ...] = tuple(Config(layout) for layout in LAYOUTS)
+LAYOUTS: tuple[str, ...] = ("fp8_656", "fp8_584", "fp8_528", "fp8_528_mx")
+CHECKED: tuple[str, ...] = ()
+"""Layouts whose variant passed `tests/gpu/decode_sparse.py gate` on a GPU; `supports` takes no other."""
+
+VARIANTS: tuple[Config, ...] = tuple(Config(layout) for layout in CHECKED)
 """What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
 
-CANDIDATES: tuple[Config, ...] = tuple(Config(layout) for layout in ("fp8_584", "fp8_528", "fp8_528_mx"))
-"""Compile without spills, but were not run on a GPU; each joins VARIANTS with its first checked run."""
+CANDIDATES: tuple[Config, ...] = tuple(Config(layout) for layout in LAYOUTS if layout not in CHECKED)
+"""Compile without spills and compute the right thing when their PTX is run on a CPU, but were not run on a GPU."""
 
 
 def row_blocks(problem: SparseDecodeProblem) -> int:
@@ -205,6 +208,10 @@ def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
     return require(
         (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
         (problem.layout.name in LAYOUTS, f"reads {', '.join(LAYOUTS)} caches, this one is {problem.layout}"),
+        (
+            problem.layout.name not in LAYOUTS or problem.layout.name in CHECKED,
+            f"reads {problem.layout}, but that has not been checked on a GPU",
+        ),
         (problem.dtype == torch.bfloat16, f"takes bf16 queries, got {problem.dtype}"),
         (1 <= batch <= MAX_REQUESTS, f"takes 1 to {MAX_REQUESTS} requests (varlen: tokens), got {batch}"),
         (1 <= s_q <= 65_535, f"takes 1 to 65535 query tokens per request, got {s_q}"),

@@ -1,0 +1,157 @@
+"""The compiled token-sparse decode, run instruction by instruction on a CPU, against the fp64 oracle.
+
+The cases are those of the GPU gate (tests/gpu/decode_sparse.py), in sizes that a few CTAs work through.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from ptx_machine import Cta, Deadlock
+from ptx_program import Memory, TensorMap, describe, parse
+
+from openmla.backends.cute.decode_sparse import config as sparse
+from openmla.backends.cute.decode_sparse.launch import LOG2_E, build
+
+pytest.importorskip("cutlass")
+LAYOUTS = [config.layout for config in (*sparse.VARIANTS, *sparse.CANDIDATES)]
+SMEM = 231_424
+
+
+@cache
+def gate():
+    """The GPU script, on the CPU."""
+    path = Path(__file__).parents[1] / "gpu" / "decode_sparse.py"
+    spec = importlib.util.spec_from_file_location("gpu_decode_sparse", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.CUDA = "cpu"
+    return module
+
+
+@cache
+def ptx(layout: str) -> str:
+    config = sparse.Config(layout)
+    with TemporaryDirectory() as folder:
+        build(config, Path(folder))
+        return (Path(folder) / f"{config.name}.ptx").read_text()
+
+
+class Emulated:
+    """What `launch` calls: the kernel's arguments, packed as its host code packs them."""
+
+    def __init__(self, text: str) -> None:
+        self.program = parse(text)
+
+    def __call__(
+        self, q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum, fault, *scalars
+    ):  # fmt: skip
+        memory = Memory()
+        strides = [2, *(2 * q.stride(d) for d in (2, 1, 0))]
+        boxes = TensorMap(memory.place(q), [q.shape[d] for d in (3, 2, 1, 0)], strides, [64, 64, 1, 1])
+        free = lambda tensor, fixed=(), unit=(): describe(  # noqa: E731
+            memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
+        )
+        values = [
+            boxes, b"\0" * 12, free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length),
+            free(metadata, (1,), (0, 1)), free(num_splits, (), (0,)), free(sink, (), (0,)), free(out, (3,), (3,)),
+            free(lse), free(out_accum, (2,), (2,)), free(lse2_accum, (), (1,)), free(fault, (0,), (0,)),
+            *(np.array([x], np.int32).tobytes() for x in scalars[:-1]), np.array(scalars[-1:], np.float32).tobytes(),
+        ]  # fmt: skip
+        names = self.program.params
+        cta = Cta(self.program, memory, dict(zip(names, values, strict=False)), 512, SMEM)
+        for z in range(metadata.shape[0]):
+            for y in range(q.shape[1]):
+                for x in range(-(-q.shape[2] // 64)):
+                    cta.run((x, y, z), seed=x + 7 * y + 31 * z)
+        memory.read_back()
+
+
+def merge(out_accum, lse2_accum, num_splits, out, lse, sink, h_kv, has_sink):
+    """The combine kernel's law, for the requests that were split."""
+    for request in range(out.shape[0]):
+        first, last = num_splits[request : request + 2].tolist()
+        if last - first > 1:
+            partial = lse2_accum[first:last].double()
+            peak = partial.max(0).values
+            weight = torch.exp2(partial - torch.where(peak.isinf(), 0, peak))
+            total = weight.sum(0)
+            rows = (weight[..., None] * out_accum[first:last].double()).sum(0) / total.clamp_min(1e-300)[:, None]
+            lse2 = torch.where(total > 0, peak + total.log2(), -torch.inf)
+            if has_sink:
+                rows /= 1 + torch.exp2(sink.repeat(out.shape[1]) * LOG2_E - lse2)[:, None]
+            out[request] = rows.view(out.shape[1:]).to(out.dtype)
+            lse[request] = (lse2 / LOG2_E).view(out.shape[1:3]).T.float()
+
+
+def verdict(layout: str, text: str, *args, **options):
+    """(passed, words, fault word) of one case."""
+    case = gate().case("emulated", layout, *args, parts=options.pop("parts", 1), **options)
+    gate().run({"kernel": Emulated(text), "combine_bf16": merge}, "kernel", case)
+    return *gate().judged(case), case.operands.fault_word.item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_of_one_cta_with_everything_hostile(layout):
+    passed, words, fault = verdict(
+        layout, ptx(layout), 3, 1, 17, 130, page_size=7, absent=0.2, hostile=0.1, scales=True, sink=float("inf")
+    )
+    assert passed, words
+    assert fault == 8
+
+
+def test_two_blocks_of_heads_and_lengths_per_token():
+    passed, words, fault = verdict("fp8_656", ptx("fp8_656"), 2, 2, 80, 70, lengths=[[0, 1], [70, 64]])
+    assert passed, words
+    assert fault == 0
+
+
+def test_a_request_split_over_three_ctas():
+    passed, words, _ = verdict("fp8_656", ptx("fp8_656"), 1, 1, 64, 310, parts=3, queries=6.0, keys=2.0)
+    assert passed, words
+
+
+def test_one_piece_after_the_other_more_than_there_are_descriptors():
+    passed, words, _ = verdict(
+        "fp8_656", ptx("fp8_656"), 11, 1, 1, 3, varlen=True, lengths=[3, 0, 1, 2, 3, 3, 0, 0, 3, 3, 1]
+    )
+    assert passed, words
+
+
+def test_every_code_is_the_oracles_bf16(monkeypatch, capsys):
+    plan = sparse.plan.__wrapped__
+    monkeypatch.setattr(sparse, "plan", lambda batch, topk, parts: plan(batch, topk, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    kernel = Emulated(ptx("fp8_656"))
+    assert gate().every_code({"kernel": kernel}, "kernel", "fp8_656", batch=2), capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "other"),
+    [
+        (r"\+ 528\]", "+ 544]"),  # RoPE from eight columns further on
+        (r"(xor\.b32\s+%r\d+, %r\d+, )16;", r"\g<1>32;"),  # the second eight columns of a lane into another chunk
+        (r"cvt\.rn\.bf16x2\.f32 (%r\d+), f1, f0", r"cvt.rn.bf16x2.f32 \1, f0, f1"),  # two columns swapped
+    ],
+)
+def test_a_wrong_place_is_found(pattern, other):
+    text = ptx("fp8_656")
+    spoilt = re.sub(pattern, other, text)
+    assert spoilt != text, "nothing was spoilt"
+    passed, _, _ = verdict("fp8_656", spoilt, 1, 1, 8, 70)
+    assert not passed
+
+
+def test_an_arrival_too_few_is_a_deadlock():
+    text = ptx("fp8_656")
+    spoilt = re.sub(r"(mov\.b32\s+%r\d+, )8(;\s+mbarrier\.init)", r"\g<1>9\2", text)  # eight warps hand P back
+    assert spoilt != text, "nothing was spoilt"
+    with pytest.raises(Deadlock):
+        verdict("fp8_656", spoilt, 1, 1, 8, 200)
