@@ -5,6 +5,7 @@ the same function in fp64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -309,6 +310,27 @@ def test_parameters_are_those_of_the_kind():
     assert "table table is never read" in _refused(unread, mask_mod)
     assert "table table is read with m.load(table, index, ...)" in _refused(bare, mask_mod)
     assert "is read with 1 and with 2 indices" in _refused(two_ways, mask_mod)
+
+
+def test_names_that_would_change_their_meaning_are_refused():
+    cap = 3.0
+
+    def rescaled(score, b, h, q_idx, kv_idx):
+        cap = cap * 2  # noqa: F823
+        return score * cap
+
+    def table_called_m(score, b, h, q_idx, kv_idx, m):
+        return score + m.load(m, h)
+
+    @functools.wraps(biased.function)
+    def wrapped(*arguments):
+        return -biased(*arguments)
+
+    assert cap == 3.0
+    assert "line 2: cap is used before it is assigned" in _refused(rescaled)
+    assert "m.load is not known everywhere" in _refused(table_called_m)
+    assert "is wrapped by another decorator" in _refused(wrapped)
+    assert "must be a plain Python function, got Mod" in _refused(biased)
 
 
 def test_lambdas_and_other_things_are_refused():

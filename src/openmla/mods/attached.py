@@ -182,7 +182,7 @@ def form_of(given: Sequence[Mod | Rope | RopeForm]) -> Mods:
     broken, kinds, ropes = [], {kind: [] for kind in _ORDER}, []  # type: ignore[var-annotated]
     for each in given:
         if isinstance(each, Mod):
-            kinds[each.kind].append(_bare(each))
+            kinds[each.kind].append(each.bare)
         elif isinstance(each, Rope | RopeForm):
             ropes.append(each.form if isinstance(each, Rope) else each)
         else:
@@ -198,10 +198,3 @@ def form_of(given: Sequence[Mod | Rope | RopeForm]) -> Mods:
         tuple(kinds["score_mod"]), tuple(kinds["mask_mod"]), activations[0] if activations else None,
         ropes[0] if ropes else None,
     )  # fmt: skip
-
-
-def _bare(mod: Mod) -> Mod:
-    """Without tensors, which would live as long as the problem."""
-    if not mod.given:
-        return mod
-    return Mod(mod.kind, mod.name, mod.function, mod.math_name, mod.captured, mod.tables, mod.fingerprint)

@@ -17,7 +17,7 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CellType, FunctionType
 from typing import Any, Literal
@@ -58,6 +58,11 @@ class Mod:
         """The form for PyTorch."""
         return self.rebound(math)
 
+    @cached_property
+    def bare(self) -> Mod:
+        """Without tensors, which would live as long as the problem that the mod is part of."""
+        return replace(self, given={}) if self.given else self
+
     def rebound(self, functions: Any, number: Callable[[Scalar], Any] = lambda value: value) -> FunctionType:
         """The same code where `m` is `functions` and a captured number is `number(value)`: how a backend inlines it.
 
@@ -92,10 +97,7 @@ class Mod:
         if strangers:
             has = f"it has: {', '.join(known)}" if known else "it reads none"
             raise ModError(self.name, [f"no table is called {', '.join(strangers)}; {has}"])
-        return Mod(
-            self.kind, self.name, self.function, self.math_name, self.captured, self.tables, self.fingerprint,
-            {**self.given, **tables},
-        )  # fmt: skip
+        return replace(self, given={**self.given, **tables})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mod) and self.fingerprint == other.fingerprint
@@ -136,6 +138,10 @@ def _checked(kind: Kind, function: Callable[..., Any]) -> Mod:
     name = getattr(function, "__name__", str(function))
     if not inspect.isfunction(function):
         raise ModError(name, [f"must be a plain Python function, got {type(function).__name__}"])
+    if hasattr(function, "__wrapped__"):
+        raise ModError(
+            name, ["is wrapped by another decorator, whose work would be lost; apply it to the bare function"]
+        )
     tree = _parse(name, function)
     reader = _Reader(kind, tree, _captures(function))
     if reader.broken:
@@ -205,6 +211,10 @@ class _Reader:
         self._base = tree.lineno
         self.extra = self._parameters(kind, tree.args)
         self._local = set(PARAMETERS[kind])
+        assigned = {
+            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        self._own = {*self._local, *self.extra, *assigned}  # names that mean nothing outside of the function
         has_docstring = ast.get_docstring(tree) is not None
         self.lines = tree.body[1:] if has_docstring else tree.body
         for line in self.lines[:-1]:
@@ -287,7 +297,9 @@ class _Reader:
             return
         if node.id in self._local:
             return
-        if not self._holds(node.id in self._names, node, f"{node.id} is not known"):
+        if not self._holds(
+            node.id not in self._own, node, f"{node.id} is used before it is assigned"
+        ) or not self._holds(node.id in self._names, node, f"{node.id} is not known"):
             return
         value = self._names[node.id]
         if isinstance(value, bool | int | float):
@@ -306,7 +318,7 @@ class _Reader:
         """Is it `m.<a known name>`?"""
         root = node.value.id if isinstance(node.value, ast.Name) else None
         if not self._holds(
-            root is not None and root not in self._local and self._names.get(root) is math, node,
+            root is not None and root not in self._own and self._names.get(root) is math, node,
             f"{ast.unparse(node)} is not known everywhere; use the functions of `from openmla.mods import m`",
         ):  # fmt: skip
             return False

@@ -42,10 +42,13 @@ def constants(form: Mods | None) -> tuple[Any, ...] | None:
     return (*groups, rope, key)
 
 
-def table_arguments(mods: Attached | None) -> tuple[Any, ...]:
-    """What `site` carries of tensors: for each function its tables, for each table pointer, sizes and strides."""
+def table_arguments(mods: Attached | None) -> Any:
+    """What `site` carries of tensors: for each function its tables, for each table pointer, sizes and strides.
+
+    A plain decode passes the number 0, so that its launch does not depend on how Triton passes tuples.
+    """
     if mods is None:
-        return ()
+        return 0
     return tuple(tuple(_table(each) for each in tables) for tables in mods.tables)
 
 
@@ -58,10 +61,10 @@ def _table(table: torch.Tensor) -> tuple[Any, ...]:
     return (table, *(16 * each + 2 for pair in zip(table.shape, table.stride(), strict=True) for each in pair))
 
 
-def rope_arguments(mods: Attached | None) -> tuple[Any, ...]:
-    """(cos, sin, row strides, positions) or nothing."""
+def rope_arguments(mods: Attached | None) -> Any:
+    """(cos, sin, row strides, positions), or 0."""
     if mods is None or mods.rope is None:
-        return ()
+        return 0
     cos, sin = mods.rope.cos, mods.rope.sin
     return (cos, sin, cos.stride(0), sin.stride(0), cos.shape[0])
 
