@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 
 import pytest
 
@@ -39,10 +40,23 @@ def every_plot():
     yield plot.roofline([("product", 1.0)], [("memory", 50.0), ("cache", 200.0)], spots, salt="s", title="a title")
 
 
+def test_labels_stand_beside_their_lines():
+    """Where limits follow from the data alone, a label must know them: its place is within the picture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = plot.scatter(
+            {"low": [(12, 2.1), (136, 2.1)], "high": [(40, 2.2)]}, salt="s", title="t", heading="h", x_label="x"
+        )
+    height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg).group(1))
+    place = {name: float(re.search(rf'y="([-\d.]+)"[^>]*>{name}<', svg).group(1)) for name in ("low", "high")}
+    assert 0 < place["high"] < place["low"] < height
+
+
 def test_pictures_have_a_name_and_only_colours_of_the_page():
     for svg in every_plot():
         assert 'role="img" aria-label="a title"' in svg
         assert set(re.findall(r"#[0-9a-fA-F]{6}\b", svg)) == set(), "a colour that dark mode cannot change"
         assert "var(--c0)" in svg
+        assert set(re.findall(r"font-family: ([^;\"]*)", svg)) == {"inherit"}
         assert "<text" in svg
         assert "http" not in svg.replace("http://www.w3.org", "")

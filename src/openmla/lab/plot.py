@@ -54,6 +54,7 @@ def _svg(text: str, salt: str, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
+    text = re.sub(r"font-family: (?!inherit)[^;\"]*", "font-family: inherit", text)
     text = re.sub(r'\bid="', f'id="{salt}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{salt}-", text)
     for marker, variable in _VARIABLES.items():
@@ -85,7 +86,7 @@ def end_labels(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
     ends: (x, y, name, colour).
     """
     figure = axes.figure
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # limits and layout stand only after this
     spots = sorted(ends, key=lambda end: end[1])
     gap = 1.25 * POINT * figure.dpi / 72
     wanted = [axes.transData.transform((x, y))[1] for x, y, _, _ in spots]
