@@ -1,0 +1,259 @@
+"""Several CTAs of one launch side by side: what `ptx_machine` needs beyond itself for a kernel whose CTAs wait for each other.
+
+All warps of all CTAs take turns in random order, so a partial that nobody stores is a deadlock here too. Also here: named
+barriers, 16-byte loads and stores in one piece, boxes of five modes, transposed operands and stores, lanes that return alone.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from ptx_lanes import Warp
+from ptx_machine import Cta, Deadlock
+from ptx_program import LANES, Memory, Program, from_bf16, swizzle
+
+GONE = 1 << 40  # the place of lanes that have returned
+
+
+class GridCta(Cta):
+    """One CTA of a grid."""
+
+    def begin(self, block: tuple[int, int, int], seed: int) -> None:
+        """As in Cta; nobody stands at a barrier."""
+        super().begin(block, seed)
+        self.places: dict[int, int] = {}  # warp -> named barrier
+
+    # ------------------------------------------------------------------ control
+
+    def do_bar(self, parts: list[str], operands: list[str]) -> Any:
+        if parts[1] == "warp":
+            return super().do_bar(parts, operands)
+        name, count = int(operands[0]), (int(operands[1]) if len(operands) > 1 else self.threads) // 32
+
+        def wait(warp: Warp, mask: np.ndarray) -> bool:
+            assert mask.all(), "bar.sync of lanes that are elsewhere"
+            self.places[warp.index] = name
+            here = [index for index, place in self.places.items() if place == name]
+            assert len(here) <= count, "more warps at a barrier than it counts"
+            if len(here) < count:
+                warp.waits_at_barrier = True
+                return True
+            for index in here:
+                del self.places[index]
+                if index != warp.index:
+                    self.warps[index].waits_at_barrier = False
+                    self.warps[index].pc += 1
+            return False
+
+        return wait
+
+    def do_ret(self, parts: list[str], operands: list[str]) -> Any:
+        def run(warp: Warp, mask: np.ndarray) -> bool:
+            warp.pc[mask] = GONE
+            warp.is_done = bool((warp.pc >= GONE).all())
+            return warp.is_done
+
+        return run
+
+    def compile(self, guard: str, opcode: str, operands: list[str]) -> Any:
+        step = super().compile(guard, opcode, operands)
+        if opcode != "ret":
+            return step
+
+        def leave(warp: Warp, mask: np.ndarray, where: int) -> bool:
+            pause = step(warp, mask, where)
+            warp.pc[mask] = GONE
+            return pause
+
+        return leave
+
+    # ------------------------------------------------------------------ lanes
+
+    def do_shfl(self, p: list[str], o: list[str]) -> Any:
+        write, value = self.writer(o[0]), self.reader(o[1], "u32")
+        by, clamp = self.reader(o[2], "u32"), self.reader(o[3], "u32")
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "shfl.sync of lanes that are elsewhere"
+            segment = clamp(warp) >> 8 & 31
+            source = LANES ^ by(warp) if p[2] == "bfly" else (LANES & segment) | (by(warp) & 31 & ~segment)
+            write(warp, mask, value(warp)[source.astype(np.int64)])
+
+        return run
+
+    def do_elect(self, p: list[str], o: list[str]) -> Any:
+        write = self.writer(o[0].split("|")[1])
+        return lambda warp, mask: write(warp, mask, int(np.flatnonzero(mask)[0]) == LANES)
+
+    # ------------------------------------------------------------------ memory
+
+    def address(self, operand: str) -> Any:
+        match = re.fullmatch(r"\[\s*([\w%$.@]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+        assert match, operand
+        is_wide, offset = "rd" in match[1] or not match[1].startswith("%r"), int(match[2] or 0)
+        base = self.reader(match[1], "u64" if is_wide else "u32")
+        if is_wide:
+            return lambda warp: base(warp).astype(np.int64) + offset
+        return lambda warp: base(warp).astype(np.int64) + offset & 0xFFFFFFFF
+
+    def do_mov(self, parts: list[str], o: list[str]) -> Any:
+        if parts[1] != "b128":
+            return super().do_mov(parts, o)
+        if o[0].startswith("{"):
+            writes = [self.writer(name) for name in self.vector(o[0])]
+
+            def split(warp: Warp, mask: np.ndarray) -> None:
+                for half, write in enumerate(writes):
+                    write(warp, mask, warp.registers[o[1]][half].copy())
+
+            return split
+        reads = [self.reader(name, "u64") for name in self.vector(o[1])]
+
+        def join(warp: Warp, mask: np.ndarray) -> None:
+            warp.registers[o[0]] = np.stack([read(warp) for read in reads])
+
+        return join
+
+    def do_ld(self, p: list[str], o: list[str]) -> Any:
+        if "relaxed" not in p:
+            return super().do_ld(p, o)
+        where = self.address(o[1])
+        narrow = super().do_ld(p, o) if p[-1] != "b128" else None
+
+        def read(warp: Warp, mask: np.ndarray) -> None:
+            if narrow:
+                narrow(warp, mask)
+            else:
+                found = np.ascontiguousarray(self.fetch("global", where(warp)[mask], 16)).view(np.uint64)
+                both = warp.registers[o[0]].copy()
+                both[:, mask] = found.reshape(-1, 2).T
+                warp.registers[o[0]] = both
+            warp.registers["polling"] = LANES  # a loop around it gives way
+
+        return read
+
+    def do_st(self, p: list[str], o: list[str]) -> Any:
+        if p[-1] != "b128":
+            return super().do_st(p, o)
+        where = self.address(o[0])
+
+        def write(warp: Warp, mask: np.ndarray) -> None:
+            content = np.ascontiguousarray(warp.registers[o[1]].T[mask]).view(np.uint8)
+            self.store("global", where(warp)[mask], content.reshape(-1, 16))
+
+        return write
+
+    def do_cp(self, p: list[str], o: list[str]) -> Any:
+        if "commit_group" in p:
+            return self._ignore(p, o)
+        return super().do_cp(["cp", "async", "wait_all"] if "wait_group" in p else p, o)
+
+    def do_stmatrix(self, p: list[str], o: list[str]) -> Any:
+        where, reads = self.address(o[0]), [self.reader(x, "u32") for x in self.vector(o[1])]
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "stmatrix of lanes that are elsewhere"
+            for matrix, read in enumerate(reads):
+                content = np.ascontiguousarray(read(warp)).view(np.uint16).reshape(8, 8)
+                content = np.ascontiguousarray(content.T if "trans" in p else content)
+                self.store("shared", where(warp)[8 * matrix : 8 * matrix + 8], content.view(np.uint8))
+
+        return run
+
+    def _box(self, o: list[str]) -> Any:
+        to, barrier = self.address(o[0]), self.address(o[2])
+        match = re.fullmatch(r"\[\s*([\w%]+)\s*,\s*\{(.*)\}\s*\]", o[1])
+        assert match
+        which = self.reader(match[1], "u64")
+        coordinates = [self.reader(x.strip(), "s32") for x in match[2].split(",")]
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.sum() == 1, "more than one lane starts a copy"
+            lane = int(np.flatnonzero(mask)[0])
+            of = self.params[self.program.params[int(which(warp)[lane])]]
+            start = [int(x(warp)[lane]) for x in coordinates]
+            box = [*of.box, *[1] * (len(start) - len(of.box))]
+            content = np.zeros((*box[:0:-1], box[0] * 2), np.uint8)
+            for place in np.ndindex(*box[:0:-1]):
+                at = [start[0], *(start[d] + place[len(box) - 1 - d] for d in range(1, len(box)))]
+                if all(0 <= x < extent for x, extent in zip(at, of.extents, strict=True)):
+                    begin = of.address + sum(x * step for x, step in zip(at, of.strides, strict=True))
+                    content[place] = self.fetch("global", np.array([begin]), box[0] * 2)[0]
+            self.shared[swizzle(int(to(warp)[lane]) + np.arange(content.size))] = content.reshape(-1)
+            done = self.barriers[int(barrier(warp)[lane])]
+            done.bytes -= content.size
+            done.flip()
+
+        return run
+
+    # ------------------------------------------------------------------ tensor cores
+
+    def do_wgmma(self, p: list[str], o: list[str]) -> Any:
+        if p[1] in ("fence", "commit_group", "wait_group"):
+            return super().do_wgmma(p, o)
+        n = int(re.search(r"m64n(\d+)k16", ".".join(p))[1])  # type: ignore[index]
+        names, scale = self.vector(o[0]), self.predicate(o[3])
+        sides = [(self.reader(o[1 + x], "u64"), o[6 + x] == "1") for x in range(2)]
+
+        def operand(descriptor: int, index: np.ndarray, is_transposed: bool) -> np.ndarray:
+            start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+            assert descriptor >> 62 == 1, "not the 128-byte swizzle"
+            k, i = np.arange(16)[None], index[:, None]
+            if is_transposed:
+                return swizzle(start + i // 64 * leading + i % 64 * 2 + k // 8 * stride + k % 8 * 128)
+            return swizzle(start + i // 8 * stride + i % 8 * 128 + k * 2)
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "wgmma of lanes that are elsewhere"
+            values = []
+            for (descriptor, is_transposed), index in zip(
+                sides, (np.arange(16) + 16 * (warp.index % 4), np.arange(n)), strict=True
+            ):
+                both = operand(int(descriptor(warp)[0]), index, is_transposed)
+                both = np.stack([both, both + 1], -1)
+                content = self.shared[both]
+                warp.groups[-1].append((both, content))
+                bits = content.reshape(-1, 2).copy().view(np.uint16).reshape(both.shape[:2])
+                values.append(bits.view(np.float16).astype(np.float32) if "f16" in p else from_bf16(bits))
+            product, adds = values[0] @ values[1].T, scale(warp)[0]
+            for x, name in enumerate(names):
+                row, column = LANES // 4 + 8 * (x // 2 % 2), x // 4 * 8 + LANES % 4 * 2 + x % 2
+                old = warp.registers[name].view(np.float32) if adds else np.float32(0)
+                warp.registers[name] = (old + product[row, column]).astype(np.float32).view(np.uint32)
+
+        return run
+
+
+def launch(
+    program: Program, memory: Memory, params: Sequence[Any], blocks: Iterable[tuple[int, int, int]], threads: int,
+    shared_bytes: int, seed: int = 0,
+) -> int:  # fmt: skip
+    """Run all blocks at once; how many instructions that took.
+
+    Raises:
+        Deadlock: no warp of any CTA can go on.
+    """
+    named = dict(zip(program.params, params, strict=False))
+    ctas, chance, idle = [], random.Random(seed), 0
+    for index, block in enumerate(blocks):
+        cta = GridCta(program, memory, named, threads, shared_bytes)
+        cta.begin(block, seed + index)
+        cta.code = [cta.compile(*statement) for statement in program.statements]
+        ctas.append(cta)
+    with np.errstate(all="ignore"):
+        while True:
+            alive = [(cta, warp) for cta in ctas for warp in cta.warps if not warp.is_done]
+            if not alive:
+                return sum(cta.issued for cta in ctas)
+            chance.shuffle(alive)
+            before = sum(cta.issued for cta in ctas)
+            for cta, warp in alive:
+                cta.turn(warp)
+            # a turn that only polls issues a few instructions per warp
+            idle = idle + 1 if sum(cta.issued for cta in ctas) - before <= 25 * len(alive) else 0
+            if idle > 600:
+                raise Deadlock(str([(cta.block, warp.index, int(warp.pc.min())) for cta, warp in alive]))

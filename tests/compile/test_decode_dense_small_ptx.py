@@ -1,0 +1,144 @@
+"""The compiled few-row decode, run instruction by instruction on a CPU, all CTAs side by side, against the fp64 oracle."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from ptx_grid import launch
+from ptx_machine import Deadlock
+from ptx_program import Memory, Program, TensorMap, describe, parse
+
+from openmla.backends.cute.decode_dense_small import config as small
+from openmla.backends.cute.decode_dense_small.launch import LOG2_E, build
+from openmla.reference import attention
+from openmla.split.schedule import plan_decode
+from openmla.testing import budget
+
+pytest.importorskip("cutlass")
+NAN = float("nan")
+
+
+@cache
+def compiled(config: small.Config) -> tuple[Program, int]:
+    with TemporaryDirectory() as folder:
+        smem = build(config, Path(folder)).resources.dynamic_smem_bytes
+        return parse((Path(folder) / f"{config.name}.ptx").read_text()), smem
+
+
+class Call:
+    """One problem with everything in it that must not matter poisoned, and a launch of it."""
+
+    def __init__(
+        self, lengths, *, h_q=16, s_q=1, page=64, parts=3, chunk=0, causal=False, sink=False, window=0, offsets=()
+    ) -> None:  # fmt: skip
+        gen = torch.Generator().manual_seed(0)
+        self.options = {"is_causal": causal, "window": window}
+        self.page, self.parts, self.chunk = page, parts, chunk
+        used, batch = [-(-length // page) for length in lengths], len(lengths)
+        pages = sum(used) + 2
+        self.kv = 0.5 * torch.randn(pages, page, 1, 576, generator=gen).bfloat16()
+        order = torch.randperm(pages, generator=gen).int()
+        self.table = torch.full((batch, max(used) + 1), 2**31 - 1, dtype=torch.int32)
+        for b, count in enumerate(used):
+            self.table[b, :count] = order[sum(used[:b]) : sum(used[:b]) + count]
+            if lengths[b] % page:
+                self.kv[self.table[b, count - 1].long(), lengths[b] % page :] = NAN
+        self.kv[order[sum(used) :].long()] = NAN
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.max_s_q = int(np.diff(offsets).max()) if offsets else 0
+        self.offsets = torch.tensor(offsets or (0,) * (batch + 1), dtype=torch.int32)
+        lead = (1, offsets[-1] + 1) if offsets else (batch, s_q)
+        self.q = torch.randn(*lead, h_q, 576, generator=gen).bfloat16()
+        self.sink = torch.randn(h_q, generator=gen) if sink else None
+        reach = [min(n, window + (self.max_s_q or s_q) + 62) if window else n for n in lengths]
+        plan = plan_decode(
+            reach, parts, policy="batch_invariant" if chunk else "balanced", overhead_blocks=1, chunk_tokens=chunk or 64
+        )
+        self.metadata, self.num_splits = plan.tile_scheduler_metadata(), plan.num_splits_tensor()
+        self.exchange = torch.full((1, plan.num_pieces, 16 * 576), 0x7FC00001, dtype=torch.int32)
+        self.exchange[..., ::4] = small.UNWRITTEN
+        self.out, self.lse = torch.empty(*lead, h_q, 512).bfloat16(), torch.empty(lead[0], h_q, lead[1])
+        self.fault = torch.zeros(1, dtype=torch.int32)
+
+    def run(self, seed: int, blocks=None) -> None:
+        """One launch. `blocks`: the parts that take part."""
+        program, smem = compiled(small.Config())
+        self.out.fill_(NAN)
+        self.lse.fill_(NAN)
+        memory = Memory()
+
+        def free(tensor, fixed=(), unit=()):
+            return describe(
+                memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
+            )
+
+        kv, sink = self.kv, torch.zeros(1) if self.sink is None else self.sink
+        steps = [2, 2 * kv.stride(1), 128, 2 * kv.stride(2), 2 * kv.stride(0)]
+        boxes = TensorMap(memory.place(kv), [64, self.page, 9, 1, kv.shape[0]], steps, [64, 8, 9])
+        window = self.options["window"]
+        params = [
+            boxes, np.array([self.page, 1, kv.shape[0]], np.int32).tobytes(), free(self.q, (3,), (3,)),
+            free(kv, (3,), (3,)), free(self.table, (), (1,)), free(self.lengths, (), (0,)),
+            free(self.metadata, (1,), (0, 1)), free(self.num_splits, (), (0,)), free(self.out, (3,), (3,)),
+            free(self.lse), free(self.exchange, (2,), (1, 2)), free(sink, (), (0,)), free(self.offsets, (), (0,)),
+            free(self.fault, (0,), (0,)), np.float32(576**-0.5 * LOG2_E).tobytes(),
+            *(np.int32(x).tobytes() for x in (
+                self.options["is_causal"] or window > 0, window or small.NO_WINDOW, self.max_s_q, 64, self.chunk // 64,
+                self.sink is not None,
+            )),
+        ]  # fmt: skip
+        try:
+            launch(program, memory, params, [(x, 0, 0) for x in blocks or range(self.parts)], 288, smem, seed)
+        finally:
+            memory.read_back()
+
+    def check(self) -> None:
+        """out, lse, faults, and the exchange as the next launch needs it."""
+        is_packed = self.max_s_q > 0
+        golden = attention.decode(
+            self.q[0] if is_packed else self.q, self.kv, self.table, self.lengths, softmax_scale=576**-0.5, d_v=512,
+            cu_seqlens_q=self.offsets if is_packed else None, attn_sink=self.sink, with_bounds=True, **self.options,
+        )  # fmt: skip
+        out, lse = (self.out[0], self.lse[0]) if is_packed else (self.out, self.lse)
+        budget.check(out, lse, golden, dtype=torch.bfloat16).require()
+        assert (self.exchange[..., ::4] == small.UNWRITTEN).all()
+        assert self.fault.item() == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"lengths": (300, 70), "h_q": 3, "s_q": 2, "window": 100}, id="window"),
+        pytest.param({"lengths": (200, 30), "page": 3, "parts": 2}, id="page3"),
+        pytest.param(
+            {"lengths": (300, 70, 9), "h_q": 8, "offsets": (1, 2, 4, 4), "parts": 5, "causal": True}, id="varlen"
+        ),
+        pytest.param({"lengths": (640,), "h_q": 4, "chunk": 64, "parts": 5}, id="teams-of-2"),
+    ],
+)
+def test_the_machine_code_computes_attention(options):
+    call = Call(**options)
+    call.run(seed=1)
+    call.check()
+
+
+def test_pieces_of_several_requests_meet_in_any_order():
+    call = Call((500, 130, 5, 0), parts=4, sink=True)
+    assert int(call.num_splits[-1]) > 6, "the case must split requests, and give a part pieces of two"
+    bits = []
+    for seed in (1, 2):  # another order of warps; and the second launch finds what the first leaves behind
+        call.run(seed)
+        call.check()
+        bits.append(call.out.clone())
+    assert torch.equal(*bits)
+
+
+def test_a_part_that_does_not_come_is_waited_for():
+    call = Call((300,), parts=3)
+    with pytest.raises(Deadlock):
+        call.run(seed=1, blocks=(0, 2))
