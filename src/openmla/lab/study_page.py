@@ -173,7 +173,8 @@ def _trained(found: Study) -> list[Section]:
         x_label="numbers kept per token and layer",
     )  # fmt: skip
     rows = [
-        [form.upper(), str(size), str(kept), f"{loss:.4f}", f"{spread:.4f}"] for form, size, kept, loss, spread in every
+        [form.upper(), str(size), str(kept), f"{loss:.4f}", f"{spread:.4f}" if spread else "-"]
+        for form, size, kept, loss, spread in every
     ]
     first = found.trained[0]
     seeds = len({each.seed for each in found.trained})
