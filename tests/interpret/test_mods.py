@@ -69,6 +69,17 @@ def test_options_beside_mods(name, changes, machine):
     judge(dataclasses.replace(CASE, **changes), given)
 
 
+def test_a_promised_window_skips_tiles(machine):
+    """Pages in front of the window do not exist: whoever reads them leaves a fault."""
+    machine(3)
+    case = dataclasses.replace(CASE, seqlens_q=(1, 1, 1))
+    operands = case.tensors()
+    operands["block_table"][0, :4] = 10**6
+    judge(case, LIBRARY["sliding_window"], operands)
+    openmla.decode(**native_arguments("decode", operands), mods=LIBRARY["sliding_window"], backend="triton")
+    assert openmla.check_errors() == ()
+
+
 def test_scores_kept_apart(machine, monkeypatch):
     """The form of the tile that Hopper gets."""
     from openmla.backends.triton import launch

@@ -16,6 +16,7 @@ import openmla
 from openmla import backends, cli, mods
 from openmla.backends.torch import anywhere, kernels
 from openmla.core.errors import ConfigError, ModError, ProblemError
+from openmla.core.faults import Fault
 from openmla.mods import Rope, activation, attach, m, mask_mod, score_mod
 from openmla.reference import attention
 from openmla.testing import budget
@@ -121,6 +122,41 @@ def test_window_as_a_mod_is_the_window():
     own, own_lse = openmla.decode(**{**arguments, "window": 7})
     torch.testing.assert_close(mine, own)
     torch.testing.assert_close(lse, own_lse)
+
+
+def test_a_promised_window_skips_keys():
+    """Pages in front of the window do not exist: whoever reads them leaves a fault."""
+    operands = dataclasses.replace(CASE, seqlens_q=(1, 1, 1)).tensors()
+    operands["block_table"][0, :4] = 10**6
+    arguments = native_arguments("decode", operands)
+    openmla.check_errors()
+    found, lse = openmla.decode(**arguments, mods=mods.sliding_window(7))
+    assert openmla.check_errors() == ()
+
+    @mask_mod
+    def no_promise(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (kv_idx > q_idx - 7)
+
+    again, again_lse = openmla.decode(**arguments, mods=no_promise)
+    assert openmla.check_errors() == (Fault.PAGE_OUT_OF_RANGE,)
+    torch.testing.assert_close(found, again)
+    torch.testing.assert_close(lse, again_lse)
+
+
+@pytest.mark.parametrize(
+    ("window", "promised", "narrowest"), [(None, 0, 0), (5, 0, 5), (None, 7, 7), (5, 7, 5), (9, 7, 7)]
+)
+def test_the_narrowest_window_counts(window, promised, narrowest):
+    given = mods.sliding_window(promised) if promised else mods.soft_cap(2.0)
+    arguments = native_arguments("decode", CASE.tensors())
+    planned = {key: value for key, value in arguments.items() if key not in ("softmax_scale", "window")}
+    assert openmla.plan(**planned, window=window, mods=given).problem.window == narrowest
+
+
+@pytest.mark.parametrize("window", [-1, 2.5, True, "3"])
+def test_a_promise_is_a_number_of_keys(window):
+    with pytest.raises(ModError, match="window must be a number of keys"):
+        mask_mod(window=window)
 
 
 def test_relative_positions_of_alibi_cancel():

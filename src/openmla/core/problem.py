@@ -187,6 +187,11 @@ def _scale(bad: _Violations, softmax_scale: object) -> None:
         bad.rule(fine, f"softmax_scale must be a number, got {softmax_scale!r}")
 
 
+def _narrower(window: int, promised: int) -> int:
+    """Of two windows, where 0 is none."""
+    return min(window, promised) if window and promised else window or promised
+
+
 @dataclass(frozen=True)
 class DecodeProblem:
     """s_q new tokens per request over a dense paged latent cache."""
@@ -271,7 +276,7 @@ class DecodeProblem:
             batch=batch, s_q=s_q, total_q=leading * s_q if cu_seqlens_q is None else leading, h_q=h_q, h_kv=h_kv,
             d_qk=d_qk, d_v=d_v, dtype=q.dtype, layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0],
             max_pages=block_table.shape[1], is_causal=is_causal, is_varlen=cu_seqlens_q is not None,
-            window=window or 0, has_sink=attn_sink is not None, is_aligned=_is_aligned(q) and _is_aligned(kv_cache),
+            window=_narrower(window or 0, mods.form.window if mods else 0), has_sink=attn_sink is not None, is_aligned=_is_aligned(q) and _is_aligned(kv_cache),
             is_scale_positive=softmax_scale is None or softmax_scale > 0, is_batch_invariant=is_batch_invariant, mods=None if mods is None else mods.form,
         )  # fmt: skip
 

@@ -51,6 +51,11 @@ class Mods:
         """All functions, in the order in which their tables are kept."""
         return (*self.scores, *self.masks, *((self.activation,) if self.activation else ()))
 
+    @property
+    def window(self) -> int:
+        """The narrowest window that a mask_mod promises; 0 for none."""
+        return min((each.window for each in self.masks if each.window), default=0)
+
     def __str__(self) -> str:
         names = [f"{each}#{each.fingerprint[:6]}" for each in self.functions]
         return "+".join([*names, *([str(self.rope)] if self.rope else [])])

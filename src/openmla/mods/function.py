@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CellType, FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -51,6 +51,7 @@ class Mod:
     captured: tuple[tuple[str, Scalar], ...]  # in order of name
     tables: tuple[tuple[str, int], ...]  # (parameter, number of indices) of the tensors it reads
     fingerprint: str
+    window: int = 0  # of a mask_mod: it shows at most the last `window` keys up to the query; 0 promises nothing
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)  # tables bound by `aux`
 
     @cached_property
@@ -121,9 +122,23 @@ def score_mod(function: Callable[..., Any]) -> Mod:
     return _checked("score_mod", function)
 
 
-def mask_mod(function: Callable[..., Any]) -> Mod:
-    """Decorator: says which keys a query sees, beside what is_causal and window hide. Raises ModError."""
-    return _checked("mask_mod", function)
+@overload
+def mask_mod(function: Callable[..., Any], *, window: int = 0) -> Mod: ...
+@overload
+def mask_mod(function: None = None, *, window: int = 0) -> Callable[[Callable[..., Any]], Mod]: ...
+def mask_mod(
+    function: Callable[..., Any] | None = None, *, window: int = 0
+) -> Mod | Callable[[Callable[..., Any]], Mod]:  # fmt: skip
+    """Decorator: says which keys a query sees, beside what is_causal and window hide. Raises ModError.
+
+    `@mask_mod(window=w)` promises that the function hides every key behind the query, and every key in front of its last
+    w: kernels then skip the tiles that hold none of those. A promise that does not hold hides keys.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise ModError("mask_mod", [f"window must be a number of keys, or 0 to promise nothing, got {window!r}"])
+    if function is None:
+        return lambda given: replace(_checked("mask_mod", given), window=window)
+    return replace(_checked("mask_mod", function), window=window)
 
 
 def activation(function: Callable[..., Any]) -> Mod:

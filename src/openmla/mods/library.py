@@ -43,9 +43,9 @@ def _relative_bias(score, b, h, q_idx, kv_idx, bias):  # type: ignore[no-untyped
 
 @lru_cache(maxsize=64)
 def sliding_window(window: int) -> Mod:
-    """Only the last `window` keys up to the query. `decode(window=)` does the same and skips the keys it hides."""
+    """Only the last `window` keys up to the query; kernels skip the tiles in front of them, as for `decode(window=)`."""
 
-    @mask_mod
+    @mask_mod(window=window)
     def sliding_window(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
         return (kv_idx <= q_idx) & (kv_idx > q_idx - window)
 
