@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
-pytestmark = pytest.mark.timeout(600)  # the first test builds the site: about 45 s of two idle cores
+pytestmark = pytest.mark.timeout(600)  # the first test builds the site: half a minute of processor time
 pytest.importorskip("sphinx", reason="the site needs: pip install 'openmla[docs]'")
 
 ROOT = Path(__file__).resolve().parents[2]

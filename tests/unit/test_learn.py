@@ -83,7 +83,7 @@ def test_an_endless_loop_ends(tmp_path):
 
 def test_the_way_of_a_learner(capsys, tmp_path):
     assert main(["learn"]) == 0
-    assert "0 of 6 solved; next: openmla learn cache_bytes" in capsys.readouterr().out
+    assert "0 of 7 solved; next: openmla learn cache_bytes" in capsys.readouterr().out
     assert main(["learn", "bank_conflicts"]) == 0
     assert "wrote bank_conflicts.py" in capsys.readouterr().out
     assert main(["learn", "bank_conflicts", "--check"]) == 1
