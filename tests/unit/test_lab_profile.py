@@ -116,10 +116,12 @@ def test_rows_that_share_a_load_by_kernel():
     from openmla.backends.cute.decode_dense_small.config import Config as Few
 
     by_name = {(each.backend, each.name): each for each in kernels("decode")}
-    assert profile.rows_per_load(by_name["torch", "decode_tiled"], None) == 256
-    assert profile.rows_per_load(by_name["triton", "decode_split"], Config(64, 64, 8, 2)) == 64
-    assert profile.rows_per_load(by_name["cute", "decode_dense"], Many(cluster=2)) == 128
-    assert profile.rows_per_load(by_name["cute", "decode_dense_small"], Few(rows=32)) == 32
+    assert profile.rows_per_load(by_name["torch", "decode_tiled"], None, CASE) == 256
+    assert profile.rows_per_load(by_name["triton", "decode_split"], Config(64, 64, 8, 2), CASE) == 64
+    assert profile.rows_per_load(by_name["cute", "decode_dense"], Many(cluster=2), CASE) == 128
+    assert profile.rows_per_load(by_name["cute", "decode_dense_small"], Few(rows=32), CASE) == 32
+    odd = dataclasses.replace(CASE, h_q=96)
+    assert profile.rows_per_load(by_name["torch", "decode_tiled"], None, odd) == 192
 
 
 def test_refusals():

@@ -152,12 +152,13 @@ def _text(one: Profile) -> str:
 # memory, from the tiles
 
 
-def rows_per_load(kernel: Any, config: Any) -> int:
+def rows_per_load(kernel: Any, config: Any, case: Case) -> int:
     """Query rows that share one load of a KV tile: what the kernel's config says."""
     if kernel.backend == "torch":
         from openmla.backends.torch.attend import TASK_ROWS
 
-        return TASK_ROWS
+        group = case.h_q // case.h_kv
+        return max(TASK_ROWS // group, 1) * group  # whole query tokens
     if hasattr(config, "block_m"):
         return int(config.block_m)
     if kernel.name == "decode_dense":
@@ -168,7 +169,7 @@ def rows_per_load(kernel: Any, config: Any) -> int:
 
 
 def memory_of(case: Case, rows_each: int) -> Memory:
-    """The bytes of a case when `rows_each` query rows share a load. Only whole query tokens make a tile."""
+    """The bytes of a case when `rows_each` query rows share a load."""
     problem = workload.problem(case)
     lengths = case.draw_lengths()
     work = cost(problem, lengths)
@@ -247,7 +248,7 @@ def _one(case: Case, target: Target, tool: str, backend: str, seconds: float) ->
     used, found = _look(case, target, tool, contender, len(sets), chosen.kernel.backend, median)
     found.readings = {**_utilisation(work, median, roof, case), **found.readings}
     kernel = next(each for each in kernels("decode") if each is chosen.kernel)
-    memory = memory_of(case, rows_per_load(kernel, chosen.config))
+    memory = memory_of(case, rows_per_load(kernel, chosen.config, case))
     if found.moved is not None:
         memory = Memory(memory.fewest, memory.asked, memory.reuse, memory.run_bytes, found.moved, found.hit_rate)
     return Profile(
