@@ -90,6 +90,10 @@ def test_ncu_page_is_read():
     assert seen.readings["occupancy"].value == 12.5  # of the longest kernel
     assert seen.hit_rate == pytest.approx(0.665)
     assert "tensor cores" in seen.missing
+    slow = profile.of_ncu(NCU.replace('"","","ns"', '"","","usecond"'))
+    assert slow.phases[0].seconds == pytest.approx(3e-2)
+    with pytest.raises(ConfigError, match="in 'cycle'; known: nsecond"):
+        profile.of_ncu(NCU.replace('"","","ns"', '"","","cycle"'))
     with pytest.raises(ConfigError, match="saw no kernel"):
         profile.of_ncu("==PROF== nothing")
 

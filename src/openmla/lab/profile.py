@@ -448,6 +448,17 @@ _METRICS = {
     "launch__registers_per_thread": ("registers", "per thread", ""),
     "launch__shared_mem_per_block": ("shared memory", "bytes", "of one block"),
 }
+# Names of units differ between versions of ncu.
+_SECONDS = {
+    "nsecond": 1e-9,
+    "ns": 1e-9,
+    "usecond": 1e-6,
+    "us": 1e-6,
+    "msecond": 1e-3,
+    "ms": 1e-3,
+    "second": 1.0,
+    "s": 1.0,
+}
 _STALL = "smsp__average_warps_issue_stalled_"
 
 
@@ -495,9 +506,12 @@ def run_once(name: str, backend: str) -> None:
 def of_ncu(text: str) -> _Found:
     """The raw page of ncu as CSV: one line per launch, below a line of names and one of units."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    rows = list(csv.DictReader(io.StringIO("\n".join(lines))))[1:]
+    units, *rows = list(csv.DictReader(io.StringIO("\n".join(lines)))) or [{}]
     if not rows:
         raise ConfigError("ncu saw no kernel")
+    unit = units.get(_TIME, "")
+    if unit not in _SECONDS:
+        raise ConfigError(f"ncu gives {_TIME} in {unit!r}; known: {', '.join(_SECONDS)}")
 
     def number(row: dict[str, str], key: str) -> float | None:
         try:
@@ -505,7 +519,7 @@ def of_ncu(text: str) -> _Found:
         except ValueError:
             return None
 
-    spent = [(row["Kernel Name"][:60], (number(row, _TIME) or 0.0) / 1e9) for row in rows]
+    spent = [(row["Kernel Name"][:60], (number(row, _TIME) or 0.0) * _SECONDS[unit]) for row in rows]
     total = sum(each for _, each in spent) or 1.0
     phases = [Phase(name, each, 1, each / total) for name, each in spent]
     longest = max(rows, key=lambda row: number(row, _TIME) or 0.0)
