@@ -42,7 +42,7 @@ _HOME = {
     "sparse_prefill": "openmla.ops.native",
     "workspace_bytes": "openmla.ops.native",
 }
-_MODULES = {"flash_mla": "openmla.ops.flash_mla"}
+_MODULES = {"flash_mla": "openmla.ops.flash_mla", "mods": "openmla.mods"}
 
 __all__ = [*sorted(_HOME), "flash_mla"]
 
