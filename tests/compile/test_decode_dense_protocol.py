@@ -204,8 +204,6 @@ class Machine:
                     yield c.full[slot], phase
                     assert c.ring[slot] == (piece, j, e)
                     at[0] += 1
-                    if e == 1:
-                        yield from store(tile)
                     if e == 2:
                         yield c.q_full, piece & 1
                         assert c.q == piece
@@ -213,21 +211,21 @@ class Machine:
                 self.release("rope_empty")
                 if j == tiles - 1:
                     c.q_empty.arrive(4)
-                if j == 0 and tile > 0:
-                    yield from sums(piece - 1)
+                yield from store(tile + 1)
                 count[0] += 1
+            yield from sums(piece)
 
+        c.p_full[0].arrive(4)  # tiles count from 1
         yield from self.each(c, 0, body)
         if count[0]:
-            yield from store(count[0])
             gates(count[0])
-            yield from sums(len(self.pieces) - 1)
 
     def values(self, c: Cta, half: int) -> Role:
         slot, tile = [2 * half], [1]
 
         def body(piece: int, tiles: int) -> Machine.Role:
-            if piece == 0:  # the zeros before the first tile
+            if piece == 0:  # tile 0
+                yield c.p_full[0], 0
                 yield c.go[half * 2], 0
                 c.p_empty[0].arrive(4)
             slot[0] += Q_ELEMENTS

@@ -15,6 +15,8 @@ import torch
 
 from openmla.backends.base import DecodeOperands
 from openmla.backends.cute import bundle, decode
+from openmla.backends.cute.decode_dense import config as large
+from openmla.backends.cute.decode_dense.launch import query_rows
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.core.faults import fault_word
 from openmla.core.layout import kv_layout
@@ -66,11 +68,14 @@ def _few_rows_function(
 def _many_rows_function(
     q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, cu_seqlens_q: torch.Tensor,
     metadata: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor,
-    lse2_accum: torch.Tensor, faults: torch.Tensor, s_q: int, chunk_blocks: int, is_causal: int, is_varlen: int,
-    scale_log2: float,
+    lse2_accum: torch.Tensor, sink: torch.Tensor, faults: torch.Tensor, s_q: int, chunk_blocks: int, is_causal: int,
+    is_varlen: int, has_sink: int, window: int, scale_log2: float,
 ) -> None:  # fmt: skip
+    rows = s_q * q.shape[2]
     assert int(num_splits[-1]) <= out_accum.shape[0] == lse2_accum.shape[0], "a slot for every piece"
-    assert out_accum.shape[1] == s_q * q.shape[2]
+    assert out_accum.shape[1:] == (-(-rows // 64), 64 * 512)
+    assert lse2_accum.shape[1] == -(-rows // 64) * 64
+    assert window == 1 << 30
     assert out_accum.data_ptr() % 16 == 0
     golden = attention.decode(
         q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512, is_causal=bool(is_causal)
@@ -84,14 +89,18 @@ def _many_rows_function(
             continue
         # The first piece saw everything, the others nothing: a merge must bring that out again.
         out_accum[first:last], lse2_accum[first:last] = 0, -torch.inf
-        out_accum[first] = golden.out[request].flatten(0, 1)
-        lse2_accum[first] = golden.lse[request].T.flatten() * LOG2_E
+        # (in the order of rows, not of the accumulators: kernel and merge are stand-ins both)
+        out_accum.view(-1, -(-rows // 64) * 64, 512)[first, :rows] = golden.out[request].flatten(0, 1).float()
+        lse2_accum[first, :rows] = golden.lse[request].T.flatten() * LOG2_E
 
 
-def _combine_function(
-    out_accum: torch.Tensor, lse2_accum: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    sink: torch.Tensor, h_kv: int, has_sink: int,
+def _merge_function(
+    out_accum: torch.Tensor, lse2_accum: torch.Tensor, num_splits: torch.Tensor, cu_seqlens_q: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor, s_q: int, h_kv: int, is_varlen: int, has_sink: int,
 ) -> None:  # fmt: skip
+    rows = s_q * out.shape[2]
+    out_accum = out_accum.view(-1, lse2_accum.shape[1], 512)[:, :rows]
+    lse2_accum = lse2_accum[:, :rows]
     for request in range(out.shape[0]):
         first, last = int(num_splits[request]), int(num_splits[request + 1])
         if last - first > 1:
@@ -114,7 +123,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> decode.FewRows:
         "decode_dense_small": _few_rows_function,
         "decode_dense": _many_rows_function,
         "schedule": _plan_function,
-        "combine": _combine_function,
+        "decode_dense_merge": _merge_function,
     }
     monkeypatch.setattr(bundle, "serve", lambda family, config, build: _Served(functions[family]))
     monkeypatch.setattr(bundle, "availability", lambda family, config: decode.Verdict())
@@ -267,8 +276,8 @@ def test_batch_invariant_choices_do_not_see_the_batch(kernel: decode.FewRows) ->
     many = replace(few, batch=300, total_q=300)
     assert not kernel.supports(few, H100), "grouped only while the batch is small"
     assert not kernel.supports(many, H100)
-    assert decode._combine_variant(few) == decode._combine_variant(many)
-    assert decode._combine_variant(few) != decode._combine_variant(replace(few, is_batch_invariant=False))
+    assert large.merge_config(few) == large.merge_config(many)
+    assert large.merge_config(few) != large.merge_config(replace(few, is_batch_invariant=False))
 
 
 def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: decode.FewRows) -> None:
@@ -318,3 +327,23 @@ def test_alignment_is_read_off_the_tensors() -> None:
     rest = (operands.block_table, operands.cache_seqlens)
     assert not DecodeProblem.from_tensors(shifted, operands.kv_cache, *rest).is_aligned
     assert not DecodeProblem.from_tensors(operands.q, strided, *rest).is_aligned
+
+
+@pytest.mark.parametrize(
+    ("s_q", "h_kv", "is_varlen"),
+    [(1, 1, False), (3, 1, False), (1, 2, False), (3, 2, False), (3, 1, True), (3, 2, True)],
+)
+def test_rows_of_a_kv_head_are_evenly_spaced(s_q: int, h_kv: int, is_varlen: bool) -> None:
+    """What the many-row kernel addresses: row (token, head) at stride(-2), KV heads a whole set of rows apart."""
+    wide = torch.arange(2 * s_q * 8 * 40, dtype=torch.float32).view(2, s_q, 8, 40)
+    for q in (wide, wide[..., :32], wide.transpose(1, 2).contiguous().transpose(1, 2)):
+        asked = q.flatten(0, 1) if is_varlen else q
+        got = query_rows(asked, h_kv)
+        assert got.shape == asked.shape
+        batch, tokens = (1, asked.shape[0]) if is_varlen else (2, s_q)
+        got = got.view(batch, tokens, 8, -1) if is_varlen else got
+        heads, step = 8 // h_kv, got.stride(2)
+        rows = got.as_strided(
+            (batch, h_kv, tokens, heads, q.shape[3]), (got.stride(0), tokens * heads * step, heads * step, step, 1)
+        )
+        assert torch.equal(rows, asked.reshape(batch, tokens, h_kv, heads, -1).transpose(1, 2))

@@ -27,7 +27,7 @@ CATCH_ALL = {
     "src/openmla/backends/torch/workers.py": "what a thread raises is raised again in the caller",
     "src/openmla/observe/doctor.py": "one broken probe must not hide the others",
 }
-DEVICE_CODE = ("kernel.py", "/parts/", "backends/cute/combine.py", "backends/cute/schedule.py")
+DEVICE_CODE = ("kernel.py", "/parts/", "backends/cute/combine.py", "backends/cute/schedule.py", "decode_dense/merge.py")
 
 
 def name(path: Path) -> str:

@@ -56,8 +56,6 @@ SPACES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     },
     ("cute", "decode_dense"): {
         "cluster": (1, 2),
-        "exp_start": (1, 3, 7),
-        "exp_each": (2, 4, 8),
         "gate_left": (-2, -1, 19),
         "gate_right": (-2, -1),
         "prefetch": (0, 2, 4, 8),

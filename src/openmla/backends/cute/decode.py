@@ -20,9 +20,9 @@ from openmla.backends.base import DecodeOperands, DecodePlan, Verdict, require
 from openmla.backends.cute import bundle
 from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import launch as launch_large
+from openmla.backends.cute.decode_dense.launch import launch_merge
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
-from openmla.backends.cute.decode_dense_small.launch import no_sink
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
@@ -97,12 +97,20 @@ def build_many_rows(config: large.Config, folder: Path) -> CompiledObject:
     return build(config, folder)
 
 
+def build_merge(config: large.MergeConfig, folder: Path) -> CompiledObject:
+    """Compile one variant of the merge of decode_dense. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_dense.launch import build_merge
+
+    return build_merge(config, folder)
+
+
 # What an ahead-of-time bundle holds: family -> (its variants, how to compile one).
 FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]] = {
     "schedule": (SCHEDULE_VARIANTS, build_schedule),
     "combine": (COMBINE_VARIANTS, build_combine),
     small.FAMILY: (small.VARIANTS, build_few_rows),
     large.FAMILY: (large.VARIANTS, build_many_rows),
+    large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
 }
 
 
@@ -206,7 +214,7 @@ class FewRows:
 
 @dataclass(frozen=True)
 class ManyRows:
-    """`decode_dense`: from 33 query rows per KV head on; leaves partials, which the combine kernel merges."""
+    """`decode_dense`: blocks of 64 query rows per KV head; leaves partials, which a second launch merges."""
 
     op: str = field(default="decode", init=False)
     backend: str = field(default="cute", init=False)
@@ -221,7 +229,7 @@ class ManyRows:
         return _available(
             (large.FAMILY, large.configs(problem, target)[0]),
             ("schedule", ScheduleVariant()),
-            ("combine", _combine_variant(problem)),
+            (large.MERGE_FAMILY, large.merge_config(problem)),
         )
 
     def configs(self, problem: DecodeProblem, target: Target) -> Sequence[large.Config]:
@@ -230,11 +238,11 @@ class ManyRows:
 
     def compile(self, problem: DecodeProblem, config: large.Config, target: Target) -> Compiled:
         """Load the three functions, compiling what neither bundle nor cache has."""
-        parts, merge = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
-        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, merge, 1)
-        combine = _serve("combine", _combine_variant(problem))
+        parts, splitting = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
+        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, 1)
+        merge = _serve(large.MERGE_FAMILY, large.merge_config(problem))
         schedule = _serve("schedule", ScheduleVariant())
-        return Compiled(config, options, _serve(large.FAMILY, config), schedule, combine)
+        return Compiled(config, options, _serve(large.FAMILY, config), schedule, merge)
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Plan on the device."""
@@ -252,8 +260,8 @@ class ManyRows:
         slots = problem.batch + compiled.options.num_parts
         if has_chunks:
             slots = problem.batch * max(-(-problem.max_pages * problem.page_size // CHUNK_TOKENS), 1)
-        rows = problem.s_q * problem.h_q
-        return (slots, rows, large.D_V), (slots, rows)
+        blocks = problem.h_kv * large.row_blocks(problem)
+        return (slots, blocks, large.BLOCK_ROWS * large.D_V), (slots, blocks * large.BLOCK_ROWS)
 
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
         """The kernel, then the merge of the requests that it had to split."""
@@ -262,24 +270,11 @@ class ManyRows:
         direct = with_aligned_out(operands)
         launch_large(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
-            s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal,
+            s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, window=problem.window,
         )  # fmt: skip
-        compiled.combine(
-            out_accum, lse2_accum, plan.num_splits, direct.out, direct.lse, no_sink(direct.out.device),
-            problem.h_kv, 0,
-        )  # fmt: skip
+        launch_merge(compiled.combine, direct, plan.num_splits, out_accum, lse2_accum, s_q=problem.s_q)
         if direct is not operands:
             operands.out.copy_(direct.out)
-
-
-def _combine_variant(problem: DecodeProblem) -> CombineVariant:
-    """Narrow columns where whole rows would leave SMs idle: fewer rows than four per SM of an H100.
-
-    Narrow ones add the pieces up in another order, so the choice may not depend on the batch where the bits may not.
-    """
-    dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    is_small = problem.batch * problem.s_q * problem.h_q < 4 * 132
-    return CombineVariant(dtype, 128 if is_small and not problem.is_batch_invariant else 512)
 
 
 def _available(*needed: tuple[str, Any]) -> Verdict:

@@ -17,12 +17,11 @@ from openmla.backends.base import Verdict, require
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 
-FAMILY = "decode_dense"
+FAMILY, MERGE_FAMILY = "decode_dense", "decode_dense_merge"
 BLOCK_ROWS = 64  # query rows per CTA: one wgmma M
 BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
-MIN_ROWS = 33  # fewer query rows per KV head belong to decode_dense_small
 OVERHEAD_BLOCKS = 5  # of a piece: refilling the pipeline, epilogue, and its share of the merge
-MERGE_BLOCKS = 10  # per 64 rows, of splitting at all: 18 at 128 rows, 32 at 256 (dd-5-15 and -21 against -19 and -25)
+MERGE_BLOCKS = 10  # per 64 rows, of splitting at all: measured 22 at 128 rows, 39 at 256 (dd-5-15, -19, -21, -25)
 MAX_BATCH = 4096  # what the device plan keeps in shared memory
 SLICE = 64  # columns of one 128-byte swizzled box
 D_V = 512
@@ -35,35 +34,48 @@ class Config:
 
     Attributes:
         dtype: of q, KV and out.
-        heads: query heads per KV head; rows are (token, head), head fastest. Divides 64 or is a multiple of it.
         d_qk: 576, or 512 without RoPE columns.
-        page_size: tokens per page, a multiple of 64.
+        page_size: 64 for pages of exactly 64 tokens, which spares all arithmetic of places in pages; 0 for any multiple
+            of box_rows.
+        box_rows: keys of one bulk load: 64, 16, or 1 for pages of any size (576 loads per tile).
         cluster: 2 shares KV loads between the CTAs of two row blocks by multicast: fewer L2 bytes, so less power. 4 is
             half as fast: not all clusters of 4 find room on 132 SMs at once.
         q_regs: 64-column slices of Q in the registers of the scores warpgroup, even. 2 leaves room for 9 slots only and
             costs 20 %.
         slots: ring slots of 64 keys x 128 columns; at least q_regs / 2 + 8, or two pieces wait for each other.
-        exp_start: the wgmma of a tile's scores behind which the maximum of the tile before is found. 7 costs 3 to 9 %,
-            1 is 1 % faster in cycles.
-        exp_each: exponentials (of 32 per thread) behind each wgmma after that. 2 costs 1 to 4 %.
         gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may
-            be multiplied; -1 when all are issued, -2 when all are complete. Both at -1: 10 % slower, both at -2: 8 %.
+            be multiplied; -1 when all are issued, -2 when all are complete.
         prefetch: tiles ahead of the ring that are fetched into L2 where a tile has one reader; at most 16, 0 for none.
             15 % at one reader and 16,384 keys; with two readers they lose each other and HBM is read 1.5 times.
+        prefetch_from: the first of a tile's quarters that is fetched ahead; RoPE always is.
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
-    heads: int = 128
     d_qk: int = 576
     page_size: int = 64
+    box_rows: int = 64
     cluster: int = 2
     q_regs: int = 4
     slots: int = 10
-    exp_start: int = 3
-    exp_each: int = 4
     gate_left: int = -1
     gate_right: int = -2
     prefetch: int = 2
+    prefetch_from: int = 0
+
+    @property
+    def boxes(self) -> int:
+        """Bulk loads per 64 keys x 64 columns."""
+        return BLOCK_TOKENS // self.box_rows
+
+    @property
+    def lookup(self) -> int:
+        """Tiles whose page ids the lanes of a warp read at once."""
+        return 16 if self.boxes == 1 else max(32 // self.boxes, 1)
+
+    @property
+    def look_ahead(self) -> int:
+        """Tiles of prefetching: 0 where a tile's page ids are not known that early."""
+        return self.prefetch if self.boxes == 1 else 0
 
     @property
     def has_rope(self) -> bool:
@@ -80,28 +92,58 @@ class Config:
         """Exported function name; the digest stands for the fields of the schedule."""
         schedule = {key: value for key, value in self.as_dict().items() if key not in _PROBLEM_FIELDS}
         digest = hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{FAMILY}_{self.dtype}_h{self.heads}_d{self.d_qk}_p{self.page_size}_c{self.cluster}_{digest}"
+        pages = str(self.page_size) if self.page_size else f"{self.box_rows}n"
+        return f"{FAMILY}_{self.dtype}_d{self.d_qk}_p{pages}_c{self.cluster}_{digest}"
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
         return asdict(self)
 
 
-_PROBLEM_FIELDS = ("dtype", "heads", "d_qk", "page_size", "cluster")
+_PROBLEM_FIELDS = ("dtype", "d_qk", "page_size", "box_rows", "cluster")
 
-VARIANTS: tuple[Config, ...] = (Config("bf16"), Config("fp16"))
+
+def variant(dtype: Literal["bf16", "fp16"], d_qk: int, page_size: int, box_rows: int, cluster: int) -> Config:
+    """The schedule for a kind of problem. Prefetching one block of 64 rows costs 4 % (dd-10-27, -29)."""
+    return Config(dtype, d_qk, page_size, box_rows, cluster, prefetch=2 if cluster == 2 else 0)
+
+
+PAGES: tuple[tuple[int, int, int], ...] = ((64, 64, 2), (64, 64, 1), (0, 64, 2), (0, 64, 1), (0, 16, 1), (0, 1, 1))
+"""page_size, box_rows, cluster: any page size has its variant, small boxes without a cluster only."""
+
+DTYPES: tuple[Literal["bf16", "fp16"], ...] = ("bf16", "fp16")
+
+VARIANTS: tuple[Config, ...] = tuple(variant(dtype, d_qk, *p) for dtype in DTYPES for d_qk in (576, 512) for p in PAGES)
 """What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
 
-CANDIDATES: tuple[Config, ...] = (
-    Config("bf16", heads=64, cluster=1),
-    Config("bf16", heads=64),
-    Config("bf16", heads=32),
-    Config("bf16", heads=16),
-    Config("bf16", d_qk=512),
-    Config("fp16", d_qk=512, cluster=1),
-    Config("bf16", page_size=128),
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """One compiled variant of the merge.
+
+    Attributes:
+        dtype: of out.
+        columns: of 64 rows that a CTA takes.
+        groups: teams of 128 threads that share the pieces of a CTA.
+    """
+
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    columns: int = 128
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """Exported function name."""
+        return f"{FAMILY}_merge_{self.dtype}_{self.columns}_{self.groups}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the bundle's manifest."""
+        return asdict(self)
+
+
+MERGE_VARIANTS: tuple[MergeConfig, ...] = tuple(
+    MergeConfig(dtype, columns, groups) for dtype in DTYPES for columns, groups in ((8, 4), (32, 1), (128, 1))
 )
-"""Compile without spills, but were not run on a GPU; each joins VARIANTS with its first checked run."""
 
 
 def heads_per_kv_head(problem: DecodeProblem) -> int:
@@ -111,40 +153,49 @@ def heads_per_kv_head(problem: DecodeProblem) -> int:
 
 def row_blocks(problem: DecodeProblem) -> int:
     """64-row blocks of one request and KV head."""
-    return -(-problem.s_q * heads_per_kv_head(problem) // BLOCK_ROWS)
+    return max(-(-problem.s_q * heads_per_kv_head(problem) // BLOCK_ROWS), 1)
 
 
 def supports(problem: DecodeProblem, target: Target) -> Verdict:
     """May this kernel run the problem here? Every reason against it."""
-    heads = heads_per_kv_head(problem)
-    rows = problem.s_q * heads
     return require(
         (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
         (
             not problem.layout.is_quantised and problem.dtype in (torch.bfloat16, torch.float16),
             f"reads bf16 and fp16 caches, this one is {problem.layout}",
         ),
+        (problem.d_qk in (576, 512), f"needs d_qk 576 or 512, got {problem.d_qk}"),
         (problem.d_v == D_V, f"needs d_v {D_V}, got {problem.d_v}"),
-        (rows >= MIN_ROWS, f"takes at least {MIN_ROWS} query rows per KV head (s_q * h_q / h_kv), got {rows}"),
-        (heads == 128, f"takes h_q / h_kv = 128, got {heads}; other counts compile but have not been checked on a GPU"),
-        (problem.d_qk == 576, f"takes d_qk 576, got {problem.d_qk}; its d_qk 512 has not been checked on a GPU"),
-        (problem.page_size == BLOCK_TOKENS, f"needs a page size of {BLOCK_TOKENS}, got {problem.page_size}"),
         (1 <= problem.batch <= MAX_BATCH, f"takes a batch of 1 to {MAX_BATCH}, got {problem.batch}"),
         (
             row_blocks(problem) * problem.h_kv <= target.num_sms,
             f"needs an SM per 64 rows and KV head, got {row_blocks(problem)} x {problem.h_kv} on {target.num_sms} SMs",
         ),
-        (not problem.is_varlen, "the merge of split requests has no cu_seqlens_q path yet"),
-        (problem.window == 0, "has no sliding-window mask yet"),
-        (not problem.has_sink, "has no attention sink yet"),
     )
 
 
 def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     """The variant that runs the problem. Call only where `supports` is true."""
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    cluster = 2 if row_blocks(problem) % 2 == 0 else 1
-    return (Config(dtype, heads_per_kv_head(problem), problem.d_qk, problem.page_size, cluster),)
+    page_size = 64 if problem.page_size == 64 else 0
+    box_rows = next(rows for rows in (64, 16, 1) if problem.page_size % rows == 0)
+    cluster = 2 if row_blocks(problem) % 2 == 0 and box_rows == 64 else 1
+    return (variant(dtype, problem.d_qk, page_size, box_rows, cluster),)
+
+
+def merge_config(problem: DecodeProblem) -> MergeConfig:
+    """The merge of the problem: few columns per CTA where many would leave SMs idle (dd-10-17 to -19: 58, 69, 74 us).
+
+    Several teams add the pieces up in another order than one, so the choice may not depend on the batch where the bits may
+    not.
+    """
+    dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
+    blocks = problem.batch * problem.h_kv * row_blocks(problem)
+    if problem.is_batch_invariant:
+        return MergeConfig(dtype, 32)
+    if blocks <= 8:
+        return MergeConfig(dtype, 8, 4)
+    return MergeConfig(dtype, 32 if blocks <= 64 else 128)
 
 
 def num_parts(problem: DecodeProblem, target: Target) -> int:

@@ -7,26 +7,30 @@ Computes
 
 Shapes
     q [batch, s_q, h_q, d_qk], kv [num_pages, page_size, h_kv, d_qk], out [batch, s_q, h_q, 512]. The s_q * heads rows that
-    share a KV head are packed (token, head) and cut into blocks of 64. A CTA takes one block and one part of the plan: a
-    stretch of the line of 64-key tiles, in pieces of one request each.
+    share a KV head are packed (token, head) and cut into blocks of 64; any number of heads, the last block may be part
+    empty. A CTA takes one block and one part of the plan: a stretch of the line of 64-key tiles, in pieces of one request
+    each.
 
-Schedule (512 threads; time runs down; one tile of 64 keys per turn, about 2,600 clk, of which 2,176 are tensor work)
+Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     loads (4 warps)         scores (warpgroup 0)                     values left | right (warpgroups 1 | 2)
-    ring of 10 slots, 64    4 wgmmas of S(j) = Q K(j)^T              O += P(j-2) V(j-2), 256 columns each,
-      keys x 128 columns:     maximum of S(j-1), moves the             until about a third of S(j) is done
-      Q elements, tiles       reference if it is 2^8 above it
-    RoPE slice              8 wgmmas with the exponentials of        each quarter of V read: its slot is free
-    Q for shared memory       tile j-1 between them; P(j-1) out
-    piece descriptors       24 wgmmas                                wait for P(j-1), rescale O if told to
-                            all issued   -> gate left                left begins P(j-1) V(j-1)
-                            all complete -> gate right               right begins P(j-1) V(j-1)
-    The gates hold P V back until S is through: P V then covers maximum and exponentials, where the scores warpgroup
-    feeds the tensor cores badly. Without them P V is done early and the tensor cores idle (10 % slower). The right half
-    starts later so that slots come free in the order in which S(j+1) wants them.
-    The turns run on across pieces: a piece's last probabilities are made during the next piece's first scores.
+    ring of 10 slots, 64    36 wgmmas of S(j) = Q K(j)^T             O += P(j-2) V(j-2), 256 columns each
+      keys x 128 columns:   all issued   -> gate left                left begins P(j-1) V(j-1)
+      Q elements, tiles     all complete -> gate right               right begins P(j-1) V(j-1)
+    RoPE slice              32 exponentials per thread, P(j) out
+    Q for shared memory     (the maximum of the tile and a new       each quarter of V read: its slot is free
+    piece descriptors         reference only when P grows too        wait for P(j), rescale O if told to
+                              large)
+    The gates hold P V back until S is through: P V then covers the exponentials, where the scores warpgroup feeds nothing
+    to the tensor cores. Without them P V is done early and the tensor cores idle (5 to 9 % slower). The right half starts
+    later so that slots come free in the order in which S(j+1) wants them.
+    The turns run on across pieces.
+
+Masks
+    Causal, sliding window, lengths and missing pages cost full tiles nothing: the loads put a word beside each tile, and
+    only where it is not FULL are scores selected away and rows of V cleared. Tiles before the window are not read.
 
 Budget (checked by tests/compile/test_decode_dense.py against tests/compile/budgets.toml)
-    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 168 scores, 160 values, 24 loads (x 128 = 65,536), no spills.
+    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 152 scores, 160 values, 40 loads (x 128 = 65,536), no spills.
 
 Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_dense_protocol.py)
     full[slot]      loads -> scores (and, through P, values)       1 arrival + 16,384 bytes
@@ -63,22 +67,28 @@ from cutlass.memory import SmemAllocator
 from openmla.backends.cute.decode_dense.config import Config
 
 THREADS = 512
-REGS_SCORES, REGS_VALUES, REGS_LOADS = 168, 160, 24  # x 128 threads = 65,536
+REGS_SCORES, REGS_VALUES, REGS_LOADS = 152, 160, 40  # x 128 threads = 65,536
 SLOT_BYTES = 64 * 128 * 2
 SLICE_BYTES = 64 * 64 * 2
-PIECES = 4  # descriptors between the planner and the other warps
+PIECES, PIECES_LOG2 = 4, 2  # descriptors between the planner and the other warps
 EVICT_FIRST = 0x12F0000000000000
-LN2 = 0.6931471805599453
-FAULT_PAGE = 1
-# A finite start for the running maximum: -inf would make -inf - -inf where a row has seen no key.
-NO_MAXIMUM = -1.0e30
-# Rescale O only when a score exceeds the reference by 2^8: P stays below 256, exact enough in bf16 and fp16.
-LAZY_LOG2 = 8.0
+LN2, LOG2_E = 0.6931471805599453, 1.4426950408889634
+FAULT_PAGE, FAULT_LENGTH_NEGATIVE, FAULT_LENGTH_OVER_CAPACITY = 1, 2, 4
+# A finite start for the running maximum: -inf would make -inf - -inf where a row has seen no key. Rows behind the last one
+# start at its negative, above HIDDEN, so that nothing makes them move.
+NO_MAXIMUM, HIDDEN = -1.0e30, 0.9e30
+LAZY_LOG2 = 8  # rescale O only where P would pass 2^8: it stays exact enough in bf16 and fp16
+FUSED = 2.0**20  # references below it
 
 # Fields of a piece descriptor: tiles (-1 ends the list), request, first tile, tokens of the request, the token where the
-# piece ends, slot of its partial result (-1: none), first query token and how many, request coordinate of Q and out.
-TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD = range(9)
-FIELDS = 10
+# piece ends, slot of its partial result (-1: none), first query token and how many, request coordinate of Q and out,
+# the tiles [CLEAR_FROM, CLEAR_TO) of the piece that every row sees in full, keys of the first tile that no row sees.
+TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD, CLEAR_FROM, CLEAR_TO, HEAD = range(12)
+FIELDS = 12
+
+# The word that goes with a tile: keys that count (0 to 64), a bit where rows differ or pages are missing, and above bit 8
+# how many of its first keys no row sees. FULL needs no mask at all.
+FULL, MASKED, HEAD_SHIFT = 64, 128, 8
 
 
 class Scope:
@@ -99,7 +109,7 @@ class DecodeDense:
     @cute.jit
     def __call__(
         self,
-        q: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, d_qk]
+        q: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, d_qk], rows evenly spaced: see `launch.query_rows`
         kv: cute.Tensor,  # [num_pages, page_size, h_kv, d_qk]
         block_table: cute.Tensor,  # int32 [batch, max_pages]
         cache_seqlens: cute.Tensor,  # int32 [batch]
@@ -108,13 +118,16 @@ class DecodeDense:
         num_splits: cute.Tensor,  # int32 [batch + 1]
         out: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, 512]
         lse: cute.Tensor,  # fp32 [batch | 1, h_q, s_q | total_q], natural log
-        out_accum: cute.Tensor,  # fp32 [slots, h_kv * rows, 512]
-        lse2_accum: cute.Tensor,  # fp32 [slots, h_kv * rows], base 2
+        out_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks, 64 * 512]; of a block in the order of `merge`
+        lse2_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks * 64], base 2
+        attn_sink: cute.Tensor,  # fp32 [h_q], natural log; read only with has_sink
         fault_word: cute.Tensor,  # int32 [1]
         s_q: Int32,  # tokens per request, the longest with is_varlen; rows = s_q * heads
         chunk_blocks: Int32,  # 0, or the piece length of batch_invariant
         is_causal: Int32,
         is_varlen: Int32,
+        has_sink: Int32,
+        window: Int32,  # keys up to a row's own position; NO_WINDOW for all; else is_causal must be 1
         scale_log2: Float32,  # softmax_scale * log2(e), positive
         stream: cuda.CUstream,
     ):
@@ -137,20 +150,21 @@ class DecodeDense:
         qk_ss = mma(64, OperandMajorMode.K, warpgroup.OperandSource.SMEM)
         pv = mma(128, OperandMajorMode.MN, warpgroup.OperandSource.SMEM)
 
-        heads = cfg.heads
-        # rows (head, token) | column | KV head | request
+        heads = out.shape[2] // kv.shape[2]
+        rows = q.shape[1] * heads  # row = token * heads + head
         q_rows = cute.make_tensor(
             q.iterator,
             cute.make_layout(
-                ((heads, q.shape[1]), q.shape[3], q.shape[2] // heads, q.shape[0]),
-                stride=((q.stride[2], q.stride[1]), q.stride[3], q.stride[2] * heads, q.stride[0]),
+                (rows, q.shape[3], kv.shape[2], q.shape[0]),
+                stride=(q.stride[2], q.stride[3], rows * q.stride[2], q.stride[0]),
             ),
         )
         kv_rows = cute.make_tensor(kv.iterator, cute.select(kv.layout, [1, 3, 2, 0]))
-        load, box = cpasync.CopyBulkTensorTileG2SOp(), tiled(64, 64)
+        load = cpasync.CopyBulkTensorTileG2SOp()
         load_kv = cpasync.CopyBulkTensorTileG2SMulticastOp() if cfg.cluster > 1 else load
-        tma_kv, t_kv = cpasync.make_tiled_tma_atom(load_kv, kv_rows, box, (64, 64))
-        tma_q, t_q = cpasync.make_tiled_tma_atom(load, q_rows, box, (64, 64))
+        box = cute.make_composed_layout(atom.inner, 0, cute.make_layout((cfg.box_rows, 64), stride=(64, 1)))
+        tma_kv, t_kv = cpasync.make_tiled_tma_atom(load_kv, kv_rows, box, (cfg.box_rows, 64))
+        tma_q, t_q = cpasync.make_tiled_tma_atom(load, q_rows, tiled(64, 64), (64, 64))
 
         @cute.struct
         class Storage:
@@ -169,6 +183,7 @@ class DecodeDense:
             piece_empty: cute.struct.MemRange[Int64, PIECES]
             piece: cute.struct.MemRange[Int32, FIELDS * PIECES]
             valid: cute.struct.MemRange[Int32, cfg.slots]
+            missing: cute.struct.MemRange[Int32, 2 * cfg.slots]
             need: cute.struct.MemRange[Int32, 2 * 4]
             factor: cute.struct.MemRange[Float32, 2 * 64]
             inverse: cute.struct.MemRange[Float32, 64]
@@ -183,15 +198,17 @@ class DecodeDense:
         m_blocks = cute.ceil_div(m_blocks, cfg.cluster) * cfg.cluster
         self.kernel(
             tma_kv, t_kv, tma_q, t_q, block_table, cache_seqlens, cu_seqlens_q, metadata, num_splits, out, lse,
-            out_accum, lse2_accum, fault_word, s_q, chunk_blocks, is_causal, is_varlen, scale_log2,
-            Int32(kv.shape[0]), Int32(block_table.shape[1] * cfg.page_size), qk_first, qk_rs, qk_ss, pv,
+            out_accum, lse2_accum, attn_sink, fault_word, s_q, chunk_blocks, is_causal, is_varlen, has_sink, window,
+            scale_log2, Int32(heads), Int32(kv.shape[0]), Int32(kv.shape[1] // cfg.box_rows),
+            Int32(block_table.shape[1] * kv.shape[1]), qk_first, qk_rs, qk_ss, pv,
             ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
-            grid=[m_blocks, q.shape[2] // heads, metadata.shape[0]],
+            grid=[m_blocks, kv.shape[2], metadata.shape[0]],
             block=[THREADS, 1, 1],
             cluster=[cfg.cluster, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
+            use_pdl=True,
         )  # fmt: skip
 
     @cute.kernel
@@ -210,13 +227,18 @@ class DecodeDense:
         lse: cute.Tensor,
         out_accum: cute.Tensor,
         lse2_accum: cute.Tensor,
+        attn_sink: cute.Tensor,
         fault_word: cute.Tensor,
         s_q: Int32,
         chunk_blocks: Int32,
         is_causal: Int32,
         is_varlen: Int32,
+        has_sink: Int32,
+        window: Int32,
         scale_log2: Float32,
+        heads: Int32,
         num_pages: Int32,
+        boxes_per_page: Int32,
         capacity: Int32,
         qk_first: cute.TiledMma,
         qk_rs: cute.TiledMma,
@@ -243,6 +265,7 @@ class DecodeDense:
             )},
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             valid=store.valid.get_tensor(cute.make_layout(cfg.slots)),
+            missing=store.missing.get_tensor(cute.make_layout((2, cfg.slots))),
             need=store.need.get_tensor(cute.make_layout((4, 2))),
             factor=store.factor.get_tensor(cute.make_layout((64, 2))),
             inverse=store.inverse.get_tensor(cute.make_layout(64)),
@@ -252,13 +275,22 @@ class DecodeDense:
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
             tma_kv=tma_kv, t_kv=t_kv, tma_q=tma_q, t_q=t_q, block_table=block_table, cache_seqlens=cache_seqlens,
             cu_seqlens_q=cu_seqlens_q, metadata=metadata, num_splits=num_splits, out=out, lse=lse,
-            out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, s_q_max=s_q,
-            chunk_blocks=chunk_blocks, is_causal=is_causal, is_varlen=is_varlen, scale_log2=scale_log2,
-            num_pages=num_pages, capacity=capacity, qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
-            is_sole_reader=is_sole_reader, m_block=m_block, kv_head=kv_head, part=part, rank=m_block % cfg.cluster,
-            thread=tidx % 128, warp=warp_idx % 4, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
+            out_accum=out_accum, lse2_accum=lse2_accum, attn_sink=attn_sink, fault_word=fault_word, s_q_max=s_q,
+            chunk_blocks=chunk_blocks, is_causal=is_causal, is_varlen=is_varlen, has_sink=has_sink, window=window,
+            scale_log2=scale_log2, row_blocks=cute.arch.grid_dim()[0], heads=heads, num_pages=num_pages, boxes_per_page=boxes_per_page, capacity=capacity, qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
+            is_sole_reader=is_sole_reader, m_block=m_block, kv_head=kv_head, part=part, rank=m_block & cfg.cluster - 1,
+            thread=tidx & 127, warp=warp_idx & 3, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
         )  # fmt: skip
 
+        # The plan's row and, a lane each, lengths and slots of the first 32 requests: one memory latency, behind the setup.
+        plan_row, near = cute.make_rmem_tensor(5, Int32), cute.make_rmem_tensor(3, Int32)
+        if warp_idx == 15:
+            cute.arch.griddepcontrol_wait()
+            for i in cutlass.range_constexpr(5):
+                plan_row[i] = metadata[part, i]
+            lane = cute.arch.lane_idx()
+            if lane < cache_seqlens.shape[0]:
+                near[0], near[1], near[2] = cache_seqlens[lane], num_splits[lane], num_splits[lane + 1]
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for pointer_, count, copies in (
@@ -283,8 +315,12 @@ class DecodeDense:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if const_expr(cfg.cluster > 1):
-            cute.arch.cluster_arrive()
+            cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
+
+        # The merge may be launched as soon as every CTA is here; it waits for the end of this kernel by itself.
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
 
         if warp_idx < 4:
             cute.arch.setmaxregister_increase(REGS_SCORES)
@@ -302,8 +338,9 @@ class DecodeDense:
                 if const_expr(cfg.has_rope):
                     self.load_rope(c)
             else:
-                self.plan(c)
+                self.plan(c, plan_row, near)
         if const_expr(cfg.cluster > 1):
+            # Arrivals in the other CTA are performed before it may leave: not relaxed.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
@@ -327,76 +364,135 @@ class DecodeDense:
 
     def q_tiles(self, c: Scope, boxes: cute.Tensor, token0: Int32, batch: Int32) -> Any:
         """This CTA's 64 rows of Q for copies into `boxes`: (shared, global) partitions, one entry per slice."""
-        rows = cute.domain_offset(((0, token0), 0, 0, 0), c.t_q)
+        rows = cute.domain_offset((token0 * c.heads, 0, 0, 0), c.t_q)
         tile = cute.local_tile(rows, (64, 64), (c.m_block, None, c.kv_head, batch))
         return cpasync.tma_partition(c.tma_q, 0, cute.make_layout(1), boxes, cute.group_modes(tile, 0, 2))
 
     # ------------------------------------------------------------------ planner
 
     @cute.jit
-    def plan(self, c: cutlass.Constexpr):
+    def plan(self, c: cutlass.Constexpr, row: cute.Tensor, near: cute.Tensor):
         """Turn this part's stretch of the line into piece descriptors."""
-        meta, fields = c.metadata, c.piece
-        req, last = meta[c.part, 0], cutlass.min(meta[c.part, 1], c.cache_seqlens.shape[0] - 1)
-        block, split = meta[c.part, 2], meta[c.part, 4]
+        fields = c.piece
+        req, last = cutlass.max(row[0], 0), cutlass.min(row[1], c.cache_seqlens.shape[0] - 1)
+        block, split = row[2], row[4]
         count = Int32(0)
         while req <= last:
-            length = cutlass.min(cutlass.max(c.cache_seqlens[req], 0), c.capacity)
-            end = (length + 63) // 64
-            if req == meta[c.part, 1]:
-                end = cutlass.min(end, meta[c.part, 3])
+            length, slot, after = (cute.arch.shuffle_sync(near[i], req & 31) for i in range(3))
+            if req >= 32:
+                length, slot, after = c.cache_seqlens[req], c.num_splits[req], c.num_splits[req + 1]
+            if (c.lane == 0) & ((length < 0) | (length > c.capacity)):
+                fault = FAULT_LENGTH_NEGATIVE if length < 0 else FAULT_LENGTH_OVER_CAPACITY
+                cute.arch.atomic_or(c.fault_word.iterator, Int32(fault))
+            length = cutlass.min(cutlass.max(length, 0), c.capacity)
+            end = (length + 63) >> 6
+            if req == row[1]:
+                end = cutlass.min(end, row[3])
             step = c.chunk_blocks if c.chunk_blocks > 0 else cutlass.max(end - block, 1)
             stop = cutlass.max(end, block + 1)
             while block < stop:
-                index = count % PIECES
-                cute.arch.mbarrier_wait(c.piece_empty + index, ((count // PIECES) & 1) ^ 1)
+                index = count & PIECES - 1
+                cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
                 if c.lane == 0:
-                    first_slot = c.num_splits[req]
-                    is_split = c.num_splits[req + 1] - first_slot > 1
-                    fields[TILES, index] = cutlass.max(cutlass.min(end - block, step), 1)  # an empty one is all masked
-                    fields[REQUEST, index] = req
-                    fields[FIRST_BLOCK, index] = block
-                    fields[LENGTH, index] = length
-                    fields[STOP, index] = cutlass.min((block + cutlass.min(end - block, step)) * 64, length)
-                    fields[SPLIT_SLOT, index] = first_slot + split if is_split else Int32(-1)
-                    token0, s_q, batch = Int32(0), c.s_q_max, req
+                    token0, s_q, coord = Int32(0), c.s_q_max, req
                     if c.is_varlen != 0:
-                        token0, batch = c.cu_seqlens_q[req], Int32(0)
-                        s_q = cutlass.min(c.cu_seqlens_q[req + 1] - token0, c.s_q_max)
+                        total = c.out.shape[1]
+                        token0, coord = cutlass.min(cutlass.max(c.cu_seqlens_q[req], 0), total), Int32(0)
+                        s_q = cutlass.min(cutlass.min(c.cu_seqlens_q[req + 1], total) - token0, c.s_q_max)
+                    # No row sees a key before `seen`, every row sees the keys [below, above).
+                    seen = cutlass.max(length - s_q + 1 - c.window, 0)
+                    below = cutlass.max(length - c.window, 0)
+                    above = length - s_q + 1 if c.is_causal != 0 else length
+                    first = cutlass.max(block, seen >> 6)
+                    until = cutlass.min(end, block + step)
+                    fields[TILES, index] = cutlass.max(until - first, 1)  # an empty one is all masked
+                    fields[REQUEST, index] = req
+                    fields[FIRST_BLOCK, index] = first
+                    fields[LENGTH, index] = length
+                    fields[STOP, index] = cutlass.min(until * 64, length) if until > first else Int32(0)
+                    fields[SPLIT_SLOT, index] = slot + split if after - slot > 1 else Int32(-1)
                     fields[TOKEN0, index] = token0
                     fields[S_Q, index] = s_q
-                    fields[BATCH_COORD, index] = batch
+                    fields[BATCH_COORD, index] = coord
+                    fields[CLEAR_FROM, index] = (below + 63 >> 6) - first
+                    fields[CLEAR_TO, index] = (above >> 6) - first
+                    fields[HEAD, index] = cutlass.max(seen - first * 64, 0) << HEAD_SHIFT
                 self.arrive(c.piece_full + index)
                 count += 1
                 block += step
                 split += 1
             req += 1
             block, split = Int32(0), Int32(0)
-        index = count % PIECES
-        cute.arch.mbarrier_wait(c.piece_empty + index, ((count // PIECES) & 1) ^ 1)
+        index = count & PIECES - 1
+        cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
         if c.lane == 0:
             fields[TILES, index] = Int32(-1)
         self.arrive(c.piece_full + index)
 
     # ------------------------------------------------------------------ loads
 
+    def page_boxes(self, c: Scope, target: cute.Tensor) -> Any:
+        """Copies of `box_rows` x 64 pieces of the cache: (shared, global) partitions."""
+        cfg = self.config
+        g_kv = cute.local_tile(c.t_kv, (cfg.box_rows, 64), (None, None, c.kv_head, None))
+        return cpasync.tma_partition(
+            c.tma_kv, 0, cute.make_layout(1), cute.group_modes(target, 0, 2), cute.group_modes(g_kv, 0, 2)
+        )
+
+    @cute.jit
+    def read_page(self, c: cutlass.Constexpr, index: Int32, box: Int32, reports: cutlass.Constexpr):
+        """Page id of box `box` of a request, its place among the boxes of that page, and whether the id is bad.
+
+        Beyond the tensor map, at page num_pages, the copy engine fills with zeros.
+        """
+        column, place, page, bad = box, Int32(0), c.num_pages, Int32(0)
+        if const_expr(self.config.page_size == 0):
+            column = box // c.boxes_per_page
+            place = box - column * c.boxes_per_page
+        if box * self.config.box_rows < c.piece[STOP, index]:
+            page = c.block_table[c.piece[REQUEST, index], column]
+            if (page < 0) | (page >= c.num_pages):
+                page, bad = c.num_pages, Int32(1)
+                if const_expr(reports):
+                    cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_PAGE))
+        return page, place, bad
+
+    @cute.jit
+    def copy_boxes(
+        self, c: cutlass.Constexpr, source: cute.Tensor, target: cute.Tensor, column: Int32, pages: cute.Tensor,
+        places: cute.Tensor, base: Int32, barrier: cutlass.Constexpr,
+    ):  # fmt: skip
+        """64 keys x 64 columns of a tile: one box, or several of fewer rows with a page id each."""
+        cfg = self.config
+        policy, everyone = Int64(EVICT_FIRST), cutlass.Int16((1 << cfg.cluster) - 1)
+        multicast = {"mcast_mask": everyone} if cfg.cluster > 1 else {}
+        for h in cutlass.range_constexpr(max(cfg.boxes // 32, 1)):
+            for i in cutlass.range(min(cfg.boxes, 32), unroll=1):
+                page = cute.arch.shuffle_sync(pages[h], base + i)
+                place = Int32(0)
+                if const_expr(cfg.page_size == 0):
+                    place = cute.arch.shuffle_sync(places[h], base + i)
+                cute.copy(
+                    c.tma_kv, source[None, place, column, page], target[None, i + 32 * h],
+                    tma_bar_ptr=barrier, cache_policy=policy, **multicast,
+                )  # fmt: skip
+
     @cute.jit
     def load_kv(self, c: cutlass.Constexpr):
         """Q's register slices and then the tiles of each piece, through the ring, as far ahead as slots are free."""
         cfg = self.config
-        pages_tiles = cfg.page_size // 64
-        g_kv = cute.local_tile(c.t_kv, (64, 64), (None, None, c.kv_head, None))  # [64, 64, row tile, column tile, page]
-        boxes = cute.group_modes(cute.flat_divide(c.s_ring, (64, 64))[None, None, 0, None, None], 0, 2)
-        s_kv, g_kv = cpasync.tma_partition(c.tma_kv, 0, cute.make_layout(1), boxes, cute.group_modes(g_kv, 0, 2))
-        policy, everyone = Int64(EVICT_FIRST), cutlass.Int16((1 << cfg.cluster) - 1)
-        valid = c.valid
+        halves = max(cfg.boxes // 32, 1)
+        # [element, box of the slice, slice of the slot, slot]
+        s_kv, g_kv = self.page_boxes(c, cute.flat_divide(c.s_ring, (cfg.box_rows, 64)))
+        q_boxes = cute.group_modes(cute.flat_divide(c.s_ring, (64, 64))[None, None, 0, None, None], 0, 2)
+        policy, valid, missing = Int64(EVICT_FIRST), c.valid, c.missing
         slot, phase, piece = Int32(0), Int32(1), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         while tiles > 0:
-            index = piece % PIECES
+            index = piece & PIECES - 1
             first = c.piece[FIRST_BLOCK, index]
-            s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
+            s_q, g_q = self.q_tiles(c, q_boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
             for e in cutlass.range_constexpr(cfg.q_regs // 2):
                 cute.arch.mbarrier_wait(c.empty + slot, phase)
                 with cute.arch.elect_one():
@@ -406,109 +502,88 @@ class DecodeDense:
                         c.tma_q, g_q[None, 2 * e + s], s_q[None, s, slot],
                         tma_bar_ptr=c.full + slot, cache_policy=policy,
                     )  # fmt: skip
-                slot += 1
-                if slot == cfg.slots:
-                    slot = Int32(0)
-                    phase ^= 1
-            page = Int32(0)
+                slot, phase = self.next_slot(slot, phase)
+            pages, places, bad = (cute.make_rmem_tensor(halves, Int32) for _ in range(3))
             for j in cutlass.range(tiles, unroll=1):
-                if j % 16 == 0:  # page ids of 32 tiles, one per lane, so that 16 tiles can be looked ahead
-                    ahead = j + c.lane
-                    # Beyond the tensor map the copy engine fills with zeros, and no token counts.
-                    page = c.num_pages
-                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[STOP, index]):
-                        page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
-                        if (page < 0) | (page >= c.num_pages):
-                            page = c.num_pages
-                            cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_PAGE))
-                here = cute.arch.shuffle_sync(page, j % 16)
-                if const_expr(cfg.prefetch > 0):
-                    if (j + cfg.prefetch < tiles) & c.is_sole_reader:
-                        later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
-                        later_tile = (first + j + cfg.prefetch) % pages_tiles
-                        for e in cutlass.range_constexpr(8 // cfg.cluster):
-                            column = cfg.cluster * e + c.rank
-                            cute.prefetch(c.tma_kv, g_kv[None, later_tile, column, later])
-                count = cutlass.min(c.piece[STOP, index] - (first + j) * 64, 64) if here < c.num_pages else Int32(0)
-                row_tile = (first + j) % pages_tiles
+                base = (j & cfg.lookup - 1) * cfg.boxes
+                if base == 0:  # a lane each
+                    for h in cutlass.range_constexpr(halves):
+                        box = (first + j) * cfg.boxes + 32 * h + c.lane
+                        pages[h], places[h], bad[h] = self.read_page(c, index, box, True)
+                if const_expr(cfg.look_ahead > 0):
+                    if (j + cfg.look_ahead < tiles) & c.is_sole_reader:
+                        later = cute.arch.shuffle_sync(pages[0], base + cfg.look_ahead)
+                        place = cute.arch.shuffle_sync(places[0], base + cfg.look_ahead)
+                        for e in cutlass.range_constexpr(2 * cfg.prefetch_from // cfg.cluster, 8 // cfg.cluster):
+                            cute.prefetch(c.tma_kv, g_kv[None, place, cfg.cluster * e + c.rank, later])
+                count = cutlass.max(cutlass.min(c.piece[STOP, index] - (first + j) * 64, 64), 0)
+                lost = [Int32(cute.arch.vote_ballot_sync(bad[h] != 0)) for h in range(halves)]
+                if const_expr(cfg.boxes == 1):
+                    count = count if (lost[0] >> base) & 1 == 0 else Int32(0)
+                elif const_expr(cfg.boxes < 32):
+                    lost[0] = (lost[0] >> base) & (1 << cfg.boxes) - 1
+                if (j < c.piece[CLEAR_FROM, index]) | (j >= c.piece[CLEAR_TO, index]):
+                    count = count | MASKED
+                if const_expr(cfg.boxes > 1):
+                    for words in lost:
+                        count = count | MASKED if words != 0 else count
+                if j == 0:
+                    count = count | c.piece[HEAD, index]
                 for e in cutlass.range_constexpr(4):
                     cute.arch.mbarrier_wait(c.empty + slot, phase)
                     with cute.arch.elect_one():
                         valid[slot] = count
+                        if const_expr(cfg.boxes > 1):
+                            for h in cutlass.range_constexpr(halves):
+                                missing[h, slot] = lost[h]
                         cute.arch.mbarrier_arrive_and_expect_tx(c.full + slot, SLOT_BYTES)
-                    if const_expr(cfg.cluster > 1):
-                        # Box b of a tile is loaded by CTA b % cluster for all of them.
-                        if const_expr(cfg.cluster == 2) or c.rank // 2 == e % 2:
-                            cute.copy(
-                                c.tma_kv, g_kv[None, row_tile, 2 * e + c.rank % 2, here], s_kv[None, c.rank % 2, slot],
-                                tma_bar_ptr=c.full + slot, cache_policy=policy, mcast_mask=everyone,
-                            )  # fmt: skip
-                    else:
-                        for s in cutlass.range_constexpr(2):
-                            cute.copy(
-                                c.tma_kv, g_kv[None, row_tile, 2 * e + s, here], s_kv[None, s, slot],
-                                tma_bar_ptr=c.full + slot, cache_policy=policy,
-                            )  # fmt: skip
-                    slot += 1
-                    if slot == cfg.slots:
-                        slot = Int32(0)
-                        phase ^= 1
+                    # Slice b of a tile is loaded by CTA b % cluster for all of them.
+                    for s in cutlass.range_constexpr(2 // cfg.cluster):
+                        s = s if const_expr(cfg.cluster == 1) else (c.rank & 1)
+                        self.copy_boxes(
+                            c, g_kv, s_kv[None, None, s, slot], 2 * e + s, pages, places, base, c.full + slot
+                        )
+                    slot, phase = self.next_slot(slot, phase)
             self.arrive(c.piece_empty + index)
             piece += 1
-            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
-            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+            cute.arch.mbarrier_wait(c.piece_full + (piece & PIECES - 1), (piece >> PIECES_LOG2) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece & PIECES - 1])
 
     @cute.jit
     def load_rope(self, c: cutlass.Constexpr):
         """The ninth slice of every tile; the CTAs of a cluster take turns and multicast."""
         cfg = self.config
-        pages_tiles = cfg.page_size // 64
-        g_kv = cute.local_tile(c.t_kv, (64, 64), (None, None, c.kv_head, None))
-        s_kv, g_kv = cpasync.tma_partition(
-            c.tma_kv, 0, cute.make_layout(1), cute.group_modes(c.s_rope, 0, 2), cute.group_modes(g_kv, 0, 2)
-        )
-        policy, everyone = Int64(EVICT_FIRST), cutlass.Int16((1 << cfg.cluster) - 1)
+        halves = max(cfg.boxes // 32, 1)
+        s_kv, g_kv = self.page_boxes(c, cute.flat_divide(c.s_rope, (cfg.box_rows, 64)))
         turn, piece = Int32(0), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         while tiles > 0:
-            index = piece % PIECES
+            index = piece & PIECES - 1
             first = c.piece[FIRST_BLOCK, index]
-            page = Int32(0)
+            pages, places = (cute.make_rmem_tensor(halves, Int32) for _ in range(2))
             for j in cutlass.range(tiles, unroll=1):
-                if j % 16 == 0:
-                    ahead = j + c.lane
-                    page = c.num_pages
-                    if (ahead < tiles) & ((first + ahead) * 64 < c.piece[STOP, index]):
-                        page = c.block_table[c.piece[REQUEST, index], (first + ahead) // pages_tiles]
-                        if (page < 0) | (page >= c.num_pages):
-                            page = c.num_pages
-                here = cute.arch.shuffle_sync(page, j % 16)
-                if const_expr(cfg.prefetch > 0):
-                    if (j + cfg.prefetch < tiles) & c.is_sole_reader & ((turn + cfg.prefetch) % cfg.cluster == c.rank):
-                        later = cute.arch.shuffle_sync(page, j % 16 + cfg.prefetch)
-                        later_tile = (first + j + cfg.prefetch) % pages_tiles
-                        cute.prefetch(c.tma_kv, g_kv[None, later_tile, 8, later])
-                row_tile = (first + j) % pages_tiles
+                base = (j & cfg.lookup - 1) * cfg.boxes
+                if base == 0:
+                    for h in cutlass.range_constexpr(halves):
+                        box = (first + j) * cfg.boxes + 32 * h + c.lane
+                        pages[h], places[h], _ = self.read_page(c, index, box, False)
+                if const_expr(cfg.look_ahead > 0):
+                    mine = (turn + cfg.look_ahead & cfg.cluster - 1) == c.rank
+                    if (j + cfg.look_ahead < tiles) & c.is_sole_reader & mine:
+                        later = cute.arch.shuffle_sync(pages[0], base + cfg.look_ahead)
+                        place = cute.arch.shuffle_sync(places[0], base + cfg.look_ahead)
+                        cute.prefetch(c.tma_kv, g_kv[None, place, 8, later])
                 cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(c.rope_full, SLICE_BYTES)
-                if const_expr(cfg.cluster > 1):
-                    if turn % cfg.cluster == c.rank:
-                        cute.copy(
-                            c.tma_kv, g_kv[None, row_tile, 8, here], s_kv[None, 0],
-                            tma_bar_ptr=c.rope_full, cache_policy=policy, mcast_mask=everyone,
-                        )  # fmt: skip
-                else:
-                    cute.copy(
-                        c.tma_kv, g_kv[None, row_tile, 8, here], s_kv[None, 0],
-                        tma_bar_ptr=c.rope_full, cache_policy=policy,
-                    )  # fmt: skip
+                if (turn & cfg.cluster - 1) == c.rank:
+                    self.copy_boxes(c, g_kv, s_kv[None, None, 0, 0], Int32(8), pages, places, base, c.rope_full)
                 turn += 1
             self.arrive(c.piece_empty + index)
             piece += 1
-            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
-            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+            cute.arch.mbarrier_wait(c.piece_full + (piece & PIECES - 1), (piece >> PIECES_LOG2) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece & PIECES - 1])
 
     @cute.jit
     def load_q(self, c: cutlass.Constexpr):
@@ -521,7 +596,7 @@ class DecodeDense:
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         while tiles > 0:
-            index = piece % PIECES
+            index = piece & PIECES - 1
             s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
             if const_expr(cfg.prefetch > 0):
                 for x in cutlass.range_constexpr(kept):
@@ -536,14 +611,14 @@ class DecodeDense:
                 )  # fmt: skip
             self.arrive(c.piece_empty + index)
             piece += 1
-            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
-            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+            cute.arch.mbarrier_wait(c.piece_full + (piece & PIECES - 1), (piece >> PIECES_LOG2) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece & PIECES - 1])
 
     # ------------------------------------------------------------------ S = Q K^T and the softmax
 
     @cute.jit
     def scores(self, c: cutlass.Constexpr):
-        """S of one tile on the tensor cores; between the wgmmas, probabilities of the tile before."""
+        """S of a tile on the tensor cores, then its probabilities, while the value warpgroups multiply the tile before."""
         cfg = self.config
         c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
         c.qk_rs.set(warpgroup.Field.ACCUMULATE, True)
@@ -554,32 +629,23 @@ class DecodeDense:
             b_ring=c.qk_ss.make_fragment_B(thr.partition_B(c.s_ring)),
             b_rope=c.qk_ss.make_fragment_B(thr.partition_B(c.s_rope)),
             a_regs=[c.qk_rs.make_fragment_A(c.qk_rs.partition_shape_A((64, 128))) for _ in range(cfg.q_regs // 2)],
-            row0=c.warp * 16 + c.lane // 4,
+            row0=c.warp * 16 + (c.lane >> 2),
         )  # fmt: skip
         acc = c.qk_ss.make_fragment_C(c.qk_ss.partition_shape_C((64, 64)))
-        dist = cute.make_rmem_tensor(32, Float32)  # score - reference of the tile before, in the layout of acc
         load_a = cute.make_tiled_copy_A(cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), c.qk_rs)
         thr_a = load_a.get_slice(c.thread)
         s.packed = cute.make_rmem_tensor(acc.layout, self.dtype)
-        s.probabilities = cute.make_rmem_tensor(32, Float32)
         s.store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), c.qk_ss)
         thr_p = s.store.get_slice(c.thread)
         s.p_from, s.p_to = thr_p.retile(s.packed), thr_p.partition_D(c.s_p)
 
-        # Before the first tile stands one of zeros, which the value warpgroups take and drop: no branch divides the wgmmas.
-        dist.fill(-Float32.inf)
-        m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
         # Every phase follows from a running count: ring slots filled, tiles, pieces.
         slot, phase, count, piece = Int32(0), Int32(0), Int32(0), Int32(0)
+        self.arrive(c.p_full)  # tiles count from 1: for all three warpgroups tile 0 has been
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         while tiles > 0:
-            index = piece % PIECES
-            # tiles before this one are seen by every row, where their pages are good
-            plain = c.piece[LENGTH, index] // 64
-            if c.is_causal != 0:
-                plain = (c.piece[LENGTH, index] - c.piece[S_Q, index] + 1) // 64
-            plain = cute.arch.make_warp_uniform(plain - c.piece[FIRST_BLOCK, index])
+            index = piece & PIECES - 1
             for e in cutlass.range_constexpr(cfg.q_regs // 2):
                 cute.arch.mbarrier_wait(c.full + slot, phase)
                 cute.copy(load_a, thr_a.partition_S(c.s_ring[None, None, slot]), thr_a.retile(s.a_regs[e]))
@@ -587,18 +653,21 @@ class DecodeDense:
                 cute.arch.fence_view_async_shared()
                 self.release(c.empty + slot, c.rank)
                 slot, phase = self.next_slot(slot, phase)
+            # A row behind the last one may hold another request's data: it must not move the reference of its warp.
+            rows = c.piece[S_Q, index] * c.heads - c.m_block * 64 - s.row0
+            m0 = Float32(NO_MAXIMUM) if rows > 0 else Float32(-NO_MAXIMUM)
+            m1 = Float32(NO_MAXIMUM) if rows > 8 else Float32(-NO_MAXIMUM)
+            l0, l1 = Float32(0.0), Float32(0.0)
             for j in cutlass.range(tiles, unroll=1):
-                slot, phase, m0, m1, l0, l1 = self.step(
-                    c, s, acc, dist, slot, phase, count, piece, tiles, j, plain, m0, m1, l0, l1
-                )
+                slot, phase, m0, m1, l0, l1 = self.step(c, s, acc, slot, phase, count, piece, tiles, j, m0, m1, l0, l1)
                 count += 1
+            self.sums(c, s, piece, m0, m1, l0, l1)
             piece += 1
-            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
-            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
-        if count > 0:
-            m0, m1, l0, l1, f0, f1, need = self.reference(c, dist, m0, m1, l0, l1)
-            l0, l1 = self.finish(c, s, dist, count, f0, f1, need, l0, l1)
-            self.sums(c, s, piece - 1, m0, m1, l0, l1)
+            cute.arch.mbarrier_wait(c.piece_full + (piece & PIECES - 1), (piece >> PIECES_LOG2) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece & PIECES - 1])
+        if count > 0:  # no scores follow that would open the gates of the last tile
+            self.arrive(c.go + (count & 1))
+            self.arrive(c.go + 2 + (count & 1))
 
     @cute.jit
     def next_slot(self, slot: Int32, phase: Int32):
@@ -610,65 +679,16 @@ class DecodeDense:
         return slot, phase
 
     @cute.jit
-    def exponential(
-        self,
-        c: cutlass.Constexpr,
-        s: cutlass.Constexpr,
-        acc: cute.Tensor,
-        x: cutlass.Constexpr,
-        l0: Float32,
-        l1: Float32,
-    ):
-        """One probability, 2^(score - reference), added to its row's sum."""
-        probabilities = s.probabilities
-        value = cute.math.exp2(acc[x], fastmath=True)
-        probabilities[x] = value
-        if const_expr((x // 2) % 2 == 0):
-            l0 += value
-        else:
-            l1 += value
-        return l0, l1
-
-    @cute.jit
-    def store_p(self, c: cutlass.Constexpr, s: cutlass.Constexpr, k: cutlass.Constexpr, buf: Int32):
-        """The 16 columns of k-step `k`, one stmatrix per warp."""
-        packed = s.packed
-        for i in cutlass.range_constexpr(8):
-            packed[8 * k + i] = s.probabilities[8 * k + i].to(self.dtype)
-        cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
-
-    @cute.jit
-    def publish(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
-        """P and, when the reference moved, the factors of O, for the value warpgroups."""
-        factor, flag = c.factor, c.need
-        if need != 0:
-            if c.lane % 4 == 0:
-                factor[s.row0, buf] = f0
-                factor[s.row0 + 8, buf] = f1
-        if c.lane == 0:
-            flag[c.warp, buf] = need
-        # The tensor cores read P through the async proxy.
-        cute.arch.fence_view_async_shared()
-        self.arrive(c.p_full + buf)
-
-    @cute.jit
     def step(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, dist: cute.Tensor, slot: Int32,
-        phase: Int32, count: Int32, piece: Int32, tiles: Int32, j: Int32, plain: Int32, m0: Float32, m1: Float32,
-        l0: Float32, l1: Float32,
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, slot: Int32, phase: Int32, count: Int32,
+        piece: Int32, tiles: Int32, j: Int32, m0: Float32, m1: Float32, l0: Float32, l1: Float32,
     ):  # fmt: skip
-        """The scores of tile j on the tensor cores; meanwhile tile j - 1, in `dist`, becomes probabilities.
-
-        Its maximum is found behind the first 8 wgmmas (the queue of the tensor cores holds about that many), its
-        exponentials stand between the others.
-        """
+        """Scores of tile j, the gates of the tile before, then the probabilities of tile j."""
         cfg = self.config
         steps = [0, 1, 2, -1, 3] if cfg.has_rope else [0, 1, 2, 3]
-        buf = count & 1  # of the tile before; the value warpgroups count from 1
-        f0, f1, need = Float32(1.0), Float32(1.0), Int32(0)
+        buf = count & 1  # of the tile before; tiles count from 1
         valid = Int32(0)
         issued = 0
-        done = 0
         for e in steps:
             if const_expr(e < 0):
                 cute.arch.mbarrier_wait(c.rope_full, count & 1)
@@ -689,17 +709,6 @@ class DecodeDense:
                 else:
                     b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, slot]
                     cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
-                if const_expr(issued == cfg.exp_start):
-                    m0, m1, l0, l1, f0, f1, need = self.reference(c, dist, m0, m1, l0, l1)
-                    cute.arch.mbarrier_wait(c.p_empty + buf, ((count >> 1) & 1) ^ 1)
-                for _ in cutlass.range_constexpr(cfg.exp_each):
-                    if const_expr(issued > cfg.exp_start and done < 32):
-                        l0, l1 = self.exponential(c, s, dist, done, l0, l1)
-                        done += 1
-                        if const_expr(done % 8 == 0):
-                            self.store_p(c, s, done // 8 - 1, buf)
-                        if const_expr(done == 32):
-                            self.publish(c, s, buf, f0, f1, need)
                 if const_expr(issued == cfg.gate_left):
                     self.arrive(c.go + buf)
                 if const_expr(issued == cfg.gate_right):
@@ -723,76 +732,122 @@ class DecodeDense:
                 cute.arch.mbarrier_arrive(c.rope_empty)
                 for other in cutlass.range_constexpr(1, cfg.cluster):
                     cute.arch.mbarrier_arrive(c.rope_empty, c.rank ^ other)
-        for x in cutlass.range_constexpr(32):
-            dist[x] = acc[x] * c.scale_log2
-        if (valid < 64) | (j >= plain) | (j == 0) | (j + 1 == tiles):
-            if j + 1 == tiles:
-                self.arrive(c.q_empty)
-            if j == 0:
-                if count > 0:
-                    self.sums(c, s, piece - 1, m0, m1, l0, l1)
-                m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
-            if (valid < 64) | (j >= plain):
-                self.mask(c, s, dist, piece, j, valid)
+        if j + 1 == tiles:
+            self.arrive(c.q_empty)
+        if valid != FULL:
+            self.mask(c, s, acc, piece, j, valid, slot)
+        m0, m1, l0, l1, f0, f1, need = self.probabilities(c, s, acc, m0, m1, l0, l1)
+        buf = buf ^ 1
+        cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
+        for k in cutlass.range_constexpr(4):
+            cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
+        self.publish(c, s, buf, f0, f1, need)
         return slot, phase, m0, m1, l0, l1
 
-    @cute.jit
-    def reference(self, c: cutlass.Constexpr, dist: cute.Tensor, m0: Float32, m1: Float32, l0: Float32, l1: Float32):
-        """Move the reference of a row when a score exceeds it by 2^8; leave score - reference in `dist`.
+    def rounded(self, x: Float32, y: Float32) -> Float32:
+        """x * y that no compiler fuses with an addition."""
+        return cute.arch.inline_ptx(
+            "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+        )
 
-        The reference is one of the scores, scaled and rounded like all: the difference of the largest is exactly 0,
-        whatever its size. (One fused multiply-add would round differently and make 2^(1e5) of a logit of 1e12.)
+    @cute.jit
+    def probabilities(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, m0: Float32, m1: Float32, l0: Float32,
+        l1: Float32,
+    ):  # fmt: skip
+        """Probabilities 2^(score - reference) into `s.packed`; the reference of a row moves when they grow too large.
+
+        The maximum of a tile is looked for only when the reference does not do: it takes a third of the instructions.
+        It does while a thread's 16 probabilities of a row add up to 2^8 at most. Such a row's exponents are fused
+        multiply-adds; their rounding error, |reference| 2^-25, is that of the scores as long as the reference is small.
+
+        A large reference (2^20 and more) sends every tile to the careful path, where it is one of the scores, scaled and
+        rounded like all: the difference of the largest is exactly 0, whatever its size. (The fused form would make
+        2^(1e5) of a logit of 1e12.)
         """
+        packed = s.packed
+        n0 = -m0 if cute.arch.fmax(m0, -m0) < Float32(FUSED) else -Float32(NO_MAXIMUM)
+        n1 = -m1 if cute.arch.fmax(m1, -m1) < Float32(FUSED) else -Float32(NO_MAXIMUM)
+        n0 = Float32(NO_MAXIMUM) if m0 > Float32(HIDDEN) else n0
+        n1 = Float32(NO_MAXIMUM) if m1 > Float32(HIDDEN) else n1
+        t0, t1 = Float32(0.0), Float32(0.0)
+        for x in cutlass.range_constexpr(32):
+            n = n0 if (x // 2) % 2 == 0 else n1
+            value = cute.math.exp2(cute.math.fma(acc[x], c.scale_log2, n), fastmath=True)
+            packed[x] = value.to(self.dtype)
+            t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
         f0, f1 = Float32(1.0), Float32(1.0)
-        x0, x1 = dist[0], dist[2]
-        for i in cutlass.range_constexpr(8):
-            x0 = cute.arch.fmax(x0, cute.arch.fmax(dist[i * 4 + 0], dist[i * 4 + 1]))
-            x1 = cute.arch.fmax(x1, cute.arch.fmax(dist[i * 4 + 2], dist[i * 4 + 3]))
-        over = cute.arch.fmax(x0 - m0, x1 - m1) > Float32(LAZY_LOG2)
-        need = Int32(1) if cute.arch.vote_any_sync(over) else Int32(0)
+        # Not "greater": a NaN or an overflow of this row goes the careful way, too.
+        fits0, fits1 = t0 <= Float32(2.0**LAZY_LOG2), t1 <= Float32(2.0**LAZY_LOG2)
+        fits0, fits1 = fits0 | (m0 > Float32(HIDDEN)), fits1 | (m1 > Float32(HIDDEN))
+        need = Int32(0) if cute.arch.vote_all_sync(fits0 & fits1) else Int32(1)
         if need != 0:
+            x0, x1 = acc[0], acc[2]
+            for i in cutlass.range_constexpr(8):
+                x0 = cute.arch.fmax(x0, cute.arch.fmax(acc[i * 4 + 0], acc[i * 4 + 1]))
+                x1 = cute.arch.fmax(x1, cute.arch.fmax(acc[i * 4 + 2], acc[i * 4 + 3]))
             for d in (1, 2):
                 x0 = cute.arch.fmax(x0, cute.arch.shuffle_sync_bfly(x0, d))
                 x1 = cute.arch.fmax(x1, cute.arch.shuffle_sync_bfly(x1, d))
-            n0, n1 = cute.arch.fmax(m0, x0), cute.arch.fmax(m1, x1)
-            f0 = cute.math.exp2(m0 - n0, fastmath=True)
-            f1 = cute.math.exp2(m1 - n1, fastmath=True)
-            l0, l1, m0, m1 = l0 * f0, l1 * f1, n0, n1
-        for x in cutlass.range_constexpr(32):
-            dist[x] = dist[x] - (m0 if (x // 2) % 2 == 0 else m1)
-        return m0, m1, l0, l1, f0, f1, need
+            x0, x1 = (
+                cute.arch.fmax(m0, self.rounded(x0, c.scale_log2)),
+                cute.arch.fmax(m1, self.rounded(x1, c.scale_log2)),
+            )
+            f0 = cute.math.exp2(m0 - x0, fastmath=True)
+            f1 = cute.math.exp2(m1 - x1, fastmath=True)
+            l0, l1, m0, m1 = l0 * f0, l1 * f1, x0, x1
+            t0, t1 = Float32(0.0), Float32(0.0)
+            for x in cutlass.range_constexpr(32):
+                m = m0 if (x // 2) % 2 == 0 else m1
+                value = cute.math.exp2(self.rounded(acc[x], c.scale_log2) - m, fastmath=True)
+                packed[x] = value.to(self.dtype)
+                t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
+        return m0, m1, l0 + t0, l1 + t1, f0, f1, need
 
     @cute.jit
-    def mask(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, piece: Int32, j: Int32, count: Int32):
+    def mask(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, piece: Int32, j: Int32, valid: Int32,
+        slot: Int32,
+    ):  # fmt: skip
         """Scores of keys that a row does not see become -inf: selected, so that a NaN there does not matter."""
-        index = piece % PIECES
-        lim0, lim1 = count, count
+        cfg = self.config
+        index = piece & PIECES - 1
+        lim0 = valid & MASKED - 1
+        lim1, low0, low1 = lim0, Int32(0), Int32(0)
         if c.is_causal != 0:
+            # where the row's own position ends, in keys of this tile
             left = c.piece[LENGTH, index] - (c.piece[FIRST_BLOCK, index] + j) * 64 - c.piece[S_Q, index] + 1
             row = c.m_block * 64 + s.row0
-            lim0 = cutlass.min(count, left + row // self.config.heads)
-            lim1 = cutlass.min(count, left + (row + 8) // self.config.heads)
+            end0, end1 = left + row // c.heads, left + (row + 8) // c.heads
+            lim0, lim1 = cutlass.min(lim0, end0), cutlass.min(lim1, end1)
+            low0, low1 = end0 - c.window, end1 - c.window
+        if const_expr(cfg.boxes > 1):
+            slot = slot - 4 if slot >= 4 else slot - 4 + cfg.slots  # of the tile's first quarter
+            words = [c.missing[h, slot] for h in range(max(cfg.boxes // 32, 1))]
         for x in cutlass.range_constexpr(32):
-            column = (x // 4) * 8 + (c.lane % 4) * 2 + x % 2
-            if column >= (lim0 if (x // 2) % 2 == 0 else lim1):
+            column = (x // 4) * 8 + (c.lane & 3) * 2 + x % 2
+            lim, low = (lim0, low0) if (x // 2) % 2 == 0 else (lim1, low1)
+            hidden = (column >= lim) | (column < low)
+            if const_expr(cfg.boxes > 1):
+                word = words[x // 16 if cfg.boxes > 32 else 0]
+                box = (x // 4 * 8 if cfg.box_rows >= 8 else column) // cfg.box_rows % 32
+                hidden = hidden | ((word >> box) & 1 != 0)
+            if hidden:
                 acc[x] = -Float32.inf
 
     @cute.jit
-    def finish(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, count: Int32, f0: Float32, f1: Float32,
-        need: Int32, l0: Float32, l1: Float32,
-    ):  # fmt: skip
-        """The probabilities of a piece's last tile: nothing to overlap with, so both gates open at once."""
-        buf = count & 1
-        cute.arch.mbarrier_wait(c.p_empty + buf, ((count >> 1) & 1) ^ 1)
-        for k in cutlass.range_constexpr(4):
-            for i in cutlass.range_constexpr(8):
-                l0, l1 = self.exponential(c, s, acc, 8 * k + i, l0, l1)
-            self.store_p(c, s, k, buf)
-        self.publish(c, s, buf, f0, f1, need)
-        self.arrive(c.go + buf)
-        self.arrive(c.go + 2 + buf)
-        return l0, l1
+    def publish(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
+        """P and, when the reference moved, the factors of O, for the value warpgroups."""
+        factor, flag = c.factor, c.need
+        if need != 0:
+            if (c.lane & 3) == 0:
+                factor[s.row0, buf] = f0
+                factor[s.row0 + 8, buf] = f1
+        if c.lane == 0:
+            flag[c.warp, buf] = need
+        # The tensor cores read P through the async proxy.
+        cute.arch.fence_view_async_shared()
+        self.arrive(c.p_full + buf)
 
     @cute.jit
     def sums(
@@ -803,26 +858,30 @@ class DecodeDense:
         for d in (1, 2):
             l0 += cute.arch.shuffle_sync_bfly(l0, d)
             l1 += cute.arch.shuffle_sync_bfly(l1, d)
-        index = piece % PIECES
+        index = piece & PIECES - 1
         cute.arch.mbarrier_wait(c.sum_empty, (piece & 1) ^ 1)
         shared_inverse, lse, lse2_accum = c.inverse, c.lse, c.lse2_accum
-        if c.lane % 4 == 0:
-            heads = self.config.heads
+        if (c.lane & 3) == 0:
             split_slot, s_q = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index]
             token0, batch = c.piece[TOKEN0, index], c.piece[BATCH_COORD, index]
             for half in cutlass.range_constexpr(2):
                 m, l = (m0, l0) if half == 0 else (m1, l1)  # noqa: E741
                 row = c.m_block * 64 + s.row0 + 8 * half
-                inverse, lse2 = Float32(0.0), -Float32.inf
-                if l > 0.0:
-                    inverse = Float32(1.0) / l
-                    lse2 = m + cute.math.log2(l)
+                inverse, lse2 = Float32(1.0) / l, m + cute.math.log2(l)
+                if l == 0.0:  # sees nothing; a NaN stays one
+                    inverse, lse2 = Float32(0.0), -Float32.inf
+                if split_slot >= 0:
+                    block = c.kv_head * c.row_blocks + c.m_block
+                    lse2_accum[split_slot, block * 64 + s.row0 + 8 * half] = lse2
+                else:
+                    if row < s_q * c.heads:
+                        token = row // c.heads
+                        head = c.kv_head * c.heads + row - token * c.heads
+                        lse[batch, head, token0 + token] = lse2 * Float32(LN2)
+                        if c.has_sink != 0:  # a key without a value, merged requests get theirs in the merge
+                            extra = cute.math.exp2(c.attn_sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
+                            inverse = inverse / (Float32(1.0) + extra) if l != 0.0 else inverse
                 shared_inverse[s.row0 + 8 * half] = inverse
-                if row < s_q * heads:
-                    if split_slot >= 0:
-                        lse2_accum[split_slot, c.kv_head * c.s_q_max * heads + row] = lse2
-                    else:
-                        lse[batch, c.kv_head * heads + row % heads, token0 + row // heads] = lse2 * Float32(LN2)
         self.arrive(c.sum_full)
         self.arrive(c.piece_empty + index)
 
@@ -832,19 +891,20 @@ class DecodeDense:
     def values(self, c: cutlass.Constexpr):
         """Half of O's columns: P from the exchange into registers, V from the ring, O in registers."""
         cfg = self.config
-        half = c.warp_idx // 4 - 1
+        half = (c.warp_idx >> 2) - 1
         pv = c.pv
         s_v = cute.make_tensor(c.s_ring.iterator, cute.select(c.s_ring.layout, [1, 0, 2]))
         b = pv.make_fragment_B(pv.get_slice(c.thread).partition_B(s_v))
         a = pv.make_fragment_A(pv.get_slice(c.thread).partition_A(c.s_p))
         accs = [pv.make_fragment_C(pv.partition_shape_C((64, 128))) for _ in range(2)]
-        row0 = c.warp * 16 + c.lane // 4
         pv.set(warpgroup.Field.ACCUMULATE, True)
-        slot, tile, piece = 2 * half, Int32(1), Int32(0)  # slot of this half's first quarter; P's; pieces
+        # slot of this half's first quarter; tiles (from 1) and pieces, of which only the last bits count, in one register
+        slot, turn = 2 * half, Int32(1 << 3)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
         if tiles > 0:
-            cute.arch.mbarrier_wait(c.go + half * 2, 0)  # the zeros before the first tile
+            cute.arch.mbarrier_wait(c.p_full, 0)  # of tile 0
+            cute.arch.mbarrier_wait(c.go + half * 2, 0)
             self.arrive(c.p_empty)
         while tiles > 0:
             for acc in accs:
@@ -854,9 +914,10 @@ class DecodeDense:
                 if slot >= cfg.slots:
                     slot -= cfg.slots
                 slot1 = slot + 1 if slot + 1 < cfg.slots else Int32(0)
-                buf = tile & 1
-                cute.arch.mbarrier_wait(c.p_full + buf, (tile >> 1) & 1)
+                buf, phase = (turn >> 3) & 1, (turn >> 4) & 1
+                cute.arch.mbarrier_wait(c.p_full + buf, phase)
                 if c.need[c.warp, buf] != 0:
+                    row0 = self.first_row(c)
                     f0, f1 = c.factor[row0, buf], c.factor[row0 + 8, buf]
                     for acc in accs:
                         for i in cutlass.range_constexpr(16):
@@ -864,9 +925,9 @@ class DecodeDense:
                             acc[i * 4 + 1] = acc[i * 4 + 1] * f0
                             acc[i * 4 + 2] = acc[i * 4 + 2] * f1
                             acc[i * 4 + 3] = acc[i * 4 + 3] * f1
-                if c.valid[slot] < 64:
-                    self.clear_tail(c, slot, slot1, half)
-                cute.arch.mbarrier_wait(c.go + half * 2 + buf, (tile >> 1) & 1)
+                if c.valid[slot] != FULL:
+                    self.clear_unseen(c, slot, slot1, half)
+                cute.arch.mbarrier_wait(c.go + half * 2 + buf, phase)
                 warpgroup.fence()
                 for k in cutlass.range_constexpr(4):
                     cute.gemm(pv, accs[0], a[None, None, k, buf], b[None, None, k, slot], accs[0])
@@ -880,10 +941,11 @@ class DecodeDense:
                 self.arrive(c.p_empty + buf)
                 self.release(c.empty + slot1, c.rank)
                 slot += 4
-                tile += 1
+                turn += 1 << 3
             if slot >= cfg.slots:
                 slot -= cfg.slots
-            cute.arch.mbarrier_wait(c.sum_full, piece & 1)
+            cute.arch.mbarrier_wait(c.sum_full, turn & 1)
+            row0 = self.first_row(c)
             f0, f1 = c.inverse[row0], c.inverse[row0 + 8]
             for acc in accs:
                 for i in cutlass.range_constexpr(16):
@@ -893,16 +955,23 @@ class DecodeDense:
                     acc[i * 4 + 3] = acc[i * 4 + 3] * f1
             cute.arch.fence_view_async_shared()  # the loads are done before the arrival
             self.arrive(c.sum_empty)
-            self.store_out(c, accs, piece % PIECES, half, row0)
-            self.arrive(c.piece_empty + piece % PIECES)
-            piece += 1
-            cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
-            tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+            self.store_out(c, accs, turn & PIECES - 1, half, row0)
+            self.arrive(c.piece_empty + (turn & PIECES - 1))
+            turn = turn & -8 | turn + 1 & 7
+            cute.arch.mbarrier_wait(c.piece_full + (turn & PIECES - 1), (turn >> PIECES_LOG2) & 1)
+            tiles = cute.arch.make_warp_uniform(c.piece[TILES, turn & PIECES - 1])
 
     @cute.jit
-    def clear_tail(self, c: cutlass.Constexpr, slot: Int32, slot1: Int32, half: Int32):
-        """Zero the rows of V behind the last token: 0 * NaN would be NaN. A row is 128 bytes of each 8 KB box."""
-        count = c.valid[slot]
+    def first_row(self, c: cutlass.Constexpr):
+        """The first of a thread's two rows, 8 apart. Through a shuffle, which stays where it is written: kept in a register
+        through the loop, it would spill another.
+        """
+        return c.warp * 16 + (cute.arch.shuffle_sync_bfly(c.lane, 0) >> 2)
+
+    @cute.jit
+    def clear_unseen(self, c: cutlass.Constexpr, slot: Int32, slot1: Int32, half: Int32):
+        """Zero the rows of V that no query row sees: 0 * NaN would be NaN. A row is 128 bytes of each 8 KB box."""
+        head, count = c.valid[slot] >> HEAD_SHIFT, c.valid[slot] & MASKED - 1
         zero = cute.make_rmem_tensor(4, Int32)
         zero.fill(0)
         words = cute.make_tensor(
@@ -910,10 +979,11 @@ class DecodeDense:
         )
         for box in cutlass.range_constexpr(4):
             where = slot if box < 2 else slot1
-            chunk = count * 8 + c.thread
-            while chunk < 512:
-                cute.autovec_copy(zero, words[None, chunk + 512 * (box % 2), where])
-                chunk += 128
+            for begin, end in ((0, head), (count, 64)):
+                chunk = begin * 8 + c.thread
+                while chunk < end * 8:
+                    cute.autovec_copy(zero, words[None, chunk + 512 * (box % 2), where])
+                    chunk += 128
         cute.arch.fence_view_async_shared()
         # One barrier per half; their numbers are literals, a computed one would reserve all 16.
         if half == 0:
@@ -926,55 +996,59 @@ class DecodeDense:
         self, c: cutlass.Constexpr, accs: cutlass.Constexpr, index: Int32, half: Int32, row0: Int32,
     ):  # fmt: skip
         """O, divided by its sums: fp32 partials of a split request, else the output rows."""
-        heads = self.config.heads
-        split_slot, rows = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index] * heads
+        split_slot, rows = c.piece[SPLIT_SLOT, index], c.piece[S_Q, index] * c.heads
         token0, batch = c.piece[TOKEN0, index], c.piece[BATCH_COORD, index]
-        for side in cutlass.range_constexpr(2):
-            row = c.m_block * 64 + row0 + 8 * side
-            # Lanes exchange values, so all take part; those of rows behind the end do not store.
-            if split_slot >= 0:
-                line = c.out_accum[split_slot, c.kv_head * c.s_q_max * heads + row, None]
-                self.store_row(line, accs, c, half, side, row < rows, Float32)
-            else:
-                line = c.out[batch, token0 + row // heads, c.kv_head * heads + row % heads, None]
-                self.store_row(line, accs, c, half, side, row < rows, self.dtype)
+        if split_slot >= 0:
+            # As the accumulators lie: 16 bytes per thread, 512 contiguous bytes per warp, no shuffles.
+            block = c.out_accum[split_slot, c.kv_head * c.row_blocks + c.m_block, None].iterator
+            units = cute.make_tensor(
+                (block + (half * 128 * 128 + cute.arch.shuffle_sync_bfly(c.thread, 0) * 4)).align(16),
+                cute.make_layout((4, 16, 2), stride=(1, 512, 16 * 512)),
+            )
+            for h in cutlass.range_constexpr(2):
+                quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
+                for i in cutlass.range_constexpr(16):
+                    cute.autovec_copy(quads[None, i], units[None, i, h])
+        else:
+            for side in cutlass.range_constexpr(2):
+                row = c.m_block * 64 + row0 + 8 * side
+                # Lanes exchange values, so all take part; those of rows behind the end do not store.
+                token = row // c.heads
+                line = c.out[batch, token0 + token, (c.kv_head - token) * c.heads + row, None]
+                self.store_row(line, accs, c, half, side, row < rows)
 
     @cute.jit
     def store_row(
         self, line: cute.Tensor, accs: cutlass.Constexpr, c: cutlass.Constexpr, half: Int32,
-        side: cutlass.Constexpr, is_row: Boolean, dtype: cutlass.Constexpr,
+        side: cutlass.Constexpr, is_row: Boolean,
     ):  # fmt: skip
-        """Half a row from the four lanes that share it, as 16-byte stores.
+        """Half a row of out from the four lanes that share it, as 16-byte stores.
 
-        A lane holds column pairs 8 i + 2 lane; in groups of 16 bytes per pair count (4 for 16-bit elements, 2 for fp32)
-        the lanes transpose, so that each ends with adjacent columns. Pairs stored as they are cost four times (16-bit)
-        or twice (fp32) as many store instructions, 4,000 cycles of a piece's epilogue.
+        A lane holds column pairs 8 i + 2 lane; in groups of four pairs the lanes transpose, so that each ends with eight
+        adjacent columns. Pairs stored as they are cost four times as many store instructions.
         """
         # Through a shuffle, which stays where it is written: addresses hoisted out of the piece loop would spill.
-        quad = cute.arch.shuffle_sync_bfly(c.lane, 0) % 4
-        groups = 4 if const_expr(dtype.width == 16) else 2
-        column = half * 256 + (quad * 8 if const_expr(groups == 4) else quad % 2 * 8 + quad // 2 * 4)
-        base = cute.make_ptr(dtype, (line.iterator + column).toint(), cute.AddressSpace.gmem, assumed_align=16)
-        pairs = cute.make_rmem_tensor(cute.make_layout((2, groups), stride=(1, 2)), dtype)
-        words = cute.recast_tensor(cute.make_tensor(pairs.iterator, cute.make_layout(2 * groups)), Int32)
-        per = 4 // groups  # 32-bit words of a pair
+        quad = cute.arch.shuffle_sync_bfly(c.lane, 0) & 3
+        base = cute.make_ptr(
+            self.dtype, (line.iterator + (half * 256 + quad * 8)).toint(), cute.AddressSpace.gmem, assumed_align=16
+        )
+        pairs = cute.make_rmem_tensor(cute.make_layout((2, 4), stride=(1, 2)), self.dtype)
+        words = cute.recast_tensor(cute.make_tensor(pairs.iterator, cute.make_layout(8)), Int32)
         for h in cutlass.range_constexpr(2):
-            for i in cutlass.range_constexpr(0, 16, groups):
-                for g in cutlass.range_constexpr(groups):
-                    pairs[0, g] = accs[h][(i + g) * 4 + 2 * side].to(dtype)
-                    pairs[1, g] = accs[h][(i + g) * 4 + 2 * side + 1].to(dtype)
+            for i in cutlass.range_constexpr(0, 16, 4):
+                for g in cutlass.range_constexpr(4):
+                    pairs[0, g] = accs[h][(i + g) * 4 + 2 * side].to(self.dtype)
+                    pairs[1, g] = accs[h][(i + g) * 4 + 2 * side + 1].to(self.dtype)
                 for step in (1, 2):
-                    if const_expr(step < groups):
-                        odd = (quad & step) != 0
-                        for g in cutlass.range_constexpr(groups):
-                            if const_expr(g & step == 0):
-                                for w in cutlass.range_constexpr(per):
-                                    low, high = words[g * per + w], words[(g + step) * per + w]
-                                    sent = cute.arch.shuffle_sync_bfly(low if odd else high, step)
-                                    words[g * per + w] = sent if odd else low
-                                    words[(g + step) * per + w] = high if odd else sent
+                    odd = (quad & step) != 0
+                    for g in cutlass.range_constexpr(4):
+                        if const_expr(g & step == 0):
+                            low, high = words[g], words[g + step]
+                            sent = cute.arch.shuffle_sync_bfly(low if odd else high, step)
+                            words[g] = sent if odd else low
+                            words[g + step] = high if odd else sent
                 if is_row:
                     cute.autovec_copy(
-                        cute.make_tensor(pairs.iterator, cute.make_layout(2 * groups)),
-                        cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(2 * groups)),
+                        cute.make_tensor(pairs.iterator, cute.make_layout(8)),
+                        cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(8)),
                     )

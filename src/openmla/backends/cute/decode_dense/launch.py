@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from openmla.backends.base import DecodeOperands
-from openmla.backends.cute.decode_dense.config import Config
+from openmla.backends.cute.decode_dense.config import Config, MergeConfig
+from openmla.backends.cute.decode_dense_small.launch import no_sink
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
 
 LOG2_E = math.log2(math.e)
+NO_WINDOW = 1 << 30  # keys; more than any block table addresses
 
 
 def fake_arguments(config: Config) -> tuple[Any, ...]:
@@ -32,7 +34,9 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
 
     return (
         fake_tensor(element, (None, None, None, config.d_qk), stride=(stride(), stride(), stride(), 1)),  # q
-        fake_tensor(element, (None, config.page_size, None, config.d_qk), stride=(stride(), stride(), stride(), 1)),
+        fake_tensor(
+            element, (None, config.page_size or None, None, config.d_qk), stride=(stride(), stride(), stride(), 1)
+        ),
         fake_tensor(Int32, (None, None), stride=(None, 1), align=4),  # block_table
         ints(None),  # cache_seqlens
         ints(None),  # cu_seqlens_q
@@ -40,10 +44,12 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         ints(None),  # num_splits
         fake_tensor(element, (None, None, None, 512), stride=(stride(), stride(), stride(), 1)),  # out
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),  # lse
-        fake_tensor(Float32, (None, None, 512), stride=(stride(), stride(), 1)),  # out_accum
+        fake_tensor(Float32, (None, None, 64 * 512), stride=(stride(), stride(), 1)),  # out_accum
         fake_tensor(Float32, (None, None), stride=(None, 1), align=4),  # lse2_accum
+        fake_tensor(Float32, (None,), align=4),  # attn_sink
         ints(1),  # fault_word
-        Int32(1), Int32(0), Int32(0), Int32(0), Float32(1.0),  # s_q, chunk_blocks, is_causal, is_varlen, scale_log2
+        # s_q, chunk_blocks, is_causal, is_varlen, has_sink, window, scale_log2
+        Int32(1), Int32(0), Int32(0), Int32(0), Int32(0), Int32(1), Float32(1.0),
         fake_stream(),
     )  # fmt: skip
 
@@ -53,6 +59,38 @@ def build(config: Config, folder: Path) -> CompiledObject:
     from openmla.backends.cute.decode_dense.kernel import DecodeDense
 
     return compile_kernel(DecodeDense(config), fake_arguments(config), config.name, out_dir=folder)
+
+
+def build_merge(config: MergeConfig, folder: Path) -> CompiledObject:
+    """Compile and export one variant of the merge. Needs the DSL, no GPU."""
+    import cutlass
+
+    from openmla.backends.cute.decode_dense import merge
+
+    element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
+    code = merge.Merge(element, config.columns, config.groups)
+    return compile_kernel(code, merge.fake_arguments(element), config.name, out_dir=folder)
+
+
+def launch_merge(
+    function: Any,
+    operands: DecodeOperands,
+    num_splits: torch.Tensor,
+    out_accum: torch.Tensor,
+    lse2_accum: torch.Tensor,
+    *,
+    s_q: int,
+) -> None:
+    """Write out and lse of requests with several pieces. Arguments as of `launch`, which must have run before."""
+    out, lse, cu_seqlens_q, sink = operands.out, operands.lse, operands.cu_seqlens_q, operands.attn_sink
+    is_varlen = cu_seqlens_q is not None
+    if is_varlen:
+        out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+    function(
+        out_accum, lse2_accum, num_splits, cu_seqlens_q if is_varlen else num_splits, out, lse,
+        no_sink(out.device) if sink is None else sink, s_q, operands.kv_cache.shape[2], int(is_varlen),
+        int(sink is not None),
+    )  # fmt: skip
 
 
 def launch(
@@ -66,6 +104,7 @@ def launch(
     s_q: int,
     chunk_blocks: int,
     is_causal: bool,
+    window: int = 0,
 ) -> None:
     """Write out and lse of requests with one piece, out_accum and lse2_accum of the pieces of the others.
 
@@ -73,18 +112,35 @@ def launch(
         function: the exported function of a variant.
         operands: checked tensors.
         metadata, num_splits: the plan (`openmla.split.schedule`).
-        out_accum: fp32 [pieces, h_kv * s_q * heads, 512]; row = KV head, token, head within the KV head.
-        lse2_accum: fp32 [pieces, h_kv * s_q * heads], base 2.
+        out_accum: fp32 [pieces, h_kv * row blocks, 64 * 512], a block in the order that `merge` describes.
+        lse2_accum: fp32 [pieces, h_kv * row blocks * 64], base 2.
         s_q: query tokens per request, the longest with cu_seqlens_q.
         chunk_blocks: piece length of batch_invariant, else 0.
         is_causal: bottom-right aligned causal mask.
+        window: keys that a row sees up to its own position, which makes it causal; 0 for all.
     """
-    q, out, lse, cu_seqlens_q = operands.q, operands.out, operands.lse, operands.cu_seqlens_q
-    is_varlen = cu_seqlens_q is not None
+    out, lse, cu_seqlens_q, sink = operands.out, operands.lse, operands.cu_seqlens_q, operands.attn_sink
+    q, is_varlen = query_rows(operands.q, operands.kv_cache.shape[2]), cu_seqlens_q is not None
     if is_varlen:
         q, out, lse = q.unsqueeze(0), out.unsqueeze(0), lse.unsqueeze(0)
     function(
         q, operands.kv_cache, operands.block_table, operands.cache_seqlens,
         cu_seqlens_q if is_varlen else num_splits, metadata, num_splits, out, lse, out_accum, lse2_accum,
-        operands.fault_word, s_q, chunk_blocks, int(is_causal), int(is_varlen), operands.softmax_scale * LOG2_E,
+        no_sink(q.device) if sink is None else sink, operands.fault_word, s_q, chunk_blocks,
+        int(is_causal or window > 0), int(is_varlen), int(sink is not None), window or NO_WINDOW,
+        operands.softmax_scale * LOG2_E,
     )  # fmt: skip
+
+
+def query_rows(q: torch.Tensor, h_kv: int) -> torch.Tensor:
+    """Q [..., tokens, h_q, d_qk] whose rows (token, head) of a KV head are evenly spaced in memory.
+
+    That is Q itself with one KV head (which a latent cache has) or one token per request. Else a copy in the order KV
+    head, token, head, under the same shape: the kernel steps from row to row by `stride(-2)`, and between KV heads by all
+    rows of one.
+    """
+    tokens, h_q = q.shape[-3], q.shape[-2]
+    if (tokens == 1 and q.dim() == 4) or (h_kv == 1 and q.stride(-3) == h_q * q.stride(-2)):
+        return q
+    grouped: torch.Tensor = q.unflatten(-2, (h_kv, h_q // h_kv)).transpose(-4, -3)
+    return grouped.contiguous().view(q.shape)
