@@ -56,10 +56,10 @@ def test_a_short_call_far_from_the_roof_is_bound_by_latency():
 
 
 def test_rates_of_rows_and_of_a_data_sheet():
-    rows = [row(ceilings={"gemm_bf16_tflops": 1.0, "gemm_size": 2048.0, "read_gbps": 10.0}),
+    rows = [row(ceilings={"gemm_bf16_tflops": 1.0, "gemm_size": 2048.0, "read_gbps": 10.0, "copy_gbps": 7.0}),
             row(ceilings={"gemm_bf16_tflops": 2.0, "read_gbps": 9.0})]  # fmt: skip
     found = roofline.of_rows(rows)
-    assert (found.gemm_tflops, found.read_gbps) == ({"bf16": 2.0}, 10.0)
+    assert (found.gemm_tflops, found.read_gbps, found.copy_gbps) == ({"bf16": 2.0}, 10.0, 7.0)
     assert roofline.data_sheet("h100_sxm").ridge("bf16") == pytest.approx(989e3 / 3352)
     with pytest.raises(ConfigError, match="carry no ceilings"):
         roofline.of_rows([row(ceilings={})])
@@ -86,6 +86,7 @@ def test_run_measures_and_says_why_not():
     found = roofline.run(here, [case], Target.detect("cpu"), ("torch",), 0.01, said.append)
     assert found.places[0].measured_us
     assert found.roof.cache_gbps
+    assert "copy " in str(found)
     assert len(said) >= 2
     refused = roofline.run(here, [case], Target.detect("cpu"), ("cute",), 0.01, None)
     assert refused.places[0].measured_us is None

@@ -105,18 +105,19 @@ def data_sheet(name: str) -> Roof:
 def of_rows(rows: Sequence[Row]) -> Roof:
     """The roof that stands in rows, the best of each rate. Raises ConfigError when they carry none."""
     gemm: dict[str, float] = {}
-    read = 0.0
+    read = copy = 0.0
     for row in rows:
         for key, value in row.ceilings.items():
             if key.startswith("gemm_") and key.endswith("_tflops") and key.count("_") == 2:
                 dtype = key.split("_")[1]
                 gemm[dtype] = max(gemm.get(dtype, 0.0), value)
         read = max(read, row.ceilings.get("read_gbps", 0.0))
+        copy = max(copy, row.ceilings.get("copy_gbps", 0.0))
     if not gemm or not read:
         raise ConfigError(
             "these rows carry no ceilings (gemm_<dtype>_tflops and read_gbps); measure them with openmla bench"
         )
-    return Roof(str(rows[0].environment.get("device", "?")), "rows", gemm, read)
+    return Roof(str(rows[0].environment.get("device", "?")), "rows", gemm, read, copy_gbps=copy or None)
 
 
 def place(case: Case, roof: Roof, row: Row | None = None, note: str = "") -> Place:
@@ -154,6 +155,8 @@ class Roofline:
         roof = self.roof
         rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in roof.gemm_tflops.items())
         lines = [f"{roof.device}, {roof.source}: {rates}; read {roof.read_gbps:.4g} GB/s"]
+        if roof.copy_gbps:
+            lines.append(f"  copy {roof.copy_gbps:.4g} GB/s, bytes read and written")
         if roof.cache_gbps:
             lines.append(f"  last cache {roof.cache_gbps:.4g} GB/s over {roof.cache_bytes / 2**20:.3g} MiB")
         lines += [f"  ridge {dtype} {roof.ridge(dtype):.3g} FLOP per byte" for dtype in roof.gemm_tflops]
@@ -208,6 +211,8 @@ def page(found: Roofline) -> Page:
     used = [dtype for dtype in roof.gemm_tflops if any(each.dtype == dtype for each in found.places)]
     tiles = [Tile(f"{roof.gemm_tflops[dtype]:.3g} TFLOP/s", f"large matrix product, {dtype}") for dtype in used]
     tiles.append(Tile(f"{roof.read_gbps:.4g} GB/s", "reading memory"))
+    if roof.copy_gbps:
+        tiles.append(Tile(f"{roof.copy_gbps:.4g} GB/s", "copying memory, bytes read and written"))
     if roof.cache_gbps:
         tiles.append(
             Tile(f"{roof.cache_gbps:.4g} GB/s", f"reading {roof.cache_bytes / 2**20:.3g} MiB in the last cache")
