@@ -79,9 +79,11 @@ def within_site(text: str, page: Path, pages: dict[Path, str], own: str) -> str:
         if re.match(r"[a-z]+:|#", target):
             return match[0]
         path, _, anchor = target.partition("#")
-        found = pages.get((page.parent / path).resolve())
+        where = (page.parent / path).resolve()
+        found = pages.get(where)
+        if found is None and where.suffix == ".html" and where.is_file():
+            return f'<a href="{"../" * own.count("/")}{where.relative_to(ROOT)}">{name}</a>'  # a report made beforehand
         if found is None:
-            where = (page.parent / path).resolve()
             shown = where.relative_to(ROOT) if where.is_relative_to(ROOT) else path
             return name if name.strip("`") == str(shown) else f"{name} (`{shown}`)"
         up = "../" * own.count("/")
@@ -96,6 +98,10 @@ def write_pages(out: Path, language: str, chapters: dict[str, list[Cell]]) -> li
     pages[ROOT / "ARCHITECTURE.md"] = "architecture"
     for path in sorted((ROOT / "docs").rglob("*.md")):
         pages[path] = str(path.relative_to(ROOT).with_suffix(""))
+    for path in (ROOT / "docs").rglob("*.html"):
+        target = out / "extra" / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     for path in [SITE.parent / "index.md", *pages]:
         own = pages.get(path, "index")
         catalog = translations.load(path, language) if path.parent == SITE.parent and language != "en" else None
