@@ -14,7 +14,7 @@ def case_table(result: CaseResult) -> str:
     """One line per contender, fastest first; those without a number last, with their reason."""
     lines = [result.case.name]
     ours = [row for row in result.rows if row.kind == "backend"]
-    names = [each.who for each in (*result.rows, *result.wrong, *result.refusals)]
+    names = [row.who for row in result.rows] + [each.who for each in (*result.wrong, *result.refusals)]
     width = max([10, *map(len, names)])
     if result.rows:
         lines.append(
