@@ -51,12 +51,13 @@ def test_variant_compiles_within_budget(config, tmp_path):
     sass = disassemble(compiled.cubin_path)
     assert len(re.findall(r"F2FP\.F16\.E4M3\.UNPACK", sass)) == BUDGET["conversions_each_way"]
     roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", sass)
-    assert sorted(int(value, 16) for value in roles) == sorted(BUDGET["roles"].values())
+    assert sorted(int(value, 16) for value in roles) == sorted(config.roles.values())
 
 
-def test_registers_of_the_roles_fill_the_file():
-    assert BUDGET["roles"] == sparse.ROLES
-    assert sum(sparse.ROLES.values()) + sparse.ROLES["values"] == 512  # x 128 threads = 65,536
+@pytest.mark.parametrize("config", BUILT, ids=lambda config: config.name)
+def test_registers_of_the_roles_fill_the_file(config):
+    assert sum(config.roles.values()) + config.roles["values"] == 512  # x 128 threads = 65,536
+    assert all(count % 8 == 0 for count in config.roles.values())
 
 
 # ---------------------------------------------------------------------- which lane puts what where
@@ -151,7 +152,7 @@ def produced(layout: str, cache: torch.Tensor, page_size: int, slots: list[int])
     return out
 
 
-@pytest.mark.parametrize("layout", [config.layout for config in BUILT])
+@pytest.mark.parametrize("layout", sparse.LAYOUTS)
 @pytest.mark.parametrize("page_size", [64, 7, 1])
 def test_a_warp_produces_what_the_oracle_reads(layout, page_size):
     found = kv_layout(layout)
@@ -167,7 +168,7 @@ def test_a_warp_produces_what_the_oracle_reads(layout, page_size):
     assert torch.equal(mine.view(torch.int16), golden[:, :512].contiguous().view(torch.int16))
 
 
-@pytest.mark.parametrize("layout", [config.layout for config in BUILT])
+@pytest.mark.parametrize("layout", sparse.LAYOUTS)
 def test_what_is_loaded_at_once_is_aligned(layout):
     where = sparse.bytes_of(layout)
     assert where.row_bytes % 16 == 0 and where.rope_place % 16 == 0
@@ -210,6 +211,8 @@ def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q, monkeypatch):
     asked = problem(h_q=h_q, s_q=s_q, has_sink=True, has_topk_length=True, page_size=7, topk=100)
     assert sparse.supports(asked, H100)
     assert sparse.configs(asked, H100)[0] in BUILT
+    both = replace(asked, extra=ExtraKV(asked.layout, 64, 10, 512))
+    assert sparse.supports(both, H100) and sparse.configs(both, H100)[0] in BUILT
     parts = sparse.num_parts(asked, H100)
     assert 1 <= parts * sparse.row_blocks(asked) * s_q <= H100.num_sms
 
@@ -229,7 +232,7 @@ def test_a_layout_that_no_gpu_has_run_is_refused():
         ({"batch": 100_000}, "requests"),
         ({"topk": 0}, "index"),
         ({"num_pages": 2**31 // 64}, "bytes"),
-        ({"extra": ExtraKV(kv_layout("fp8_656"), 64, 10, 512)}, "extra_kv_cache"),
+        ({"extra": ExtraKV(kv_layout("fp8_584"), 64, 10, 512)}, "second cache"),
     ],
 )
 def test_refusal_names_the_reason(changes, word):
@@ -242,10 +245,10 @@ def test_refusal_names_the_reason(changes, word):
 @pytest.mark.parametrize("topk", [1, 64, 512, 2048, 16384])
 @pytest.mark.parametrize("parts", [1, 33, 66, 132])
 def test_plan_covers_every_tile_once(batch, topk, parts):
-    plan = sparse.plan(batch, topk, parts)
+    blocks = sparse.tiles(topk)
+    plan = sparse.plan(batch, blocks, parts)
     assert len(plan.parts) == parts
     tiles = Counter((x.request, tile) for x in plan.pieces() for tile in range(x.begin_block, x.end_block))
-    blocks = -(-topk // 64)
     assert tiles == Counter(dict.fromkeys(((r, tile) for r in range(batch) for tile in range(blocks)), 1))
     for request in range(batch):
         splits = [x.split for x in plan.pieces() if x.request == request] if batch <= 33 else []
@@ -253,9 +256,9 @@ def test_plan_covers_every_tile_once(batch, topk, parts):
 
 
 def test_whole_requests_where_they_balance_and_splits_where_they_do_not():
-    assert sparse.plan(128, 2048, 33).num_pieces == 128  # 4 of 32 tiles against an even share of 124
-    assert sparse.plan(2, 2048, 33).num_pieces > 16
-    assert sparse.plan(148, 16384, 66).num_pieces > 148
+    assert sparse.plan(128, 32, 33).num_pieces == 128  # 4 of 32 tiles against an even share of 124
+    assert sparse.plan(2, 32, 33).num_pieces > 16
+    assert sparse.plan(148, 256, 66).num_pieces > 148
 
 
 def test_other_machines_are_refused_with_their_name():

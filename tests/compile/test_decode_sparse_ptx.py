@@ -21,7 +21,7 @@ from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.backends.cute.decode_sparse.launch import LOG2_E, build
 
 pytest.importorskip("cutlass")
-LAYOUTS = [config.layout for config in (*sparse.VARIANTS, *sparse.CANDIDATES)]
+LAYOUTS = sparse.LAYOUTS
 SMEM = 231_424
 
 
@@ -37,8 +37,8 @@ def gate():
 
 
 @cache
-def ptx(layout: str) -> str:
-    config = sparse.Config(layout)
+def ptx(layout: str, has_extra: bool = False) -> str:
+    config = sparse.Config(layout, has_extra)
     with TemporaryDirectory() as folder:
         build(config, Path(folder))
         return (Path(folder) / f"{config.name}.ptx").read_text()
@@ -51,7 +51,8 @@ class Emulated:
         self.program = parse(text)
 
     def __call__(
-        self, q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum, fault, *scalars
+        self, q, kv, indices, topk_length, extra_kv, extra_indices, extra_length, metadata, num_splits, sink, out, lse,
+        out_accum, lse2_accum, fault, *scalars
     ):  # fmt: skip
         memory = Memory()
         strides = [2, *(2 * q.stride(d) for d in (2, 1, 0))]
@@ -60,7 +61,8 @@ class Emulated:
             memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
         )
         values = [
-            boxes, b"\0" * 12, free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length),
+            boxes, b"\0" * 12, free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length), free(extra_kv, (), (1,)),
+            free(extra_indices, (), (2,)), free(extra_length),
             free(metadata, (1,), (0, 1)), free(num_splits, (), (0,)), free(sink, (), (0,)), free(out, (3,), (3,)),
             free(lse), free(out_accum, (2,), (2,)), free(lse2_accum, (), (1,)), free(fault, (0,), (0,)),
             *(np.array([x], np.int32).tobytes() for x in scalars[:-1]), np.array(scalars[-1:], np.float32).tobytes(),
@@ -109,6 +111,16 @@ def test_pieces_of_one_cta_with_everything_hostile(layout):
 
 def test_two_blocks_of_heads_and_lengths_per_token():
     passed, words, fault = verdict("fp8_656", ptx("fp8_656"), 2, 2, 80, 70, lengths=[[0, 1], [70, 64]])
+    assert passed, words
+    assert fault == 0
+
+
+@pytest.mark.parametrize("layout", ["fp8_656", "fp8_584"])
+def test_a_second_cache(layout):
+    passed, words, fault = verdict(
+        layout, ptx(layout, True), 3, 1, 17, 130, extra=70, lengths=[0, 130, 65], extra_lengths=[70, 0, 1], sink=1.0,
+        absent=0.1,
+    )  # fmt: skip
     assert passed, words
     assert fault == 0
 

@@ -3,7 +3,7 @@
     python tests/gpu/decode_sparse.py build LIBRARY [FIELD=VALUE,... ...]   where the DSL is installed; needs no GPU
     python tests/gpu/decode_sparse.py gate LIBRARY FUNCTION ...             each in a subprocess; prints who passed
     python tests/gpu/decode_sparse.py check LIBRARY FUNCTION [CASE ...]
-    python tests/gpu/decode_sparse.py time LIBRARY ROWS.jsonl FUNCTION ... [--bars --batches --heads --anchors]
+    python tests/gpu/decode_sparse.py time LIBRARY ROWS.jsonl FUNCTION ... [--bars --batches --heads --anchors --extra]
 
 `build` without fields compiles what ships, else one variant per FIELD=VALUE list. On the GPU host: torch, apache-tvm-ffi,
 openmla on the path; `time` also sgl-flash-mla. A hang is a killed subprocess.
@@ -69,15 +69,10 @@ def poison(kv, layout, slots, generator, what):
     flat(kv)[first[:, None] + torch.arange(where.scale_bytes, device=CUDA)] = bytes_
 
 
-def case(
-    name, layout, batch, s_q, h_q, topk, *, page_size=64, num_pages=40, lengths=None, sink=None, parts=None, seed=0,
-    hostile=0.0, absent=0.0, scales=False, queries=1.0, keys=1.0, varlen=False, stray_nan=True,
-):  # fmt: skip
-    """Inputs, plan and poisoned outputs of one problem."""
-    g = torch.Generator(CUDA).manual_seed(seed)
+def selection(layout, lead, topk, g, *, page_size, num_pages, lengths, hostile, absent, scales, keys, stray_nan):
+    """A cache, indices into it, and their lengths; what nobody may read is NaN or nonsense."""
     kv = cache(layout, num_pages, page_size, g, keys)
     slots = num_pages * page_size
-    lead = (batch,) if varlen else (batch, s_q)
     reachable = slots - slots // 8 if stray_nan and slots >= 8 else slots
     indices = torch.randint(0, reachable, (*lead, topk), dtype=torch.int32, device=CUDA, generator=g)
     if scales:
@@ -92,10 +87,27 @@ def case(
     length = None
     if lengths is not None:
         length = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
-        flat = indices.view(-1, topk)  # behind the end stands anything
-        per = length.view(-1) if length.numel() == flat.shape[0] else length.repeat_interleave(s_q)
-        behind = torch.arange(topk, device=CUDA)[None] >= per[:, None]
-        flat.masked_fill_(behind, 114514)
+        rows = indices.view(-1, topk)  # behind the end stands anything
+        per = length.view(-1) if length.numel() == rows.shape[0] else length.repeat_interleave(lead[-1])
+        rows.masked_fill_(torch.arange(topk, device=CUDA)[None] >= per[:, None], 114514)
+    return kv, indices, length
+
+
+def case(
+    name, layout, batch, s_q, h_q, topk, *, page_size=64, num_pages=40, lengths=None, sink=None, parts=None, seed=0,
+    hostile=0.0, absent=0.0, scales=False, queries=1.0, keys=1.0, varlen=False, stray_nan=True, extra=0,
+    extra_lengths=None,
+):  # fmt: skip
+    """Inputs, plan and poisoned outputs of one problem; `extra` indices into a second cache."""
+    g = torch.Generator(CUDA).manual_seed(seed)
+    lead = (batch,) if varlen else (batch, s_q)
+    how = {"hostile": hostile, "absent": absent, "scales": scales, "keys": keys, "stray_nan": stray_nan}
+    kv, indices, length = selection(
+        layout, lead, topk, g, page_size=page_size, num_pages=num_pages, lengths=lengths, **how
+    )  # fmt: skip
+    second = (None, None, None)
+    if extra:
+        second = selection(layout, lead, extra, g, page_size=2, num_pages=300, lengths=extra_lengths, **how)
     d_qk = kv_layout(layout).d_qk
     q = (torch.randn(*lead, h_q, d_qk, device=CUDA, generator=g) * queries).to(torch.bfloat16)
     sinks = None
@@ -108,17 +120,15 @@ def case(
         out=torch.full((*lead, h_q, 512), nan, dtype=torch.bfloat16, device=CUDA),
         lse=torch.full((h_q, batch) if varlen else (batch, h_q, s_q), nan, device=CUDA),
         fault_word=torch.zeros(1, dtype=torch.int32, device=CUDA), topk_length=length, attn_sink=sinks,
+        extra_kv_cache=second[0], extra_indices=second[1], extra_topk_length=second[2],
     )  # fmt: skip
     s_q = 1 if varlen else s_q
     parts = parts or max(132 // (-(-h_q // 64) * s_q), 1)
-    plan = sparse.plan(batch, topk, parts)
-    rows = s_q * h_q
-    return SimpleNamespace(
-        name=name, layout=layout, operands=operands, plan=plan, metadata=plan.tile_scheduler_metadata(CUDA),
-        num_splits=plan.num_splits_tensor(CUDA), is_hostile=hostile > 0,
-        out_accum=torch.full((plan.num_pieces, rows, 512), nan, device=CUDA),
-        lse2_accum=torch.full((plan.num_pieces, rows), nan, device=CUDA),
-    )  # fmt: skip
+    c = SimpleNamespace(name=name, layout=layout, operands=operands, is_hostile=hostile > 0)
+    c = planned(c, sparse.plan(batch, sparse.tiles(topk, extra), parts))
+    c.out_accum.fill_(nan)
+    c.lse2_accum.fill_(nan)
+    return c
 
 
 def run(module, name, c):
@@ -137,13 +147,22 @@ def golden(c):
     o = c.operands
     return attention.sparse_decode(
         o.q, o.kv_cache, o.indices, softmax_scale=o.softmax_scale, d_v=512, layout=c.layout, topk_length=o.topk_length,
-        attn_sink=o.attn_sink, with_bounds=True,
+        attn_sink=o.attn_sink, extra_kv_cache=o.extra_kv_cache, extra_indices=o.extra_indices,
+        extra_topk_length=o.extra_topk_length, extra_layout=c.layout, with_bounds=True,
     )  # fmt: skip
 
 
-def cases(layout):
+def cases(layout, has_extra):
     """Builders of named cases; small ones first, so that a broken kernel is known early."""
     make = lambda name, *args, **kw: (name, lambda: case(name, layout, *args, **kw))  # noqa: E731
+    if has_extra:
+        return [
+            make("one of each", 1, 1, 64, 1, extra=1),
+            make("one CTA", 3, 1, 64, 130, extra=70, parts=1),
+            make("everything", 4, 2, 128, 128, extra=512, hostile=0.1, absent=0.1, sink=1.0, scales=True),
+            make("lengths", 3, 1, 17, 128, extra=200, lengths=[0, 128, 65], extra_lengths=[200, 0, 1], parts=2),
+            make("split", 2, 1, 64, 700, extra=900, parts=9, lengths=[5, 700]),
+        ]
     return [
         make("one index", 1, 1, 64, 1),
         make("one tile", 1, 1, 64, 64),
@@ -184,7 +203,7 @@ def check(library, name, only=()):
 
     module, layout = tvm_ffi.load_module(library), layout_of(name)
     passed = True
-    for title, build in cases(layout):
+    for title, build in cases(layout, "_extra_" in name):
         if only and title not in only:
             continue
         c = build()
@@ -206,7 +225,7 @@ def check(library, name, only=()):
         fine &= same
         passed &= fine
         print(f"  {'ok  ' if fine else 'FAIL'} {title}: {text} word {word} {'same' if same else 'DIFFERS'}", flush=True)
-    if not only:
+    if not only and "_extra_" not in name:
         passed &= every_code(module, name, layout) and other_rows_unchanged(module, name, layout)
     return passed
 
@@ -295,18 +314,19 @@ def build(library, variants):
     from openmla.backends.cute.toolchain import compile_kernel, link_bundle
 
     def value(text):
-        return int(text) if text.lstrip("-").isdigit() else text
+        return int(text) if text.lstrip("-").isdigit() else {"True": True, "False": False}.get(text, text)
 
     wanted = [
         sparse.Config(**{k: value(v) for k, v in (field.split("=") for field in fields.split(","))})
         for fields in variants
     ]
     with tempfile.TemporaryDirectory() as folder:
-        compiled = [build_variant(config, Path(folder)) for config in wanted or sparse.VARIANTS]
+        wanted = wanted or [*sparse.VARIANTS, *sparse.CANDIDATES]
+        compiled = [build_variant(config, Path(folder)) for config in wanted]
         element = cutlass.BFloat16
         arguments = combine.fake_arguments(element)
         compiled.append(compile_kernel(combine.Combine(element, 512), arguments, "combine_bf16", out_dir=Path(folder)))
-        for config, each in zip([*(wanted or sparse.VARIANTS), ""], compiled, strict=True):
+        for config, each in zip([*wanted, ""], compiled, strict=True):
             print(each.name, config, "spills", each.resources.spills)
         link_bundle([each.object_path for each in compiled], Path(library))
 
@@ -314,7 +334,7 @@ def build(library, variants):
 # ---------------------------------------------------------------------- timing
 
 
-def timing_case(layout, batch, s_q, h_q, topk, parts=None):
+def timing_case(layout, batch, s_q, h_q, topk, extra=0):
     """Keys from a cache of 16,384 tokens per request, each token its own selection without repetition."""
     tokens = max(16384, 2 * topk)
     pages = batch * tokens // 64
@@ -329,15 +349,16 @@ def timing_case(layout, batch, s_q, h_q, topk, parts=None):
         chosen = torch.rand(s_q, tokens, device=CUDA, generator=g).topk(topk, dim=1).indices
         indices[b] = (chosen + b * tokens).int()
     q = (torch.randn(batch, s_q, h_q, found.d_qk, device=CUDA, generator=g) * 0.1).to(torch.bfloat16)
+    others = {"extra_kv_cache": kv, "extra_indices": indices[..., :extra].flip(-1).contiguous()} if extra else {}
     operands = SparseDecodeOperands(
         q=q, kv_cache=kv, indices=indices, softmax_scale=found.d_qk**-0.5,
         out=torch.empty(batch, s_q, h_q, 512, dtype=torch.bfloat16, device=CUDA),
         lse=torch.empty(batch, h_q, s_q, device=CUDA), fault_word=torch.zeros(1, dtype=torch.int32, device=CUDA),
+        **others,
     )  # fmt: skip
-    c = SimpleNamespace(
-        name=f"{layout} b{batch} s_q{s_q} h{h_q} topk{topk}", layout=layout, operands=operands,
-    )  # fmt: skip
-    return planned(c, sparse.plan(batch, topk, parts or max(132 // (-(-h_q // 64) * s_q), 1)))
+    name = f"{layout} b{batch} s_q{s_q} h{h_q} topk{topk}" + (f"+{extra}" if extra else "")
+    c = SimpleNamespace(name=name, layout=layout, operands=operands)
+    return planned(c, sparse.plan(batch, sparse.tiles(topk, extra), max(132 // (-(-h_q // 64) * s_q), 1)))
 
 
 def planned(c, plan):
@@ -363,7 +384,7 @@ def peer_call(c):
         q = torch.cat([q, q.new_zeros(*q.shape[:2], wide - h_q, q.shape[3])], 2)
     return lambda: flash_mla.flash_mla_with_kvcache(
         q, o.kv_cache, None, None, 512, meta, softmax_scale=o.softmax_scale, is_fp8_kvcache=True, indices=o.indices,
-        use_legacy=True,
+        extra_k_cache=o.extra_kv_cache, extra_indices_in_kvcache=o.extra_indices, use_legacy=True,
     )  # fmt: skip
 
 
@@ -407,6 +428,7 @@ SUITES = {
     "heads": [("fp8_656", b, 1, h, 2048) for h in (8, 16) for b in (1, 16, 128)],
     "anchors": [("fp8_656", 148, 2, 128, 16384)],
     "fp8_584": [("fp8_584", 148, 2, h, 16384) for h in (64, 128)],
+    "extra": [("fp8_584", b, 2, 64, 512, 128) for b in (64, 128)],
     "quick": [("fp8_656", 128, 2, 128, 2048)],
 }  # fmt: skip
 
@@ -421,17 +443,17 @@ def time_all(library, rows_path, names, wanted):
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "date": time.strftime("%Y-%m-%d"), "peer": "sgl-flash-mla 1.0.0, sparse FP8 decode, legacy path",
     }  # fmt: skip
-    for layout, batch, s_q, h_q, topk in [shape for name in wanted or ["bars"] for shape in SUITES[name]]:
-        c = timing_case(layout, batch, s_q, h_q, topk)
+    for layout, batch, s_q, h_q, topk, *extra in [shape for name in wanted or ["bars"] for shape in SUITES[name]]:
+        c = timing_case(layout, batch, s_q, h_q, topk, *extra)
+        mine = [name for name in names if layout_of(name) == layout and ("_extra_" in name) == bool(extra)]
         calls = {"peer": peer_call(c)}
-        for name in names:
-            if layout_of(name) == layout:
-                calls[name] = partial(run, module, name, c)
+        for name in mine:
+            calls[name] = partial(run, module, name, c)
         peer_out = calls["peer"]()[0]
-        run(module, names[0], c)
+        run(module, mine[0], c)
         torch.cuda.synchronize()
         differ = (peer_out[:, :, :h_q].float() - c.operands.out.float()).abs().max().item()
-        flops = 2 * batch * s_q * h_q * (c.operands.q.shape[3] + 512) * topk
+        flops = 2 * batch * s_q * h_q * (c.operands.q.shape[3] + 512) * (topk + sum(extra))
         result = interleaved({name: graphed(call) for name, call in calls.items()}, 12, flush)
         print(f"== {c.name} pieces {c.plan.num_pieces} largest difference {differ:.2e}", flush=True)
         for name, (median, low, high) in result.items():

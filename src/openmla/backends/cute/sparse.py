@@ -51,9 +51,9 @@ def _serve(family: str, config: Any, build: Callable[[Any, Path], CompiledObject
 
 
 @lru_cache(maxsize=256)
-def _plan_on(device: torch.device, batch: int, topk: int, parts: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _plan_on(device: torch.device, batch: int, blocks: int, parts: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(metadata, num_splits, pieces) of a shape on a device; kept, so that a CUDA graph may hold the tensors."""
-    plan = sparse.plan(batch, topk, parts)
+    plan = sparse.plan(batch, blocks, parts)
     return plan.tile_scheduler_metadata(device), plan.num_splits_tensor(device), plan.num_pieces
 
 
@@ -94,7 +94,8 @@ class SparseDecode:
 
         batch, s_q = sparse.requests(problem)
         device = operands.q.device
-        metadata, num_splits, pieces = _plan_on(device, batch, problem.topk, compiled.num_parts)
+        blocks = sparse.tiles(problem.topk, problem.extra.topk if problem.extra else 0)
+        metadata, num_splits, pieces = _plan_on(device, batch, blocks, compiled.num_parts)
         is_split = pieces > batch
         rows, slots = s_q * problem.h_q, pieces if is_split else 1
         out_accum = torch.empty((slots, rows if is_split else 1, sparse.D_V), dtype=torch.float32, device=device)

@@ -21,7 +21,6 @@ from openmla.core.target import Target
 from openmla.split.schedule import SplitPlan, plan_decode
 
 FAMILY = "decode_sparse"
-ROLES = {"scores": 88, "values": 160, "producers": 104}  # registers per thread; two warpgroups of values: 512
 BLOCK_ROWS = 64  # query heads per CTA: one wgmma M
 BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
 OVERHEAD_BLOCKS = 2  # of a piece: filling the pipeline and the epilogue
@@ -149,6 +148,7 @@ class Config:
 
     Attributes:
         layout: of the cache, `openmla.core.layout`.
+        has_extra: reads a second cache in the same layout.
         gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may be
             multiplied; -1 when all are issued, -2 when all are complete.
         load_late: the loads two units ahead leave when a unit has been handed over, not while it is converted: whether
@@ -158,6 +158,7 @@ class Config:
     """
 
     layout: str = "fp8_656"
+    has_extra: bool = False
     gate_left: int = -1
     gate_right: int = -2
     load_late: bool = True
@@ -169,11 +170,20 @@ class Config:
         return bytes_of(self.layout)
 
     @property
+    def roles(self) -> dict[str, int]:
+        """Registers per thread of the warp roles; with two warpgroups of values 512.
+
+        What the assembler needs to keep everything in registers, found by trying; it differs from layout to layout.
+        """
+        producers = 96 if self.layout == "fp8_528" else 104
+        return {"scores": 192 - producers, "values": 160, "producers": producers}
+
+    @property
     def name(self) -> str:
         """Exported function name; the digest stands for the fields of the schedule."""
-        schedule = {key: value for key, value in self.as_dict().items() if key != "layout"}
+        schedule = {key: value for key, value in self.as_dict().items() if key not in ("layout", "has_extra")}
         digest = hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{FAMILY}_{self.layout}_{digest}"
+        return f"{FAMILY}_{self.layout}{'_extra' if self.has_extra else ''}_{digest}"
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
@@ -182,12 +192,16 @@ class Config:
 
 LAYOUTS: tuple[str, ...] = ("fp8_656", "fp8_584", "fp8_528", "fp8_528_mx")
 CHECKED: tuple[str, ...] = ()
-"""Layouts whose variant passed `tests/gpu/decode_sparse.py gate` on a GPU; `supports` takes no other."""
+"""Layouts whose variants passed `tests/gpu/decode_sparse.py gate` on a GPU; `supports` takes no other."""
 
-VARIANTS: tuple[Config, ...] = tuple(Config(layout) for layout in CHECKED)
+_ALL = (
+    *(Config(layout) for layout in LAYOUTS),
+    *(Config(layout, has_extra=True) for layout in LAYOUTS if layout != "fp8_528"),  # that one spills 16 bytes
+)
+VARIANTS: tuple[Config, ...] = tuple(config for config in _ALL if config.layout in CHECKED)
 """What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
 
-CANDIDATES: tuple[Config, ...] = tuple(Config(layout) for layout in LAYOUTS if layout not in CHECKED)
+CANDIDATES: tuple[Config, ...] = tuple(config for config in _ALL if config.layout not in CHECKED)
 """Compile without spills and compute the right thing when their PTX is run on a CPU, but were not run on a GPU."""
 
 
@@ -217,13 +231,16 @@ def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
         (1 <= s_q <= 65_535, f"takes 1 to 65535 query tokens per request, got {s_q}"),
         (problem.topk >= 1, "needs at least one index per query token"),
         (cache_bytes <= MAX_CACHE_BYTES, f"takes caches of up to {MAX_CACHE_BYTES} bytes, got {cache_bytes}"),
-        (problem.extra is None, "reads one cache: extra_kv_cache has no path yet"),
+        (
+            problem.extra is None or (problem.extra.layout.name == problem.layout.name != "fp8_528"),
+            f"reads a second cache only in the layout of the first, and not fp8_528, got {problem.extra and problem.extra.layout}",
+        ),
     )
 
 
 def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
     """The variant that runs the problem. Call only where `supports` is true."""
-    return (Config(problem.layout.name),)
+    return (Config(problem.layout.name, problem.extra is not None),)
 
 
 def num_parts(problem: SparseDecodeProblem, target: Target) -> int:
@@ -231,13 +248,19 @@ def num_parts(problem: SparseDecodeProblem, target: Target) -> int:
     return max(target.num_sms // (row_blocks(problem) * requests(problem)[1]), 1)
 
 
+def tiles(topk: int, topk_extra: int = 0) -> int:
+    """Tiles of a request: those of its index list, then those of the second one."""
+    return -(-topk // BLOCK_TOKENS) + -(-topk_extra // BLOCK_TOKENS)
+
+
 @lru_cache(maxsize=1024)
-def plan(batch: int, topk: int, parts: int) -> SplitPlan:
-    """Who computes which tiles of which request: a function of shapes, made on the host.
+def plan(batch: int, blocks: int, parts: int) -> SplitPlan:
+    """Who computes which of the `blocks` tiles of which request: a function of shapes, made on the host.
 
     Lists may be shorter than topk (`topk_length`, -1); their tokens then skip tiles of their own pieces, and nothing has to
     be known about them here.
     """
     return plan_decode(
-        (topk,) * batch, parts, block_tokens=BLOCK_TOKENS, overhead_blocks=OVERHEAD_BLOCKS, merge_blocks=MERGE_BLOCKS
-    )
+        (blocks * BLOCK_TOKENS,) * batch, parts, block_tokens=BLOCK_TOKENS, overhead_blocks=OVERHEAD_BLOCKS,
+        merge_blocks=MERGE_BLOCKS,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Token-sparse MLA decode over a quantised cache: bound by the tensor cores, with the dequantisation hidden behind them.
 
 Computes
-    For every query row (token, head) and the keys j that the token's `indices` name (see `Bytes` in config.py for how a
+    For every query row (token, head) and the keys j that the token's `indices` name, and those that `extra_indices` name in
+    a second cache of the same layout (see `Bytes` in config.py for how a
     key is stored; its value is its first 512 columns):
     k_j = bf16(code * scale)    s_j = scale_log2 * <q, k_j>    p_j = 2^(s_j - m)
     out = sum_j p_j k_j[:512] / sum_j p_j    lse = m + log2 sum_j p_j    out *= 1 / (1 + e^(sink - lse)) with a sink
@@ -26,7 +27,7 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
 
 Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
     shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 88 scores, 160 values, 104 producers
-    (x 128 = 65,536), no spills.
+    (x 128 = 65,536; `Config.roles`), no spills.
 
 Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_sparse_protocol.py)
     full[unit]           producers -> scores (and, through P, values)   4 warps
@@ -58,7 +59,6 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from openmla.backends.cute.decode_sparse.config import (
-    ROLES,
     SLICE_BYTES,
     Config,
     lane_chunk,
@@ -88,9 +88,10 @@ NO_MAXIMUM = -1.0e30
 # Rescale O only when a score exceeds the reference by 2^8: P stays below 256, exact enough in bf16.
 LAZY_LOG2 = 8.0
 
-# Fields of a piece descriptor: tiles (-1 ends the list), request, first tile, position in the index list where the piece
-# ends, slot of its partial result (-1: none).
-TILES, REQUEST, FIRST_BLOCK, STOP, SPLIT_SLOT = range(5)
+# Fields of a piece descriptor: tiles (-1 ends the list), request, first tile, end of the token's index list, slot of its
+# partial result (-1: none); with a second cache the tiles of the first list, behind which those of the second begin, and
+# the end of the second list.
+TILES, REQUEST, FIRST_BLOCK, STOP, SPLIT_SLOT, MAIN_TILES, EXTRA_STOP = range(7)
 FIELDS = 8
 
 
@@ -116,6 +117,9 @@ class DecodeSparse:
         kv: cute.Tensor,  # int32 [num_pages, words of a page]
         indices: cute.Tensor,  # int32 [batch, s_q, topk]
         topk_length: cute.Tensor,  # int32 [batch, s_q]; read only with has_length
+        extra_kv: cute.Tensor,  # these three as above, of a second cache; read only by a variant with extra
+        extra_indices: cute.Tensor,
+        extra_length: cute.Tensor,
         metadata: cute.Tensor,  # int32 [num_parts, 8]
         num_splits: cute.Tensor,  # int32 [batch + 1]
         sink: cute.Tensor,  # fp32 [h_q]; read only with has_sink
@@ -124,9 +128,12 @@ class DecodeSparse:
         out_accum: cute.Tensor,  # fp32 [slots, s_q * h_q, 512]
         lse2_accum: cute.Tensor,  # fp32 [slots, s_q * h_q], base 2
         fault_word: cute.Tensor,  # int32 [1]
+        blocks: Int32,  # tiles of a request, both lists at their full length
         page_size: Int32,
+        extra_page_size: Int32,
         chunk_blocks: Int32,  # 0, or the piece length of batch_invariant
         has_length: Int32,
+        has_extra_length: Int32,
         has_sink: Int32,
         scale_log2: Float32,  # softmax_scale * log2(e)
         stream: cuda.CUstream,
@@ -181,8 +188,9 @@ class DecodeSparse:
         self.storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
-            tma_q, t_q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum,
-            fault_word, page_size, chunk_blocks, has_length, has_sink, scale_log2, qk_first, qk, pv,
+            tma_q, t_q, kv, indices, topk_length, extra_kv, extra_indices, extra_length, metadata, num_splits, sink, out,
+            lse, out_accum, lse2_accum, fault_word, blocks, page_size, extra_page_size, chunk_blocks, has_length,
+            has_extra_length, has_sink, scale_log2, qk_first, qk, pv,
             ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
             grid=[cute.ceil_div(q.shape[2], 64), q.shape[1], metadata.shape[0]],
@@ -199,6 +207,9 @@ class DecodeSparse:
         kv: cute.Tensor,
         indices: cute.Tensor,
         topk_length: cute.Tensor,
+        extra_kv: cute.Tensor,
+        extra_indices: cute.Tensor,
+        extra_length: cute.Tensor,
         metadata: cute.Tensor,
         num_splits: cute.Tensor,
         sink: cute.Tensor,
@@ -207,9 +218,12 @@ class DecodeSparse:
         out_accum: cute.Tensor,
         lse2_accum: cute.Tensor,
         fault_word: cute.Tensor,
+        blocks: Int32,
         page_size: Int32,
+        extra_page_size: Int32,
         chunk_blocks: Int32,
         has_length: Int32,
+        has_extra_length: Int32,
         has_sink: Int32,
         scale_log2: Float32,
         qk_first: cute.TiledMma,
@@ -240,11 +254,13 @@ class DecodeSparse:
             s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
             ring_base=store.ring.data_ptr().toint(), rope_base=store.rope.data_ptr().toint(),
-            tma_q=tma_q, t_q=t_q, kv=kv, indices=indices, topk_length=topk_length, metadata=metadata,
-            num_splits=num_splits, sink=sink, out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum,
-            fault_word=fault_word, page_size=page_size, chunk_blocks=chunk_blocks, has_length=has_length,
-            has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2], qk_first=qk_first, qk=qk, pv=pv,
-            m_block=m_block, token=token, part=part, warp=warp_idx % 4, warp_idx=warp_idx,
+            tma_q=tma_q, t_q=t_q, kv=kv, indices=indices, topk_length=topk_length, extra_kv=extra_kv,
+            extra_indices=extra_indices, extra_length=extra_length, metadata=metadata, num_splits=num_splits, sink=sink,
+            out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, blocks=blocks, page_size=page_size,
+            extra_page_size=extra_page_size, chunk_blocks=chunk_blocks, has_length=has_length,
+            has_extra_length=has_extra_length, has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2],
+            qk_first=qk_first, qk=qk, pv=pv,
+            m_block=m_block, token=token, part=part, warp_idx=warp_idx,
         )  # fmt: skip
 
         if warp_idx == 0:
@@ -271,24 +287,24 @@ class DecodeSparse:
         cute.arch.sync_threads()
 
         if warp_idx < 4:
-            cute.arch.setmaxregister_decrease(ROLES["scores"])
-            self.scores(self.with_thread(c))
+            cute.arch.setmaxregister_decrease(self.config.roles["scores"])
+            self.scores(self.with_thread(c, warp_idx))
         elif warp_idx < 12:
-            cute.arch.setmaxregister_increase(ROLES["values"])
-            self.values(self.with_thread(c))
+            cute.arch.setmaxregister_increase(self.config.roles["values"])
+            self.values(self.with_thread(c, warp_idx & 3))
         else:
-            cute.arch.setmaxregister_decrease(ROLES["producers"])
-            self.produce(self.with_thread(c))
+            cute.arch.setmaxregister_decrease(self.config.roles["producers"])
+            self.produce(self.with_thread(c, warp_idx - 12))
 
     # ------------------------------------------------------------------ small steps that several roles share
 
-    def with_thread(self, c: Scope) -> Scope:
-        """The names of a role and its thread's place, through a shuffle: that stays where it is written.
+    def with_thread(self, c: Scope, warp: Int32) -> Scope:
+        """The names of a role and its thread's place: the warp within the role, and the lane through a shuffle.
 
-        One thread index for all roles would be kept in memory between them.
+        A shuffle stays where it is written. What all roles have in common would be kept in memory between them.
         """
         lane = cute.arch.shuffle_sync_bfly(cute.arch.lane_idx(), 0)
-        return Scope(**vars(c), thread=c.warp * 32 + lane, lane=lane)
+        return Scope(**vars(c), warp=warp, thread=warp * 32 + lane, lane=lane)
 
     @cute.jit
     def arrive(self, barrier: cutlass.Constexpr):
@@ -324,26 +340,28 @@ class DecodeSparse:
             last = cutlass.min(meta[c.part, 1], c.out.shape[0] - 1)
             tiles = Int32(-1)
             if request <= last:
-                topk = c.indices.shape[2]
-                end = (topk + 63) // 64
+                end = c.blocks
+                own = self.list_length(c, c.topk_length, c.has_length, request, c.indices.shape[2])
+                own_tiles = (own + 63) // 64
+                if const_expr(self.config.has_extra):
+                    extra = self.list_length(
+                        c, c.extra_length, c.has_extra_length, request, c.extra_indices.shape[2]
+                    )  # fmt: skip
+                    fields[MAIN_TILES, index] = own_tiles
+                    fields[EXTRA_STOP, index] = extra
+                    own_tiles += (extra + 63) // 64
                 if request == meta[c.part, 1]:
                     end = cutlass.min(end, meta[c.part, 3])
-                own = topk
-                if c.has_length != 0:
-                    asked = c.topk_length[request, c.token]
-                    own = cutlass.min(cutlass.max(asked, 0), own)
-                    if (own != asked) & (c.m_block == 0):
-                        cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_LENGTH))
                 step = c.chunk_blocks if c.chunk_blocks > 0 else cutlass.max(end - block, 1)
                 count = cutlass.min(end - block, step)
                 first_slot = c.num_splits[request]
                 is_split = c.num_splits[request + 1] - first_slot > 1
                 fields[REQUEST, index] = request
                 fields[FIRST_BLOCK, index] = block
-                fields[STOP, index] = cutlass.min((block + count) * 64, own)
+                fields[STOP, index] = own
                 fields[SPLIT_SLOT, index] = first_slot + split if is_split else Int32(-1)
                 # A token with a shorter list than its request's longest skips tiles; an empty piece is one masked tile.
-                tiles = cutlass.max(cutlass.min(count, (own + 63) // 64 - block), 1)
+                tiles = cutlass.max(cutlass.min(count, own_tiles - block), 1)
                 block += step
                 split += 1
                 if block >= end:
@@ -352,6 +370,17 @@ class DecodeSparse:
                 plan[0], plan[1], plan[2] = request, block, split
             fields[TILES, index] = tiles
         self.arrive(c.piece_full + index)
+
+    @cute.jit
+    def list_length(self, c: cutlass.Constexpr, lengths: cute.Tensor, is_given: Int32, request: Int32, topk: Int32):
+        """How many leading indices of this CTA's token count."""
+        own = topk
+        if is_given != 0:
+            asked = lengths[request, c.token]
+            own = cutlass.min(cutlass.max(asked, 0), topk)
+            if (own != asked) & (c.m_block == 0):
+                cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_LENGTH))
+        return own
 
     @cute.jit
     def load_q(self, c: cutlass.Constexpr, piece: Int32):
@@ -397,44 +426,48 @@ class DecodeSparse:
         tiles = self.next_piece(c, Int32(0))
         if s.is_lead & (tiles > 0):
             self.load_q(c, Int32(0))
-        # Of the tiles to come: where the indices are read; tile j + 1's offset of lane's key; tile j + 2's index.
+        # Of the tiles to come: where the indices are read; tile j + 1's offset of lane's key; tile j + 2's index. And whether
+        # tiles j, j + 1, j + 2 are of the second cache.
         at_piece, at_tile = Int32(0), Int32(0)
-        index0, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
-        index1, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
-        index2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
-        offset, scale_offset = self.locate(c, index0)
-        self.load_scales(c, offset, scale_offset, scales)
+        index0, extra0, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+        index1, extra1, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+        index2, extra2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+        offset, scale_offset = self.locate(c, index0, extra0)
+        self.load_scales(c, offset, scale_offset, extra0, scales)
         self.note_valid(c, Int32(0), offset)
         self.spread(s, offset, offsets)
         for p in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(4):
-                self.load_codes(c, s, offsets[i], ORDER[p], i, raw[p])
-        offset, scale_offset = self.locate(c, index1)
+                self.load_codes(c, s, offsets[i], extra0, ORDER[p], i, raw[p])
+        offset, scale_offset = self.locate(c, index1, extra1)
         if const_expr(early):
-            self.load_scales(c, offset, scale_offset, later_scales)
-        self.prefetch(c, offset)
+            self.load_scales(c, offset, scale_offset, extra1, later_scales)
+        self.prefetch(c, offset, extra1)
 
         turn, piece = Int32(0), Int32(0)
         while tiles > 0:
             if s.is_lead:
                 self.describe(c, piece + AHEAD)
             for _ in cutlass.range(tiles, unroll=1):
-                further, scale_offset = self.locate(c, index2)
+                further, scale_offset = self.locate(c, index2, extra2)
                 if const_expr(early):
-                    self.load_scales(c, further, scale_offset, last_scales)
+                    self.load_scales(c, further, scale_offset, extra2, last_scales)
                 else:
-                    self.load_scales(c, offset, offset, later_scales)
-                self.prefetch(c, further)
-                index2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
+                    self.load_scales(c, offset, offset, extra1, later_scales)
+                self.prefetch(c, further, extra2)
+                further_extra = extra2
+                index2, extra2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
                 base, phase = 4 * (turn & 1), ((turn >> 1) & 1) ^ 1
                 for p in cutlass.range_constexpr(4):
                     if const_expr(p == 2):
                         if const_expr(self.bytes.has_rope_slice):
                             cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
-                            self.load_rope(c, s, offsets, c.rope_base)
+                            self.load_rope(c, s, offsets, extra0, c.rope_base)
                         elif const_expr(self.bytes.rope_is_value):  # the second half of unit 3, which is filled next
                             cute.arch.mbarrier_wait(c.empty + base + 3, phase)
-                            self.load_rope(c, s, offsets, c.ring_base + (base + 3) * UNIT_BYTES + SLICE_BYTES)
+                            self.load_rope(
+                                c, s, offsets, extra0, c.ring_base + (base + 3) * UNIT_BYTES + SLICE_BYTES
+                            )  # fmt: skip
                         self.spread(s, offset, offsets)
                         self.note_valid(c, turn + 1, offset)
                     unit = base + ORDER[p]
@@ -443,7 +476,9 @@ class DecodeSparse:
                         self.store_unit(c, s, raw[p % 2], scales, unit, ORDER[p], i)
                         cute.arch.sync_warp()  # one key after the other: all at once, conversions would spill
                         if const_expr(not self.config.load_late):
-                            self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
+                            self.load_codes(
+                                c, s, offsets[i], extra0 if p < 2 else extra1, ORDER[(p + 2) % 4], i, raw[p % 2]
+                            )  # fmt: skip
                     if const_expr(self.bytes.rope_is_value and ORDER[p] == 3):
                         cute.arch.inline_ptx("cp.async.wait_all;")
                     # The tensor cores read the ring through the async proxy.
@@ -451,7 +486,9 @@ class DecodeSparse:
                     self.arrive(c.full + unit)
                     if const_expr(self.config.load_late):
                         for i in cutlass.range_constexpr(4):
-                            self.load_codes(c, s, offsets[i], ORDER[(p + 2) % 4], i, raw[p % 2])
+                            self.load_codes(
+                                c, s, offsets[i], extra0 if p < 2 else extra1, ORDER[(p + 2) % 4], i, raw[p % 2]
+                            )  # fmt: skip
                 if const_expr(self.bytes.has_rope_slice):
                     cute.arch.inline_ptx("cp.async.wait_all;")
                     cute.arch.fence_view_async_shared()
@@ -460,7 +497,7 @@ class DecodeSparse:
                     scales[x] = later_scales[x]
                     if const_expr(early):
                         later_scales[x] = last_scales[x]
-                offset = further
+                offset, extra0, extra1 = further, extra1, further_extra
                 turn += 1
             if c.warp_idx != 12:
                 self.arrive(c.piece_empty + piece % PIECES)
@@ -471,40 +508,66 @@ class DecodeSparse:
 
     @cute.jit
     def next_index(self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, tile: Int32):
-        """The index of key `lane % 16` of this warp in the tile at (piece, tile), and the tile after it."""
+        """The index of key `lane % 16` of this warp in the tile at (piece, tile), its cache, and the tile after it."""
         index = Int32(-1)
         where = piece % PIECES
         if tile == 0:
             cute.arch.mbarrier_wait(c.piece_full + where, (piece // PIECES) & 1)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, where])
+        is_extra = Int32(0)
         if tiles > 0:
-            position = (c.piece[FIRST_BLOCK, where] + tile) * 64 + 16 * c.warp + c.lane % 16
-            if position < c.piece[STOP, where]:
-                index = c.indices[c.piece[REQUEST, where], c.token, position]
+            block, stop = c.piece[FIRST_BLOCK, where] + tile, c.piece[STOP, where]
+            if const_expr(self.config.has_extra):
+                if block >= c.piece[MAIN_TILES, where]:
+                    is_extra = Int32(1)
+                    block -= c.piece[MAIN_TILES, where]
+                    stop = c.piece[EXTRA_STOP, where]
+            position = block * 64 + 16 * c.warp + c.lane % 16
+            if position < stop:
+                if const_expr(self.config.has_extra):
+                    if is_extra != 0:
+                        index = c.extra_indices[c.piece[REQUEST, where], c.token, position]
+                    else:
+                        index = c.indices[c.piece[REQUEST, where], c.token, position]
+                else:
+                    index = c.indices[c.piece[REQUEST, where], c.token, position]
             tile += 1
             if tile == tiles:
                 piece += 1
                 tile = Int32(0)
-        return index, piece, tile
+        return index, is_extra, piece, tile
 
     @cute.jit
-    def locate(self, c: cutlass.Constexpr, index: Int32):
+    def locate(self, c: cutlass.Constexpr, index: Int32, is_extra: Int32):
         """Where a key's row begins, in 16 bytes from the start of the cache, NO_ROW for none; where its scales do, in 8.
 
         Notes bad indices.
         """
         offset, scales = Int32(NO_ROW), Int32(0)
         if index != -1:
-            page = index // c.page_size
-            if (index >= 0) & (page < c.kv.shape[0]):
-                step = Int32(c.kv.stride[0] // 4)
-                place = index - page * c.page_size
+            page_size, pages, step = c.page_size, c.kv.shape[0], Int32(c.kv.stride[0] // 4)
+            if const_expr(self.config.has_extra):
+                if is_extra != 0:
+                    page_size, pages = c.extra_page_size, c.extra_kv.shape[0]
+                    step = Int32(c.extra_kv.stride[0] // 4)
+            page = index // page_size
+            if (index >= 0) & (page < pages):
+                place = index - page * page_size
                 offset = page * step + place * (self.bytes.row_bytes // 16)
                 if const_expr(self.bytes.scales_behind_page):
-                    scales = 2 * page * step + c.page_size * (self.bytes.row_bytes // 8) + place
+                    scales = 2 * page * step + page_size * (self.bytes.row_bytes // 8) + place
             else:
                 cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_INDEX))
         return offset, scales
+
+    @cute.jit
+    def start_of(self, c: cutlass.Constexpr, is_extra: Int32) -> Int64:
+        """The address of a cache."""
+        start = c.kv.iterator.toint()
+        if const_expr(self.config.has_extra):
+            other = c.extra_kv.iterator.toint()
+            start = other if is_extra != 0 else start
+        return start
 
     @cute.jit
     def spread(self, s: cutlass.Constexpr, offset: Int32, offsets: cute.Tensor):
@@ -521,9 +584,9 @@ class DecodeSparse:
             valid[c.warp, tile & 3] = present
 
     @cute.jit
-    def prefetch(self, c: cutlass.Constexpr, offset: Int32):
+    def prefetch(self, c: cutlass.Constexpr, offset: Int32, is_extra: Int32):
         """Ask for a key's bytes two tiles before they are read, so that they come from L2 then."""
-        base, row_bytes = c.kv.iterator.toint(), self.bytes.row_bytes
+        base, row_bytes = self.start_of(c, is_extra), self.bytes.row_bytes
         if const_expr(self.config.prefetch == "lines"):
             # Key `lane % 16`; one half of the lanes asks for the first three lines, the other for the last three.
             for x in cutlass.range_constexpr(3):
@@ -543,7 +606,9 @@ class DecodeSparse:
                 )
 
     @cute.jit
-    def load_scales(self, c: cutlass.Constexpr, offset: Int32, scale_offset: Int32, scales: cute.Tensor):
+    def load_scales(
+        self, c: cutlass.Constexpr, offset: Int32, scale_offset: Int32, is_extra: Int32, scales: cute.Tensor
+    ):  # fmt: skip
         """Scales of key `lane % 16`: lanes 0 to 15 hold those of units 0 and 1, the others those of 2 and 3."""
         half = self.bytes.scale_bytes // 2
         place = self.bytes.scale_place + c.lane // 16 * half
@@ -553,7 +618,7 @@ class DecodeSparse:
             + str(unit)
             + ", {$r0}; cvt.u64.u32 b, {$r2}; add.u64 a, a, b; mov.b32 {$w0}, 0; "
         )
-        args = [c.kv.iterator.toint(), offset, place, start]
+        args = [self.start_of(c, is_extra), offset, place, start]
         if const_expr(self.bytes.scale_words == 2):
             scales[0], scales[1] = cute.arch.inline_ptx(
                 code + "mov.b32 {$w1}, 0; @p ld.global.nc.v2.b32 {{$w0}, {$w1}}, [a]; }",
@@ -567,11 +632,11 @@ class DecodeSparse:
 
     @cute.jit
     def load_codes(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, offset: Int32, unit: cutlass.Constexpr,
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, offset: Int32, is_extra: Int32, unit: cutlass.Constexpr,
         i: cutlass.Constexpr, raw: cute.Tensor,
     ):  # fmt: skip
         """Sixteen codes of one key; zeros where there is none."""
-        base = c.kv.iterator.toint() + Int64(s.chunk * 16)
+        base = self.start_of(c, is_extra) + Int64(s.chunk * 16)
         raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3] = cute.arch.inline_ptx(
             "{ .reg .b64 a; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
             " mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
@@ -581,9 +646,11 @@ class DecodeSparse:
         )
 
     @cute.jit
-    def load_rope(self, c: cutlass.Constexpr, s: cutlass.Constexpr, offsets: cute.Tensor, slice_base: Int32):
+    def load_rope(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, offsets: cute.Tensor, is_extra: Int32, slice_base: Int32
+    ):  # fmt: skip
         """The RoPE columns of this warp's keys, as they are stored; zeros for keys that are not there."""
-        base = c.kv.iterator.toint() + Int64(s.rope_chunk * 16)
+        base = self.start_of(c, is_extra) + Int64(s.rope_chunk * 16)
         for i in cutlass.range_constexpr(4):
             there = slice_base + of_key(s.rope_place, i)
             size = Int32(16) if offsets[i] != NO_ROW else Int32(0)

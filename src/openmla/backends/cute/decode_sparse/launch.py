@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from openmla.backends.base import SparseDecodeOperands
-from openmla.backends.cute.decode_sparse.config import Config
+from openmla.backends.cute.decode_sparse.config import Config, tiles
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
 
 LOG2_E = math.log2(math.e)
@@ -35,6 +35,9 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Int32, (None, None), stride=(stride(4), 1)),  # kv
         fake_tensor(Int32, (None, None, None), stride=(None, None, 1), align=4),  # indices
         fake_tensor(Int32, (None, None), stride=(None, None), align=4),  # topk_length
+        fake_tensor(Int32, (None, None), stride=(stride(4), 1)),  # the same three of the second cache
+        fake_tensor(Int32, (None, None, None), stride=(None, None, 1), align=4),
+        fake_tensor(Int32, (None, None), stride=(None, None), align=4),
         ints(None, 8),  # metadata
         ints(None),  # num_splits
         fake_tensor(Float32, (None,), align=4),  # sink
@@ -43,7 +46,7 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Float32, (None, None, 512), stride=(stride(), stride(), 1)),  # out_accum
         fake_tensor(Float32, (None, None), stride=(None, 1), align=4),  # lse2_accum
         ints(1),  # fault_word
-        Int32(64), Int32(0), Int32(0), Int32(0), Float32(1.0),  # page_size, chunk_blocks, has_length, has_sink, scale
+        Int32(1), Int32(64), Int32(64), Int32(0), Int32(0), Int32(0), Int32(0), Float32(1.0),  # blocks to scale_log2
         fake_stream(),
     )  # fmt: skip
 
@@ -89,13 +92,26 @@ def launch(
         lse2_accum: fp32 [pieces, s_q * h_q], base 2.
         chunk_blocks: piece length of batch_invariant, else 0.
     """
-    q, out, lse, indices = operands.q, operands.out, operands.lse, operands.indices
+    q, out, lse = operands.q, operands.out, operands.lse
     if q.dim() == 3:  # tokens of a varlen batch are requests of one token
-        q, out, lse, indices = q.unsqueeze(1), out.unsqueeze(1), lse.T.unsqueeze(2), indices.unsqueeze(1)
-    asked, sink = operands.topk_length, operands.attn_sink
+        q, out, lse = q.unsqueeze(1), out.unsqueeze(1), lse.T.unsqueeze(2)
+    batch, s_q = q.shape[:2]
+
+    def selection(
+        cache: torch.Tensor, indices: torch.Tensor, length: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        lengths = num_splits.view(-1, 1) if length is None else per_token(length, batch, s_q)
+        return words_of_pages(cache), indices if indices.dim() == 3 else indices.unsqueeze(1), lengths
+
+    main = selection(operands.kv_cache, operands.indices, operands.topk_length)
+    extra, extra_page_size, topk_extra = main, 1, 0
+    if operands.extra_kv_cache is not None and operands.extra_indices is not None:
+        extra = selection(operands.extra_kv_cache, operands.extra_indices, operands.extra_topk_length)
+        extra_page_size, topk_extra = operands.extra_kv_cache.shape[1], operands.extra_indices.shape[-1]
+    sink, blocks = operands.attn_sink, tiles(operands.indices.shape[-1], topk_extra)
     function(
-        q, words_of_pages(operands.kv_cache), indices,
-        num_splits.view(-1, 1) if asked is None else per_token(asked, q.shape[0], q.shape[1]), metadata, num_splits, lse2_accum[0] if sink is None else sink, out, lse, out_accum, lse2_accum,
-        operands.fault_word, operands.kv_cache.shape[1], chunk_blocks, int(asked is not None), int(sink is not None),
+        q, *main, *extra, metadata, num_splits, lse2_accum[0] if sink is None else sink, out, lse, out_accum, lse2_accum,
+        operands.fault_word, blocks, operands.kv_cache.shape[1], extra_page_size, chunk_blocks,
+        int(operands.topk_length is not None), int(operands.extra_topk_length is not None), int(sink is not None),
         operands.softmax_scale * LOG2_E,
     )  # fmt: skip
