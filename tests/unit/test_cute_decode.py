@@ -289,6 +289,11 @@ def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: deco
     kernel.launch(compiled, problem, operands._replace(workspace=workspace), plan)
     kernel.launch(compiled, problem, operands._replace(workspace=workspace, out=odd), plan)
     assert torch.equal(odd, operands.out)
+    lone = odd[:1].as_strided((1, 1, 8, 512), (513, 3, 513, 1))
+    assert decode.with_aligned_out(operands._replace(out=lone)).out is not lone
+    lone = torch.empty(8, 512).as_strided((1, 1, 8, 512), (4096, 3, 512, 1))
+    assert lone.is_contiguous()
+    assert decode.with_aligned_out(operands._replace(out=lone)).out is not lone, "compiled functions check every step"
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,8 @@ def decode(
     Notes:
         Determinism: same inputs and plan, same bits; with `batch_invariant` also whatever the batch mates are.
         CUDA graphs: safe after one warm call. Values inside tensors are guarded, see `openmla.check_errors`.
+        NaN: what no query of a request attends to never matters. A NaN key that one query attends to may reach the other
+        queries of the same request, which is_causal or window keep from it: weight 0 times NaN is NaN.
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
     if torch.compiler.is_compiling() and mods is not None:

@@ -362,8 +362,9 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
         is_written[slots] = True
         s_q, keys = case.seqlens_q[request], _load(cache, layout, slots)
         queries.append(draw_queries(case.family, s_q, case.h_q, keys, case.d_v, case.softmax_scale, generator))
-        if case.nan_tokens and slots.shape[0]:
-            spoiled.append(int(slots[pick.randrange(slots.shape[0])]))
+        seen = _seen_by_all(case, s_q, real[request])
+        if case.nan_tokens and seen:
+            spoiled.append(int(slots[pick.choice(seen)]))
         _spoil(case, pick, table[request, : len(pages)], garbage)
     nan = torch.full((len(spoiled), case.h_kv, case.d_qk), torch.nan)
     _store(cache, layout, torch.tensor(spoiled, dtype=torch.int64), nan)
@@ -382,6 +383,14 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
     if case.is_varlen:
         operands["cu_seqlens_q"] = _offsets(case.seqlens_q)
     return operands
+
+
+def _seen_by_all(case: Case, s_q: int, length: int) -> range:
+    """Keys that every query of a request sees. A NaN that only some of them see may reach the others: 0 * NaN is NaN."""
+    if s_q == 0:
+        return range(0)
+    first = max(length - case.window, 0) if case.window else 0
+    return range(first, length - s_q + 1 if case.is_causal or case.window else length)
 
 
 def _spoil(case: Case, pick: random.Random, values: torch.Tensor, garbage: Sequence[int]) -> None:

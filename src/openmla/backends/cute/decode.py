@@ -299,10 +299,7 @@ def plan_on_device(compiled: Compiled, problem: DecodeProblem, cache_seqlens: to
 def with_aligned_out(operands: DecodeOperands) -> DecodeOperands:
     """The operands, with a fresh `out` where the caller's does not step by the 16 bytes that wide stores need."""
     out = operands.out
-    if out.data_ptr() % 16 == 0 and out.is_contiguous():
-        return operands
-    steps = [step for size, step in zip(out.shape[:-1], out.stride()[:-1], strict=True) if size > 1]
-    if out.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+    if out.data_ptr() % 16 == 0 and not any(step % 8 for step in out.stride()[:-1]):
         return operands
     return operands._replace(out=torch.empty(out.shape, dtype=out.dtype, device=out.device))
 

@@ -167,6 +167,7 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
         (problem.d_qk in (576, 512), f"needs d_qk 576 or 512, got {problem.d_qk}"),
         (problem.d_v == D_V, f"needs d_v {D_V}, got {problem.d_v}"),
         (1 <= problem.batch <= MAX_BATCH, f"takes a batch of 1 to {MAX_BATCH}, got {problem.batch}"),
+        (problem.total_q >= 1, "needs at least one query token"),
         (
             row_blocks(problem) * problem.h_kv <= target.num_sms,
             f"needs an SM per 64 rows and KV head, got {row_blocks(problem)} x {problem.h_kv} on {target.num_sms} SMs",
