@@ -98,6 +98,7 @@ def write_pages(out: Path, language: str, chapters: dict[str, list[Cell]]) -> li
     pages[ROOT / "ARCHITECTURE.md"] = "architecture"
     for path in sorted((ROOT / "docs").rglob("*.md")):
         pages[path] = str(path.relative_to(ROOT).with_suffix(""))
+    (out / "extra").mkdir(parents=True)
     for path in (ROOT / "docs").rglob("*.html"):
         target = out / "extra" / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
