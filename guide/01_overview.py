@@ -196,7 +196,7 @@ curves(
 # - **Training and prompts**: the expanded form is ordinary attention with 192 and 128 columns; nothing is saved but the cache.
 # - **A machine with little arithmetic per byte**: the ridge of an H20 is at 37 FLOP per byte, so there 128 heads are a matter of arithmetic, not of memory.
 #
-# The last lines hold this chapter to its words.
+# Exercise: `openmla learn cache_bytes`. The last lines hold this chapter to its words.
 
 # %%
 h20 = Target.preset("h20")

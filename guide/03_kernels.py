@@ -6,14 +6,17 @@
 # counts what the assembler made of it; no GPU is needed for that.
 
 # %%
+import ast
 import itertools
 import math
 import re
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
 
+import drawings
 import openmla
 from drawings import curves, lanes, squares
 from openmla.core import env
@@ -248,6 +251,15 @@ lanes(
 # on a GPU; the two dense kernels in `src/openmla/backends/cute`, whose pieces they borrow, have.
 
 # %%
+LEVELS = Path(drawings.__file__).with_name("hopper_levels.py").read_text(encoding="utf-8")
+functions = {each.name: each for each in ast.walk(ast.parse(LEVELS)) if isinstance(each, ast.FunctionDef)}
+for name in ("loop", "load", "multiply"):
+    print(textwrap.dedent(ast.get_source_segment(LEVELS, functions[name], padded=True) or ""), end="\n\n")
+
+# %% [markdown]
+# Those three do the work: level 1 is `loop`; levels 2 to 6 call `multiply` on a tile that threads (level 2) or `load` (from level 3) have brought. What the levels differ in is who calls them, and when. Compiled:
+
+# %%
 WATCHED = ("LDG", "STS", "FFMA", "HGMMA", "UTMALDG", "SYNCS", "MUFU")
 counts: dict[str, dict[str, int]] = {}
 if env.is_importable("cutlass") and env.is_importable("triton"):  # the DSL, and cuobjdump, which Triton's wheel carries
@@ -285,6 +297,8 @@ else:
 #
 # Arithmetic gives freedom (cut the keys anywhere, merge in order), memory takes it away (contiguous boxes, swizzled tiles, enough of them on their way), and the machine decides who does what.
 # Chapter 4 puts numbers on it.
+#
+# Exercises: `openmla learn bank_conflicts`, `openmla learn merge_kernel`.
 
 # %%
 assert per[2] < per[1]

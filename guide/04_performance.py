@@ -223,6 +223,8 @@ assert dirty.median_us > 1.1 * clean.median_us
 # ```
 #
 # Predict before you run: bytes over bandwidth, FLOPs over rate, the larger of the two. The last cell does it for a call that no row has.
+#
+# Exercise: `openmla learn gather_once`.
 
 # %%
 asked = suite.sweep({"batch": [32], "s_k": [8192], "h_q": [16]}, ()).cases[0]
