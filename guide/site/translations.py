@@ -101,9 +101,15 @@ def update(page: Path, language: str) -> None:
         for each in paragraphs(text):
             known = old.get(each) if old is not None else None
             new.add(each, known.string if known is not None else "")
+    if old is not None and _pairs(old) == _pairs(new):
+        return  # the header carries a date, which is no reason to touch the file
     path_of(page, language).parent.mkdir(parents=True, exist_ok=True)
     with path_of(page, language).open("wb") as file:
         write_po(file, new, width=0, omit_header=False, ignore_obsolete=True)
+
+
+def _pairs(catalog: Catalog) -> list[tuple[object, object]]:
+    return [(message.id, message.string) for message in catalog if message.id]
 
 
 def main() -> int:
