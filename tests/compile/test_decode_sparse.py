@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from openmla.backends.cute.decode_sparse import config as sparse
+from openmla.backends.cute.decode_sparse.launch import words_of_pages
+from openmla.core.errors import ProblemError
 from openmla.core.layout import kv_layout
 from openmla.core.problem import ExtraKV, SparseDecodeProblem
 from openmla.core.target import Target
@@ -259,6 +261,16 @@ def test_whole_requests_where_they_balance_and_splits_where_they_do_not():
     assert sparse.plan(128, 32, 33).num_pieces == 128  # 4 of 32 tiles against an even share of 124
     assert sparse.plan(2, 32, 33).num_pieces > 16
     assert sparse.plan(148, 256, 66).num_pieces > 148
+
+
+def test_pages_that_bulk_loads_cannot_read_are_named():
+    pool = torch.zeros(3 * 42_000, dtype=torch.uint8)
+    fine = pool.as_strided((3, 64, 1, 656), (42_000, 656, 656, 1))
+    assert words_of_pages(fine).shape == (3, 64 * 164) and words_of_pages(fine).stride(0) == 10_500
+    with pytest.raises(ProblemError, match="multiples of 16 bytes"):
+        words_of_pages(pool.as_strided((2, 64, 1, 656), (41_988, 656, 656, 1)))
+    with pytest.raises(ProblemError, match="multiples of 16 bytes"):
+        words_of_pages(pool[4:].as_strided((2, 64, 1, 656), (41_984, 656, 656, 1)))
 
 
 def test_other_machines_are_refused_with_their_name():

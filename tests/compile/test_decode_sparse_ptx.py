@@ -10,6 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from ptx_program import Memory, TensorMap, describe, parse
 
 from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.backends.cute.decode_sparse.launch import LOG2_E, build
+from openmla.backends.cute.sparse import SPARSE_DECODE, Compiled
+from openmla.core.problem import SparseDecodeProblem
+from openmla.core.target import Target
 
 pytest.importorskip("cutlass")
 LAYOUTS = sparse.LAYOUTS
@@ -128,6 +132,19 @@ def test_a_second_cache(layout):
 def test_a_request_split_over_three_ctas():
     passed, words, _ = verdict("fp8_656", ptx("fp8_656"), 1, 1, 64, 310, parts=3, queries=6.0, keys=2.0)
     assert passed, words
+
+
+def test_the_four_verbs_plan_launch_merge_and_keep_a_strided_output():
+    c = gate().case("verbs", "fp8_656", 2, 1, 8, 150, parts=1)
+    wide = torch.full((2, 1, 8, 515), torch.nan, dtype=torch.bfloat16)
+    operands = c.operands._replace(out=wide[..., 1:513])
+    problem = SparseDecodeProblem.from_tensors(operands.q, operands.kv_cache, operands.indices, layout="fp8_656")
+    assert SPARSE_DECODE.configs(problem, Target.preset("h100_sxm")) == (sparse.Config(),)
+    compiled = Compiled(sparse.Config(), 3, Emulated(ptx("fp8_656")), merge)
+    SPARSE_DECODE.launch(compiled, problem, operands, None)
+    passed, words = gate().judged(SimpleNamespace(**{**vars(c), "operands": operands}))
+    assert passed, words
+    assert wide[..., 0].isnan().all() and wide[..., 513:].isnan().all()
 
 
 def test_one_piece_after_the_other_more_than_there_are_descriptors():

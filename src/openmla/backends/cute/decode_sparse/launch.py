@@ -11,6 +11,7 @@ import torch
 from openmla.backends.base import SparseDecodeOperands
 from openmla.backends.cute.decode_sparse.config import Config, tiles
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
+from openmla.core.errors import ProblemError
 
 LOG2_E = math.log2(math.e)
 
@@ -60,6 +61,16 @@ def build(config: Config, folder: Path) -> CompiledObject:
 
 def words_of_pages(cache: torch.Tensor) -> torch.Tensor:
     """The bytes of a cache [num_pages, page_size, 1, row] as int32 [num_pages, words of a page], a view."""
+    step = cache.stride(0) * cache.element_size() if cache.shape[0] > 1 else 0
+    if cache.data_ptr() % 16 or step % 16:
+        # Not seen by `supports`: a problem does not say how a byte cache is aligned.
+        raise ProblemError(
+            "sparse_decode",
+            [
+                "kv_cache must start at and step from page to page by multiples of 16 bytes on this backend, got address "
+                f"{cache.data_ptr():#x} and {step} bytes; pad its pages or take backend='triton'"
+            ],
+        )
     words = cache.view(torch.int32)
     size = words.shape[1] * words.shape[3]
     # A single page may have any stride; the kernel was compiled for multiples of 16 bytes.
