@@ -192,7 +192,7 @@ def train(options: argparse.Namespace) -> None:
             rows.append(row)
             torch.save(model.state_dict(), options.out / "checkpoint.pt")
     facts = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} CPU thread(s)",
         "torch": torch.__version__, "python": platform.python_version(), "batch": batch, "length": length,
         "steps": step, "rate": options.rate, "seed": options.seed, "train_tokens": len(content),
         "held_out_tokens": windows * length, "parameters": sum(p.numel() for p in model.parameters()),
@@ -214,6 +214,25 @@ def export(folder: Path) -> None:
     (HERE / "config.json").write_text(json.dumps(tiny().as_config(), indent=2) + "\n")
     (HERE / "training.jsonl").write_bytes((folder / "training.jsonl").read_bytes())
     curve()
+    page = HERE / "README.md"
+    if page.exists():
+        page.write_text(card(page.read_text(), (HERE / "training.jsonl").read_text()))
+
+
+def card(page: str, rows: str) -> str:
+    """The model card with the facts of training.jsonl between its two marks."""
+    facts, *each = [json.loads(line) for line in rows.splitlines()]
+    last = each[-1]
+    bits = last["held_out"] / math.log(2)
+    table = [
+        f"| this training | {facts['steps']} steps of {facts['batch']} x {facts['length']} tokens, {last['tokens'] / 1e6:.1f} million in all "
+        f"({last['tokens'] / facts['train_tokens']:.2f} passes over the text), {last['seconds'] / 60:.1f} minutes |",
+        "| --- | --- |",
+        f"| machine | {facts['device']}, PyTorch {facts['torch']}, Python {facts['python']}, seed {facts['seed']} |",
+        f"| held-out loss | {last['held_out']:.3f} nats per token ({bits:.2f} bits), over {facts['held_out_tokens']} tokens |",
+    ]
+    begin, end = "<!-- rows -->", "<!-- end of rows -->"
+    return page[: page.index(begin) + len(begin)] + "\n" + "\n".join(table) + "\n" + page[page.index(end) :]
 
 
 def curve() -> None:

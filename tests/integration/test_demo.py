@@ -18,9 +18,9 @@ from openmla.core.errors import ConfigError, ProblemError, UnsupportedError
 from openmla.integrations.transformers import PagedModel
 from openmla.kv.cache import PagedKVCache
 from openmla.lab import demo, demo_model, demo_report
+from openmla.lab.demo_report import duration, render_demo_report
 from openmla.lab.demo_serve import Watch, serve
 from openmla.lab.progress import LiveDisplay, Stages
-from openmla.lab.demo_report import duration, render_demo_report
 from openmla.ops import native
 
 
@@ -39,12 +39,16 @@ def plan():
 
 
 @pytest.fixture(scope="module")
-def model(plan):
-    return demo_model.build(3, demo_model.text(plan.text_length), 512)
+def model():
+    return demo_model.load()
+
+
+def layers(model) -> int:
+    return model.config.num_hidden_layers
 
 
 def attach(model, plan, **options):
-    return PagedModel(model, PagedKVCache("fp32_576", plan.num_pages, plan.page_size, demo_model.LAYERS), **options)
+    return PagedModel(model, PagedKVCache("fp32_576", plan.num_pages, plan.page_size, layers(model)), **options)
 
 
 def test_tokens_and_outputs_agree(result, plan) -> None:
@@ -57,7 +61,7 @@ def test_tokens_and_outputs_agree(result, plan) -> None:
     assert logs["c"].shared_tokens == 100
     assert logs["d"].cached_tokens == 64
     decodes = sum(len(step.decoded) for step in result.steps) + 2  # c and d read the rest of their prompts by decode
-    assert result.oracle.outputs == demo_model.LAYERS * (decodes + 2)  # a and b by prefill
+    assert result.oracle.outputs == result.model["layers"] * (decodes + 2)  # a and b by prefill
     assert {"HARD", "RMS", "LSE"} <= set(result.oracle.worst)
     assert all(0 < result.oracle.worst[rule] <= 1 for rule in ("HARD", "RMS", "LSE"))
     assert len({tuple(request.log.tokens) for request in result.requests}) == len(result.requests)
@@ -144,7 +148,7 @@ def test_wrong_pages_change_the_tokens(model, plan, monkeypatch) -> None:
         good = [log.tokens for log in serve(paged, plan.requests[:2]).requests]
         right = native.decode
         monkeypatch.setattr(native, "decode", lambda q, kv, table, lens, **o: right(q, kv, table.flip(0), lens, **o))
-        paged.cache = PagedKVCache("fp32_576", plan.num_pages, plan.page_size, demo_model.LAYERS)
+        paged.cache = PagedKVCache("fp32_576", plan.num_pages, plan.page_size, layers(model))
         bad = [log.tokens for log in serve(paged, plan.requests[:2]).requests]
     finally:
         paged.detach()
@@ -183,23 +187,23 @@ def test_prompts_of_one_length_prefill_together(model, plan) -> None:
     finally:
         paged.detach()
     assert watch.failures == []
-    assert watch.outputs == 3 * demo_model.LAYERS
+    assert watch.outputs == 3 * layers(model)
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=2e-3)
 
 
 def test_fp8_cache_serves_the_model_in_bf16(plan) -> None:
-    model = demo_model.build(3, demo_model.text(plan.text_length), 512).to(torch.bfloat16)
-    cache = PagedKVCache("fp8_656", plan.num_pages, plan.page_size, demo_model.LAYERS)
+    model = demo_model.load().to(torch.bfloat16)
+    cache = PagedKVCache("fp8_656", plan.num_pages, plan.page_size, layers(model))
     logs = serve(PagedModel(model, cache), plan.requests[:2]).requests
     assert [len(log.tokens) for log in logs] == [6, 9]
 
 
 def test_the_batch_in_bf16_stays_within_the_tolerance_of_bf16(plan) -> None:
     """The extra pass of a GPU run, here on the CPU."""
-    model = demo_model.build(3, demo_model.text(plan.text_length), 512)
+    model = demo_model.load()
     paged = attach(model, plan)
-    served = serve(paged, plan.requests)
-    found = demo._narrow(model, paged, plan, torch.device("cpu"), None, served, lambda share: None)
+    served = serve(paged, plan.requests, choose=demo_model.Dice(0).choose)
+    found = demo._narrow(model, paged, plan, demo_model.Dice(0), torch.device("cpu"), None, served, lambda share: None)
     assert found["failures"] == []
     assert found["outputs"] > 50
     assert 0 < found["same_tokens"] <= found["tokens"] == 27
@@ -216,7 +220,7 @@ def test_attached_model_refuses_what_it_cannot_do(model, plan) -> None:
             paged.forward(["a", "b"], [[1, 2], [3]])
     finally:
         paged.detach()
-    with pytest.raises(ProblemError, match=r"(?s)3 attention layers, the cache 1.*d_qk=576 d_v=512, layout fp32_64"):
+    with pytest.raises(ProblemError, match=r"(?s)4 attention layers, the cache 1.*d_qk=576 d_v=512, layout fp32_64"):
         PagedModel(model, PagedKVCache("fp32_64", 4))
     with pytest.raises(UnsupportedError, match="Linear cannot run"):
         PagedModel(torch.nn.Linear(2, 2), PagedKVCache("fp32_576", 4))
@@ -234,12 +238,37 @@ def test_device_that_is_not_there_is_refused(tmp_path) -> None:
 
 
 def test_request_that_can_never_fit_is_named(model, plan) -> None:
-    paged = PagedModel(model, PagedKVCache("fp32_576", 3, plan.page_size, demo_model.LAYERS))
+    paged = PagedModel(model, PagedKVCache("fp32_576", 3, plan.page_size, layers(model)))
     try:
         with pytest.raises(ValueError, match="request a needs 5 pages"):
             serve(paged, plan.requests[:1])
     finally:
         paged.detach()
+
+
+def test_a_missing_model_is_named_with_the_command(monkeypatch) -> None:
+    monkeypatch.setattr(demo_model, "FILES", ("config.json", "nothing.safetensors"))
+    with pytest.raises(ConfigError, match=r"nothing\.safetensors.*run: python models/openmla-tiny/train\.py"):
+        demo_model.home()
+
+
+def test_the_text_is_python() -> None:
+    content = demo_model.readable(demo_model.text(400))
+    assert '"""' in content
+    assert "\n    " in content
+
+
+def test_the_dice_throw_what_the_softmax_says() -> None:
+    """Every position has its own noise, the same each time; over many positions the shares are those of the softmax."""
+    logits = torch.tensor([1.0, 0.0, -1.0, -9.0])
+    dice = demo_model.Dice(5, temperature=0.5)
+    thrown = [dice.choose(position, logits) for position in range(3000)]
+    assert thrown == [demo_model.Dice(5, 0.5).choose(position, logits) for position in range(3000)]
+    assert thrown != [demo_model.Dice(6, 0.5).choose(position, logits) for position in range(3000)]
+    shares = torch.tensor(thrown).bincount(minlength=4) / 3000
+    assert (shares - (logits / 0.5).softmax(0)).abs().max() < 0.03
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    assert dice(ids, logits.expand(2, 4)).argmax(-1).tolist() == [thrown[7]] * 2
 
 
 def test_text_has_an_end() -> None:

@@ -59,6 +59,15 @@ def test_it_learns_and_writes_what_transformers_reads(script, tmp_path) -> None:
         torch.testing.assert_close(model(ids).logits, ours(ids), rtol=1e-3, atol=1e-3)
 
 
+def test_the_card_says_what_the_rows_say() -> None:
+    spec = importlib.util.spec_from_file_location("openmla_tiny_train", HOME / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page, rows = (HOME / "README.md").read_text(), (HOME / "training.jsonl").read_text()
+    assert module.card(page, rows) == page, "run: python models/openmla-tiny/train.py export"
+    assert sum(path.stat().st_size for path in HOME.iterdir() if path.is_file()) <= 12e6
+
+
 def test_the_fused_attention_of_training_is_the_block(script) -> None:
     model = script.start(3)
     ids = torch.randint(2048, (2, 19))

@@ -1,7 +1,7 @@
 """`openmla demo`: a real MLA model over real text through the paged latent cache, checked and measured.
 
 What is checked
-    tokens    every request's greedy tokens equal those of transformers' own `generate()` on the same model
+    tokens    every request's tokens equal those of transformers' own `generate()` on the same model, under the same dice
     outputs   every attention output of the run, prefill and decode, all layers, against the fp64 oracle
     pages     the rules of cache and allocator after every step
     controls  three deliberate mistakes, each of which the check of outputs must catch
@@ -32,15 +32,12 @@ from openmla.lab.demo_measure import KVForm, Rate
 from openmla.lab.demo_serve import Request, RequestLog, Served, StepLog, Watch, serve
 from openmla.lab.progress import Say, Stages
 
-_D_KEY, _D_VALUE = 192, 128  # per head, expanded
-
 
 @dataclass(frozen=True)
 class Scenario:
-    """Who comes when, and how much room there is. Prompts are stretches of one text."""
+    """Who comes when, and how much room there is. Prompts are stretches of one text, in tokens."""
 
     requests: tuple[Request, ...]
-    text_length: int
     page_size: int
     num_pages: int
     sweep: tuple[int, ...]  # context lengths
@@ -50,7 +47,7 @@ class Scenario:
 
 def scenario(quick: bool) -> Scenario:
     """The full one, or a small one for tests and the impatient."""
-    content = demo_model.text(4096 if not quick else 1024)
+    content = demo_model.text(1024 if quick else 4096)
 
     def take(begin: int, end: int) -> tuple[int, ...]:
         return tuple(content[begin:end])
@@ -63,7 +60,7 @@ def scenario(quick: bool) -> Scenario:
             Request("c", take(100, 200) + take(300, 320), 7, 2, forks="b"),
             Request("d", take(0, 66) + take(400, 410), 5, 7),
         )
-        return Scenario(requests, 1024, 16, 26, (64, 256), 64, 0.05)
+        return Scenario(requests, 16, 26, (64, 256), 64, 0.05)
     requests = (
         Request("a", take(0, 300), 24, 0),
         Request("b", take(400, 1100), 32, 0),
@@ -74,7 +71,7 @@ def scenario(quick: bool) -> Scenario:
         Request("g", take(0, 290) + take(2300, 2350), 18, 22),
     )
     lengths = (256, 512, 1024, 2048, 4096, 8192, 16384)
-    return Scenario(requests, 4096, 64, 43, lengths, 2048, 0.25)
+    return Scenario(requests, 64, 43, lengths, 2048, 0.25)
 
 
 @dataclass
@@ -188,7 +185,7 @@ def run_demo(
 
     Args:
         out: path of the HTML report; its folder must exist.
-        seed: of the model's weights.
+        seed: of the dice that choose among likely tokens.
         device: default: the GPU if there is one, else the CPU.
         quick: a small run of a few seconds.
         progress: called with sentences, or a `LiveDisplay`.
@@ -203,25 +200,26 @@ def run_demo(
     where = _device(device)
     target = Target.detect(where)
     plan, stages = scenario(quick), Stages(8 if not target.is_cuda else 9, progress)
-    with stages.stage("build the model and fit its readout to the text"):
-        model = _build(seed, plan, where)
+    dice = demo_model.Dice(seed)
+    with stages.stage("load openmla-tiny"):
+        model = demo_model.load().to(where)
     with stages.stage("measure what this machine can do"):
         roof = ceilings.measure(target, ("fp32", "bf16"), 0.1 if quick else 1.0)
     with stages.stage("stock transformers: generate() for every request") as share:
-        expected, stock_seconds = _stock(model, plan, where, share)
+        expected, stock_seconds = _stock(model, plan, dice, where, share)
     watch = Watch()
     with stages.stage("OpenMLA: the batch, every attention output checked") as share:
-        served, paged = _serve_checked(model, plan, where, backend, watch, share)
+        served, paged = _serve_checked(model, plan, dice, where, backend, watch, share)
     with stages.stage("controls: three mistakes that must be caught"):
         oracle = _oracle(watch, backend)
     with stages.stage("OpenMLA: the batch again, for the clock") as share:
         paged.observe = None
-        paged.cache = _cache(plan, torch.float32, where)
-        timed = serve(paged, plan.requests, progress=share)
+        paged.cache = _cache(plan, model.config.num_hidden_layers, torch.float32, where)
+        timed = serve(paged, plan.requests, choose=dice.choose, progress=share)
     narrow = None
     if target.is_cuda:
         with stages.stage("the same batch in bf16, every output checked") as share:
-            narrow = _narrow(model, paged, plan, where, backend, served, share)
+            narrow = _narrow(model, paged, plan, dice, where, backend, served, share)
     with stages.stage("decode against context length") as share:
         budget = plan.seconds_per_point
         roof = _higher(roof, where, budget)
@@ -233,11 +231,11 @@ def run_demo(
         versions=_versions(), machine=target.name, arch=target.arch, threads=target.num_sms, seed=seed, is_quick=quick,
         model=_model_facts(model), page_size=plan.page_size, num_pages=plan.num_pages, dtype="fp32",
         requests=_request_results(served, plan, expected), steps=served.steps, oracle=oracle,
-        integrity=served.integrity + timed.integrity, choices=_choices(problem, plan, target, backend),
+        integrity=served.integrity + timed.integrity, choices=_choices(problem, model, plan, target, backend),
         stock_tokens_per_s=sum(len(tokens) for tokens in expected.values()) / stock_seconds,
         prefill_tokens_per_s=timed.prefill_tokens / sum(step.prefill_seconds for step in timed.steps),
         decode_tokens_per_s=timed.decode_tokens / sum(step.decode_seconds for step in timed.steps),
-        tokens_per_s=sum(len(tokens) for tokens in expected.values()) / timed.seconds, served=batch_rate, sweep=sweep, forms=demo_measure.kv_forms(demo_model.HEADS, _D_KEY, _D_VALUE),
+        tokens_per_s=sum(len(tokens) for tokens in expected.values()) / timed.seconds, served=batch_rate, sweep=sweep, forms=demo_measure.kv_forms(*_head_sizes(model)),
         roof=roof.as_dict(), report=os.fspath(out), stages=stages.seconds, narrow=narrow,
     )  # fmt: skip
     with stages.stage("write the report"):
@@ -255,15 +253,16 @@ def _device(asked: torch.device | str | None) -> torch.device:
     return torch.device(asked)
 
 
-def _build(seed: int, plan: Scenario, device: torch.device) -> Any:
-    longest = max(len(request.prompt) + request.max_new_tokens for request in plan.requests)
-    return demo_model.build(seed, demo_model.text(plan.text_length), longest).to(device)
+def _head_sizes(model: Any) -> tuple[int, int, int]:
+    """(heads, key columns, value columns) of the expanded form."""
+    config = model.config
+    return config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
 
 
 def _stock(
-    model: Any, plan: Scenario, device: torch.device, share: Callable[[float], None]
+    model: Any, plan: Scenario, dice: demo_model.Dice, device: torch.device, share: Callable[[float], None]
 ) -> tuple[dict[str, list[int]], float]:
-    """Greedy tokens of each request by transformers alone, and the seconds for all of them."""
+    """Tokens of each request by transformers alone, under the same dice, and the seconds for all of them."""
     ids = torch.tensor([plan.requests[0].prompt], device=device)
     with torch.inference_mode():
         model(ids)  # the first pass through a model pays for what later ones find ready
@@ -272,40 +271,42 @@ def _stock(
         ids = torch.tensor([request.prompt], device=device)
         made = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False,
-            pad_token_id=0,
+            pad_token_id=0, logits_processor=[dice],
         )  # fmt: skip
         found[request.name] = made[0, len(request.prompt) :].tolist()
         share(done / len(plan.requests))
     return found, time.perf_counter() - begin
 
 
-def _cache(plan: Scenario, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
+def _cache(plan: Scenario, layers: int, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
     name = "fp32_576" if dtype == torch.float32 else "bf16_576"
-    return PagedKVCache(name, plan.num_pages, plan.page_size, demo_model.LAYERS, device=device)
+    return PagedKVCache(name, plan.num_pages, plan.page_size, layers, device=device)
 
 
 def _serve_checked(
-    model: Any, plan: Scenario, device: torch.device, backend: str | None, watch: Watch, share: Callable[[float], None]
-) -> tuple[Served, PagedModel]:
-    paged = PagedModel(model, _cache(plan, model.dtype, device), backend=backend)
+    model: Any, plan: Scenario, dice: demo_model.Dice, device: torch.device, backend: str | None, watch: Watch,
+    share: Callable[[float], None],
+) -> tuple[Served, PagedModel]:  # fmt: skip
+    cache = _cache(plan, model.config.num_hidden_layers, model.dtype, device)
+    paged = PagedModel(model, cache, backend=backend)
 
     def observe(call: AttentionCall) -> None:
         watch(call)
         watch.keep_largest(call, paged)
 
     paged.observe = observe
-    return serve(paged, plan.requests, watch=watch, progress=share), paged
+    return serve(paged, plan.requests, watch=watch, choose=dice.choose, progress=share), paged
 
 
 def _narrow(
-    model: Any, paged: PagedModel, plan: Scenario, device: torch.device, backend: str | None, wide: Served,
-    share: Callable[[float], None],
+    model: Any, paged: PagedModel, plan: Scenario, dice: demo_model.Dice, device: torch.device, backend: str | None,
+    wide: Served, share: Callable[[float], None],
 ) -> dict[str, Any]:  # fmt: skip
     """The batch in bf16: outputs are held to the tolerance of bf16; tokens may differ where two logits are close."""
     paged.detach()
     watch = Watch()
     model.to(torch.bfloat16)
-    served, narrow = _serve_checked(model, plan, device, backend, watch, share)
+    served, narrow = _serve_checked(model, plan, dice, device, backend, watch, share)
     narrow.detach()
     model.to(torch.float32)
     same = sum(
@@ -357,7 +358,7 @@ def _sweep(
     narrow, wide = ("bf16_576", torch.bfloat16), ("fp32_576", torch.float32)
     series = [narrow, ("fp8_656", torch.bfloat16)] if target.is_cuda else [wide, narrow, ("fp8_656", torch.bfloat16)]
     measure = partial(
-        demo_measure.decode_rate, batch=4, h_q=demo_model.HEADS, roof=roof, device=device, backend=backend,
+        demo_measure.decode_rate, batch=4, h_q=paged.model.config.num_attention_heads, roof=roof, device=device, backend=backend,
         budget=plan.seconds_per_point,
     )  # fmt: skip
     found = []
@@ -370,26 +371,19 @@ def _sweep(
 
 
 def _request_results(served: Served, plan: Scenario, expected: dict[str, list[int]]) -> list[RequestResult]:
-    prompts = {request.name: bytes(request.prompt) for request in plan.requests}
+    ends = {request.name: demo_model.readable(list(request.prompt[-32:])) for request in plan.requests}
     return [
-        RequestResult(log, _readable(prompts[log.name][-48:]), _readable(bytes(log.tokens)), expected[log.name])
+        RequestResult(log, ends[log.name], demo_model.readable(log.tokens), expected[log.name])
         for log in served.requests
     ]
 
 
-def _readable(content: bytes) -> str:
-    """Bytes as text; what is no character is shown as a dot."""
-    return "".join(
-        c if c.isprintable() else "·" for c in content.decode("utf-8", errors="replace").replace("\ufffd", "·")
-    )
-
-
-def _choices(problem: Any, plan: Scenario, target: Target, backend: str | None) -> list[dict[str, Any]]:
+def _choices(problem: Any, model: Any, plan: Scenario, target: Target, backend: str | None) -> list[dict[str, Any]]:
     """Which kernel ran decode and prefill, and why not the others."""
     longest = max(len(request.prompt) for request in plan.requests)
-    heads = demo_model.HEADS
+    heads, d_key, d_value = _head_sizes(model)
     prompt = PrefillProblem(
-        1, longest, longest, longest, longest, heads, heads, _D_KEY, _D_VALUE, problem.dtype, is_causal=True
+        1, longest, longest, longest, longest, heads, heads, d_key, d_value, problem.dtype, is_causal=True
     )
     found: list[Explanation] = [explain(each, target=target, backend=backend) for each in (problem, prompt)]
     return [explanation.as_dict() for explanation in found]
@@ -406,7 +400,6 @@ def _model_facts(model: Any) -> dict[str, int]:
         "rope": config.qk_rope_head_dim,
         "nope": config.qk_nope_head_dim,
         "value": config.v_head_dim,
-        "experts": config.n_routed_experts,
     }
 
 

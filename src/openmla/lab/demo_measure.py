@@ -147,20 +147,17 @@ class KVForm:
 
 
 DEEPSEEK_V3_LAYERS, DEEPSEEK_V3_HEADS = 61, 128
+DEEPSEEK_V3_KEY, DEEPSEEK_V3_VALUE = 192, 128  # columns per head, expanded
 _GROUP = 8  # query heads per KV head of the grouped form, as in Llama 3 70B
 
 
 def kv_forms(heads: int, d_key: int, d_value: int) -> list[KVForm]:
     """Bytes per token and layer of MHA, GQA, MLA and MLA in FP8, for `heads` heads of d_key + d_value columns."""
-
-    def both(per_head: int) -> tuple[int, int]:
-        return heads * per_head, DEEPSEEK_V3_HEADS * per_head
-
-    mha = both(2 * (d_key + d_value))
+    mha = (2 * heads * (d_key + d_value), 2 * DEEPSEEK_V3_HEADS * (DEEPSEEK_V3_KEY + DEEPSEEK_V3_VALUE))
     gqa = (mha[0] // _GROUP, mha[1] // _GROUP)
     plain, fp8 = kv_layout("bf16_576").bytes_per_token, kv_layout("fp8_656").bytes_per_token
     return [
-        KVForm("MHA", f"every head its own key ({d_key}) and value ({d_value}), 2 bytes a number", *mha),
+        KVForm("MHA", "every head its own key and value, 2 bytes a number", *mha),
         KVForm("GQA", f"{_GROUP} heads share one key and one value, 2 bytes a number", *gqa),
         KVForm("MLA", "all heads share one latent of 512 + 64 numbers, 2 bytes each (bf16_576)", plain, plain),
         KVForm("MLA-FP8", "the same with 1 byte for each of the 512, and scales (fp8_656)", fp8, fp8),

@@ -1,124 +1,94 @@
-"""The model and the text of the demo: nothing to download, the same on every machine of one Python version.
+"""The model and the text of the demo: openmla-tiny, which lies beside the code, and Python's own library.
 
-The model is transformers' DeepSeek-V3 with the MLA sizes of the real one (latent 512, RoPE 64, per head 128 + 64 key
-and 128 value columns) and everything else small. Its weights come from a seed, with two things arranged so that its
-output depends on what attention returns:
-
-    look-back heads   most heads of every layer prefer the token a few places back: a constant direction of the
-                      residual stream feeds the RoPE part of query and key, whose angle encodes the distance. The other
-                      heads are left random; they average over the whole context.
-    readout           `lm_head` is fitted to the text in one linear least-squares step.
-
-The result babbles in the manner of its text. A wrong page, a wrong length or a wrong scale changes what it says,
-which a model with purely random weights would hardly notice: that one repeats a single byte for ever.
+openmla-tiny is a DeepSeek-V3 without experts and with the true latent (512 + 64), trained on the sources of the
+standard library; `models/openmla-tiny/README.md` is its card. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
-import re
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from openmla.core.errors import ConfigError
+
 MODULES = ("textwrap", "tokenize", "argparse", "string", "shlex")  # sources that every CPython carries
-VOCABULARY = 256  # a token is a byte
-HEADS = 16
-LAYERS = 3
-_HIDDEN = 512
-_D_NOPE, _D_ROPE, _D_LATENT, _D_V = 128, 64, 512, 128
-
-# How many tokens back each look-back head of a layer prefers. Four heads per layer are not listed: they stay random.
-_LOOK_BACK = (
-    (1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 6),
-    (1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9),
-    (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12),
-)
-# The constant direction is column 0 of the embedding, three standard deviations of the others. With _SHARPNESS 6 a
-# look-back head gives its place about 98 % of its weight.
-_CONSTANT, _SHARPNESS = 3.0, 6.0
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-def text(length: int) -> bytes:
-    """The first `length` bytes of Python's own library, runs of white space folded to one blank."""
-    folded = b""
-    for name in MODULES:
-        folded += re.sub(rb"\s+", b" ", inspect.getsource(importlib.import_module(name)).encode())
-        if len(folded) >= length:
-            return folded[:length]
-    raise ValueError(f"asked for {length} bytes of text, there are {len(folded)}")
+def home() -> Path:
+    """The folder of openmla-tiny: of the source tree, or the copy inside the wheel.
 
-
-def build(seed: int, fit_to: bytes, max_length: int) -> Any:
-    """The model in fp32 on the CPU, in eval mode; `lm_head` fitted to predict each next byte of `fit_to`."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config = DeepseekV3Config(
-        vocab_size=VOCABULARY, hidden_size=_HIDDEN, intermediate_size=1024, moe_intermediate_size=256,
-        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS,
-        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
-        first_k_dense_replace=LAYERS - 1, q_lora_rank=None, kv_lora_rank=_D_LATENT, qk_rope_head_dim=_D_ROPE,
-        qk_nope_head_dim=_D_NOPE, v_head_dim=_D_V, max_position_embeddings=max_length, num_mtp_layers=0,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DeepseekV3ForCausalLM(config).eval()
-        with torch.no_grad():
-            _randomise(model)
-            for layer, distances in zip(model.model.layers, _LOOK_BACK, strict=True):
-                _look_back(layer.self_attn, distances)
-    _fit_readout(model, fit_to)
-    return model
-
-
-def _randomise(model: Any) -> None:
-    """Variance-keeping random weights (transformers' own start, 0.02, would leave attention without effect)."""
-    for name, weight in model.named_parameters():
-        if weight.dim() >= 2 and "gate.weight" not in name:
-            # Keys and queries of random heads: logits of a spread of about 1, so that they neither peak nor vanish.
-            gain = {"q_proj": 0.5, "lm_head": 0.0}.get(name.split(".")[-2], 1.0)
-            weight.normal_(0, gain / math.sqrt(weight.shape[-1]))
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight[0] = 0  # column 0 of the residual stream stays the constant
-        elif name.endswith("experts.down_proj"):
-            weight[:, 0] = 0
-    embedding = model.model.embed_tokens.weight
-    embedding.normal_()
-    embedding[:, 0] = _CONSTANT
-
-
-def _look_back(attention: Any, distances: tuple[int, ...]) -> None:
-    """Let head h prefer the key `distances[h]` places back.
-
-    Rotary pair f turns by angle a_f per place. With key (1, 0) and query (cos d a_f, -sin d a_f) in every pair, the
-    score of a key t places back is the sum of cos((t - d) a_f): largest at t = d.
+    Raises:
+        ConfigError: there is none, or a file of it is missing.
     """
-    pairs = torch.arange(0, _D_ROPE, 2, dtype=torch.float32)
-    angle = attention.config.rope_parameters["rope_theta"] ** (-pairs / _D_ROPE)
-    query = attention.q_proj.weight.view(HEADS, _D_NOPE + _D_ROPE, -1)
-    for head, distance in enumerate(distances):
-        query[head, _D_NOPE:] = 0
-        query[head, _D_NOPE::2, 0] = _SHARPNESS * torch.cos(distance * angle)
-        query[head, _D_NOPE + 1 :: 2, 0] = -_SHARPNESS * torch.sin(distance * angle)
-    for head in range(len(distances), HEADS):
-        query[head, _D_NOPE:] = 0
-    key = attention.kv_a_proj_with_mqa.weight
-    key[_D_LATENT:] = 0
-    key[_D_LATENT::2, 0] = _SHARPNESS
+    package = Path(__file__).resolve().parent
+    places = (package.parents[2] / "models" / "openmla-tiny", package / "openmla_tiny")
+    for place in places:
+        if all((place / name).is_file() for name in FILES):
+            return place
+    raise ConfigError(
+        f"openmla-tiny is not there: looked for {', '.join(FILES)} in {' and '.join(map(str, places))}; "
+        "run: python models/openmla-tiny/train.py"
+    )
 
 
-@torch.inference_mode()
-def _fit_readout(model: Any, content: bytes, window: int = 512) -> None:
-    """Ridge regression from the last hidden state to the one-hot next byte, in fp64."""
-    ids = torch.tensor(list(content), dtype=torch.int64)
-    hidden = torch.cat([model.model(piece[None], use_cache=False).last_hidden_state[0] for piece in ids.split(window)])
-    x = hidden[:-1].double()
-    y = torch.nn.functional.one_hot(ids[1:], VOCABULARY).double()
-    gram = x.T @ x
-    ridge = 1e-7 * float(gram.diagonal().mean())
-    weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), x.T @ y).T
-    # Regression gives values between 0 and 1; a logit of 10 reads as near certainty.
-    model.lm_head.weight.copy_(10 * weight)
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(home() / "tokenizer.json"))
+
+
+def text(length: int) -> list[int]:
+    """The first `length` tokens of Python's own library."""
+    found: list[int] = []
+    for name in MODULES:
+        found += _tokenizer().encode(inspect.getsource(importlib.import_module(name))).ids
+        if len(found) >= length:
+            return found[:length]
+    raise ValueError(f"asked for {length} tokens of text, there are {len(found)}")
+
+
+def readable(tokens: list[int]) -> str:
+    """Tokens as the text they stand for."""
+    decoded: str = _tokenizer().decode(list(tokens))
+    return decoded
+
+
+class Dice:
+    """Sampling whose dice are thrown beforehand: position t of every request has its own fixed Gumbel noise, and the
+    largest of logits / temperature + noise is a sample of the softmax. So two programs that compute the same logits
+    write the same text, and the text does not run in circles as the likeliest tokens of a small model do.
+
+    Called as transformers calls a logits processor: (ids [batch, t], logits [batch, vocab]) -> logits.
+    """
+
+    def __init__(self, seed: int, temperature: float = 0.5) -> None:
+        self.seed, self.temperature = seed, temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What to take the largest of."""
+        return scores.float() / self.temperature + self._noise(input_ids.shape[1], scores)
+
+    def choose(self, position: int, logits: torch.Tensor) -> int:
+        """The token for `position` of one request, from its logits [vocab]."""
+        return int((logits.float() / self.temperature + self._noise(position, logits)).argmax())
+
+    def _noise(self, position: int, like: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100_003 * self.seed + position)
+        even = torch.rand(like.shape[-1], generator=generator, dtype=torch.float64)
+        return -torch.log(-torch.log(even)).to(like.device, torch.float32)
+
+
+def load() -> Any:
+    """The model in fp32 on the CPU, in eval mode."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model = DeepseekV3ForCausalLM.from_pretrained(home(), dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # every request writes as much as it was asked to
+    return model

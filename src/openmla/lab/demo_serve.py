@@ -215,15 +215,24 @@ def check_decode(
     return budget.check(out, lse, golden, dtype=call.q.dtype)
 
 
+Choose = Callable[[int, torch.Tensor], int]  # (position of the new token, logits [vocab]) -> token
+
+
+def likeliest(position: int, logits: torch.Tensor) -> int:
+    """Greedy."""
+    return int(logits.argmax())
+
+
 def serve(
     paged: PagedModel,
     requests: Sequence[Request],
     *,
     watch: Watch | None = None,
+    choose: Choose = likeliest,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Served:
-    """Run all requests to their end, greedily. `progress` gets the share of new tokens done."""
-    loop = _Loop(paged, watch)
+    """Run all requests to their end. `choose` picks each token; `progress` gets the share of new tokens done."""
+    loop = _Loop(paged, watch, choose)
     waiting = sorted(requests, key=lambda request: request.arrives)
     logs = {request.name: RequestLog(request.name, request.arrives) for request in requests}
     total = sum(request.max_new_tokens for request in requests)
@@ -264,8 +273,8 @@ def serve(
 class _Loop:
     """State of `serve` between steps."""
 
-    def __init__(self, paged: PagedModel, watch: Watch | None) -> None:
-        self.paged, self.watch = paged, watch
+    def __init__(self, paged: PagedModel, watch: Watch | None, choose: Choose) -> None:
+        self.paged, self.watch, self.choose = paged, watch, choose
         self.running: dict[str, tuple[Request, RequestLog]] = {}
         self.prefilled: dict[str, int] = {}
 
@@ -300,7 +309,7 @@ class _Loop:
             self.watch.begin(request.name, prompt[:known], request.forks if log.shared_tokens else None)
         logits = self.paged.forward([request.name], [prompt[known:]])
         log.prompt_tokens = len(prompt)
-        log.tokens.append(int(logits[0].argmax()))
+        log.tokens.append(self.choose(len(prompt), logits[0]))
         self.prefilled[request.name] = len(prompt) - known
         self.running[request.name] = (request, log)
 
@@ -310,8 +319,9 @@ class _Loop:
         if not names:
             return [], 0
         logits = self.paged.forward(names, [[self.running[name][1].tokens[-1]] for name in names])
-        for name, token in zip(names, logits.argmax(-1).tolist(), strict=True):
-            self.running[name][1].tokens.append(token)
+        for name, row in zip(names, logits, strict=True):
+            request, log = self.running[name]
+            log.tokens.append(self.choose(len(request.prompt) + len(log.tokens), row))
         return names, int(self.paged.cache.cache_seqlens(names).sum())
 
     def let_go(self, step: int) -> None:
