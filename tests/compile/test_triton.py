@@ -228,15 +228,18 @@ def test_a_number_of_a_mod_is_part_of_the_key(recorded):
 
 def test_other_tables_compile_nothing(recorded):
     """What Triton compiles anew for, it says here; in tuples it knows no exception, so numbers must be neither 1 nor 16."""
-    from triton._C.libtriton import native_specialize_impl
+    from triton._C import libtriton
     from triton.backends.nvidia.compiler import CUDABackend
+
+    if not hasattr(libtriton, "native_specialize_impl"):
+        pytest.skip("this Triton decides in Python, function by function, what it compiles anew for")
 
     keys = set()
     for batch, width in ((1, 1), (2, 16), (16, 33), (256, 2**20)):
         tables = document(torch.zeros(1, 1, dtype=torch.int32).expand(batch, width))
         recorder, _, _ = run_decode("h100_sxm", recorded, mods=tables, h_q=16)
         given = dict(zip(recorder.kernel.arg_names, recorder.arguments, strict=False))["tables"]
-        keys.add(native_specialize_impl(CUDABackend, given, False, True, True))
+        keys.add(libtriton.native_specialize_impl(CUDABackend, given, False, True, True))
     assert len(keys) == 1
 
 

@@ -33,12 +33,13 @@ def write_empty(
     column = tl.arange(0, DIMS[2])
     D_LATENT: tl.constexpr = DIMS[2]
     zeros = tl.zeros((D_LATENT,), out_ptr.dtype.element_ty)
-    for token in range(begin, end):
-        place = tl.cast(token, tl.int64)
-        for head in range(0, H_Q):
-            target = out_ptr + place * out_token_stride + head * out_head_stride
-            tl.store(target + column, zeros, mask=column < DIMS[1])
-            tl.store(lse_ptr + place * lse_token_stride + head * lse_head_stride, float("-inf"))
+    # One loop: the compiler of Triton 3.5 cannot lay out stores in two nested ones.
+    for row in range(tl.cast(begin, tl.int64) * H_Q, tl.cast(end, tl.int64) * H_Q):
+        place = row // H_Q
+        head = row % H_Q
+        target = out_ptr + place * out_token_stride + head * out_head_stride
+        tl.store(target + column, zeros, mask=column < DIMS[1])
+        tl.store(lse_ptr + place * lse_token_stride + head * lse_head_stride, float("-inf"))
 
 
 @triton.jit

@@ -284,7 +284,7 @@ def decode_kernel(
         q_idx = length - count + token
         site = (request, head, q_idx, scale, tables)
         if MODS is not None and MODS[3] is not None:
-            q_rope = rotate_queries(q_rope, query, valid, q_idx, rope, MODS[3], DIMS)
+            q_rope = rotate_queries(q_rope, query, valid, q_idx, rope, MODS, DIMS)
         splits = tl.load(num_splits_ptr + request + 1) - tl.load(num_splits_ptr + request)
         here = pieces_here(metadata, request, splits, chunk_blocks)
         for index in tl.range(0, here, disable_licm=True):

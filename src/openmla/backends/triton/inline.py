@@ -70,7 +70,7 @@ def rope_arguments(mods: Attached | None) -> Any:
 
 
 @triton.jit
-def rotate_queries(q_rope, row, valid, position, rope, KIND: tl.constexpr, DIMS: tl.constexpr):
+def rotate_queries(q_rope, row, valid, position, rope, MODS: tl.constexpr, DIMS: tl.constexpr):
     """q_rope [BLOCK_M, D_ROPE] turned by its position, in fp32, rounded once; see `openmla.mods.rope`.
 
     row: pointers to the queries. Each column needs its partner, which is read again, from cache.
@@ -78,7 +78,7 @@ def rotate_queries(q_rope, row, valid, position, rope, KIND: tl.constexpr, DIMS:
     COUNT: tl.constexpr = DIMS[0] - DIMS[1]
     HALF: tl.constexpr = COUNT // 2
     column = tl.arange(0, DIMS[3])
-    if KIND == "pairs":
+    if MODS[3] == "pairs":
         is_first = column % 2 == 0
         partner = column ^ 1
         pair = column // 2

@@ -7,7 +7,7 @@ Forward and dq: a program is (tile of queries, query head, request) and walks ov
 keys, KV head, request) and walks over the query heads of its group and their tiles, so that nothing is added by two
 programs. Scores are recomputed from lse in both.
 
-Columns of q and k are cut into a power of two and a rest, 192 = 128 + 64: DIMS = (d_qk, d_v, D_LOW, D_HIGH, D_VALUE),
+Columns of q and k are cut into a power of two and a rest, 192 = 128 + 64: DIMS = (d_qk, d_v, D_VALUE, D_LOW, D_HIGH),
 where D_LOW columns are never padded, the other two are. Lengths are what the offsets say; max_seqlen_q and max_seqlen_k
 only size the grid, and a program takes every num_programs-th tile, so longer requests are slower, not wrong.
 
@@ -30,10 +30,10 @@ NO_LIMIT = tl.constexpr(2147483647)
 @triton.jit
 def load_halves(row, valid, DIMS: tl.constexpr):
     """(low [rows, D_LOW], high [rows, D_HIGH]) of q or k at those row pointers; high is low where there is no rest."""
-    low = load_plain(row, valid, 0, DIMS[2], DIMS[2])
+    low = load_plain(row, valid, 0, DIMS[3], DIMS[3])
     high = low
-    if DIMS[3] > 0:
-        high = load_plain(row, valid, DIMS[2], DIMS[0] - DIMS[2], DIMS[3])
+    if DIMS[4] > 0:
+        high = load_plain(row, valid, DIMS[3], DIMS[0] - DIMS[3], DIMS[4])
     return low, high
 
 
@@ -41,7 +41,7 @@ def load_halves(row, valid, DIMS: tl.constexpr):
 def multiply(low, high, other_low, other_high, DIMS: tl.constexpr):
     """[rows, other rows] fp32 products of two tiles of queries or keys."""
     found = tl.dot(low, tl.trans(other_low), input_precision="ieee")
-    if DIMS[3] > 0:
+    if DIMS[4] > 0:
         found = tl.dot(high, tl.trans(other_high), acc=found, input_precision="ieee")
     return found
 
@@ -77,7 +77,7 @@ def attend_keys(
         exists = place < limit
         token = first_key + place
         k_low, k_high = load_halves(row_starts(k_ptr, token, 0, k_token_stride, 0), exists, DIMS)
-        value = load_plain(row_starts(v_ptr, token, 0, v_token_stride, 0), exists, 0, DIMS[1], DIMS[4])
+        value = load_plain(row_starts(v_ptr, token, 0, v_token_stride, 0), exists, 0, DIMS[1], DIMS[2])
         scores = multiply(q_low, q_high, k_low, k_high, DIMS)
         seen = exists[None, :]
         if MIXED:
@@ -87,7 +87,7 @@ def attend_keys(
         if MIXED:
             # A value that some rows do not see must not reach them as 0 * NaN.
             finite = tl.abs(value) < float("inf")
-            if tl.min(finite.to(tl.int32)) == 0:
+            if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
                 acc = add_odd_values(acc, weights, seen, value, BLOCK_N)
             value = tl.where(finite, value, 0.0)
         acc = tl.dot(weights, value, acc=acc, input_precision="ieee")
@@ -130,7 +130,7 @@ def prefill_kernel(
     if tl.program_id(0) == 0 and head == 0:
         write_orphans(
             cu_q_ptr, out_ptr, lse_ptr, fault_ptr, request, batch, total_q, NO_LIMIT, out_token_stride,
-            out_head_stride, lse_token_stride, lse_head_stride, H_Q, (DIMS[0], DIMS[1], DIMS[4], 0),
+            out_head_stride, lse_token_stride, lse_head_stride, H_Q, DIMS,
         )  # fmt: skip
         check_offsets(cu_k_ptr, fault_ptr, request, batch, total_k)
     if request < batch:
@@ -138,7 +138,7 @@ def prefill_kernel(
         first_key, s_k = query_span(cu_k_ptr, request, total_k, 0, True)
         k_head = k_ptr + tl.cast(head // GROUP, tl.int64) * k_head_stride
         v_head = v_ptr + tl.cast(head // GROUP, tl.int64) * v_head_stride
-        D_VALUE: tl.constexpr = DIMS[4]
+        D_VALUE: tl.constexpr = DIMS[2]
         tiles = (s_q + BLOCK_M - 1) // BLOCK_M
         # Under a causal mask later tiles are longer: they begin first.
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
@@ -168,7 +168,7 @@ def prefill_kernel(
                     sign, scale2, peak, mass, acc, True, STAY, DIMS, BLOCK_N,
                 )  # fmt: skip
             out, lse2 = finish(peak, mass, acc, scale2)
-            column = tl.arange(0, DIMS[4])
+            column = tl.arange(0, DIMS[2])
             target = row_starts(out_ptr, token, head, out_token_stride, out_head_stride)
             wanted = valid[:, None] & (column < DIMS[1])[None, :]
             tl.store(target[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty), mask=wanted)
@@ -204,9 +204,9 @@ def delta_kernel(
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1)
     valid = token < total_q
-    out = load_plain(row_starts(out_ptr, token, head, out_token_stride, out_head_stride), valid, 0, DIMS[1], DIMS[4])
+    out = load_plain(row_starts(out_ptr, token, head, out_token_stride, out_head_stride), valid, 0, DIMS[1], DIMS[2])
     grad = load_plain(
-        row_starts(grad_ptr, token, head, grad_token_stride, grad_head_stride), valid, 0, DIMS[1], DIMS[4]
+        row_starts(grad_ptr, token, head, grad_token_stride, grad_head_stride), valid, 0, DIMS[1], DIMS[2]
     )
     place = tl.cast(head, tl.int64) * total_q + token
     tl.store(delta_ptr + place, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=valid)
@@ -245,8 +245,8 @@ def query_gradient_kernel(
     first_key, s_k = query_span(cu_k_ptr, request, total_k, 0, True)
     k_head = k_ptr + tl.cast(head // GROUP, tl.int64) * k_head_stride
     v_head = v_ptr + tl.cast(head // GROUP, tl.int64) * v_head_stride
-    D_LOW: tl.constexpr = DIMS[2]
-    D_HIGH: tl.constexpr = DIMS[3] if DIMS[3] > 0 else DIMS[2]
+    D_LOW: tl.constexpr = DIMS[3]
+    D_HIGH: tl.constexpr = DIMS[4] if DIMS[4] > 0 else DIMS[3]
     tiles = (s_q + BLOCK_M - 1) // BLOCK_M
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         tile = tiles - 1 - index
@@ -255,7 +255,7 @@ def query_gradient_kernel(
         token = first + row
         q_low, q_high = load_halves(row_starts(q_ptr, token, head, q_token_stride, q_head_stride), valid, DIMS)
         grad_row = row_starts(grad_ptr, token, head, grad_token_stride, grad_head_stride)
-        grad = load_plain(grad_row, valid, 0, DIMS[1], DIMS[4])
+        grad = load_plain(grad_row, valid, 0, DIMS[1], DIMS[2])
         lse2, delta = load_statistics(
             lse_ptr, delta_ptr, head, token, valid, total_q, lse_head_stride, lse_token_stride
         )  # fmt: skip
@@ -268,7 +268,7 @@ def query_gradient_kernel(
             exists = place < limit
             key = first_key + place
             k_low, k_high = load_halves(row_starts(k_head, key, 0, k_token_stride, 0), exists, DIMS)
-            value = load_plain(row_starts(v_head, key, 0, v_token_stride, 0), exists, 0, DIMS[1], DIMS[4])
+            value = load_plain(row_starts(v_head, key, 0, v_token_stride, 0), exists, 0, DIMS[1], DIMS[2])
             seen = exists[None, :]
             if IS_CAUSAL:
                 seen = seen & (place[None, :] < end[:, None])
@@ -277,7 +277,7 @@ def query_gradient_kernel(
             _weights, slope = slopes(scores, lse2[:, None], of_grad, delta[:, None], seen, scale2)
             slope = slope.to(k_low.dtype)
             dq_low = tl.dot(slope, k_low, acc=dq_low, input_precision="ieee")
-            if DIMS[3] > 0:
+            if DIMS[4] > 0:
                 dq_high = tl.dot(slope, k_high, acc=dq_high, input_precision="ieee")
         target = row_starts(dq_ptr, token, head, dq_token_stride, dq_head_stride)
         store_halves(target, dq_low * scale, dq_high * scale, valid, DIMS)
@@ -286,12 +286,12 @@ def query_gradient_kernel(
 @triton.jit
 def store_halves(row, low, high, valid, DIMS: tl.constexpr):
     """Writes both parts of a gradient of q or k."""
-    column = tl.arange(0, DIMS[2])
+    column = tl.arange(0, DIMS[3])
     tl.store(row[:, None] + column[None, :], low.to(row.dtype.element_ty), mask=valid[:, None])
-    if DIMS[3] > 0:
-        column = tl.arange(0, DIMS[3])
-        wanted = valid[:, None] & (column < DIMS[0] - DIMS[2])[None, :]
-        tl.store(row[:, None] + DIMS[2] + column[None, :], high.to(row.dtype.element_ty), mask=wanted)
+    if DIMS[4] > 0:
+        column = tl.arange(0, DIMS[4])
+        wanted = valid[:, None] & (column < DIMS[0] - DIMS[3])[None, :]
+        tl.store(row[:, None] + DIMS[3] + column[None, :], high.to(row.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -310,15 +310,15 @@ def key_gradient_kernel(
     request = tl.program_id(2)
     first, s_q = query_span(cu_q_ptr, request, total_q, 0, True)
     first_key, s_k = query_span(cu_k_ptr, request, total_k, 0, True)
-    D_LOW: tl.constexpr = DIMS[2]
-    D_HIGH: tl.constexpr = DIMS[3] if DIMS[3] > 0 else DIMS[2]
-    D_VALUE: tl.constexpr = DIMS[4]
+    D_LOW: tl.constexpr = DIMS[3]
+    D_HIGH: tl.constexpr = DIMS[4] if DIMS[4] > 0 else DIMS[3]
+    D_VALUE: tl.constexpr = DIMS[2]
     for tile in tl.range(tl.program_id(0), (s_k + BLOCK_N - 1) // BLOCK_N, tl.num_programs(0), disable_licm=True):
         place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         exists = place < s_k
         key = first_key + place
         k_low, k_high = load_halves(row_starts(k_ptr, key, kv_head, k_token_stride, k_head_stride), exists, DIMS)
-        value = load_plain(row_starts(v_ptr, key, kv_head, v_token_stride, v_head_stride), exists, 0, DIMS[1], DIMS[4])
+        value = load_plain(row_starts(v_ptr, key, kv_head, v_token_stride, v_head_stride), exists, 0, DIMS[1], DIMS[2])
         # Query i sees key j where j <= s_k - s_q + i: the first tile of queries that sees any key of this one.
         begin = 0
         if IS_CAUSAL:
@@ -334,7 +334,7 @@ def key_gradient_kernel(
             token = first + row
             q_low, q_high = load_halves(row_starts(q_ptr, token, head, q_token_stride, q_head_stride), valid, DIMS)
             grad_row = row_starts(grad_ptr, token, head, grad_token_stride, grad_head_stride)
-            grad = load_plain(grad_row, valid, 0, DIMS[1], DIMS[4])
+            grad = load_plain(grad_row, valid, 0, DIMS[1], DIMS[2])
             lse2, delta = load_statistics(
                 lse_ptr, delta_ptr, head, token, valid, total_q, lse_head_stride, lse_token_stride
             )  # fmt: skip
@@ -348,11 +348,11 @@ def key_gradient_kernel(
             slope = slope.to(q_low.dtype)
             dv = tl.dot(weights.to(grad.dtype), grad, acc=dv, input_precision="ieee")
             dk_low = tl.dot(slope, q_low, acc=dk_low, input_precision="ieee")
-            if DIMS[3] > 0:
+            if DIMS[4] > 0:
                 dk_high = tl.dot(slope, q_high, acc=dk_high, input_precision="ieee")
         target = row_starts(dk_ptr, key, kv_head, dk_token_stride, dk_head_stride)
         store_halves(target, dk_low * scale, dk_high * scale, exists, DIMS)
-        column = tl.arange(0, DIMS[4])
+        column = tl.arange(0, DIMS[2])
         target = row_starts(dv_ptr, key, kv_head, dv_token_stride, dv_head_stride)
         wanted = exists[:, None] & (column < DIMS[1])[None, :]
         tl.store(target[:, None] + column[None, :], dv.to(dv_ptr.dtype.element_ty), mask=wanted)

@@ -52,14 +52,14 @@ _INTERPRETED = Config(16, 16, 1, 1)
 
 
 def dims(problem: PrefillProblem) -> tuple[int, int, int, int, int]:
-    """(d_qk, d_v, D_LOW, D_HIGH, D_VALUE): the largest power of two in d_qk, its rest and d_v padded to one."""
+    """(d_qk, d_v, D_VALUE, D_LOW, D_HIGH): d_v padded to a power of two, the largest one in d_qk, its rest padded."""
     low = 1 << (problem.d_qk.bit_length() - 1)
-    return (problem.d_qk, problem.d_v, low, config.padded(problem.d_qk - low), config.padded(problem.d_v))
+    return (problem.d_qk, problem.d_v, config.padded(problem.d_v), low, config.padded(problem.d_qk - low))
 
 
 def forward_bytes(tile: Config, problem: PrefillProblem) -> int:
     """Shared memory of a forward tile, from above: queries, keys and values of every stage, weights; then the result."""
-    _, _, low, high, value = dims(problem)
+    _, _, value, low, high = dims(problem)
     item = problem.dtype.itemsize
     q, kv = item * tile.block_m * (low + high), item * tile.block_n * (low + high + value)
     weights = item * tile.block_m * tile.block_n + 1024
@@ -68,7 +68,7 @@ def forward_bytes(tile: Config, problem: PrefillProblem) -> int:
 
 def backward_bytes(tile: Config, problem: PrefillProblem, rows_kept: int, rows_passed: int) -> int:
     """Shared memory of a backward tile, from above: what is kept, what passes by in stages, P and dS."""
-    _, _, low, high, value = dims(problem)
+    _, _, value, low, high = dims(problem)
     item, columns = problem.dtype.itemsize, low + high + value
     passing = item * rows_passed * columns * max(tile.num_stages, 1)
     return item * rows_kept * columns + passing + 2 * 4 * tile.block_m * tile.block_n + 4096
