@@ -14,6 +14,7 @@ from drawings import bars
 from openmla import backends, flash_mla
 from openmla.core.cost import cost
 from openmla.core.errors import OpenMLAError, OutOfPagesError, PlanMismatchError, UnsupportedError
+from openmla.core.layout import kv_layout
 from openmla.core.target import PRESET_NAMES, Target
 from openmla.observe import doctor
 from openmla.reference import attention
@@ -64,12 +65,12 @@ print("the compatible border and the native call give the same bits; one plan se
 # %% [markdown]
 # ## Watching
 #
-# Three things are worth a gauge. *Fallbacks*: on a GPU, whenever `auto` passes over a kernel that stands earlier in the table, it logs one line and counts; what matters is a `chosen` of another backend. *Faults*: bad values in tensors, read by
+# Three things are worth a gauge. *Fallbacks*: on a GPU, whenever `auto` passes over a kernel for one of another backend, it logs one line and counts. *Faults*: bad values in tensors, read by
 # `check_errors` (which waits for the GPU: once per step at most, or on a timer). *Pages*: how full the cache is.
 
 # %%
 logging.getLogger("openmla").setLevel(logging.ERROR)  # the line itself; here we only want the counter
-problem = dataclasses.replace(backends.typical_problem("decode"), window=4096)
+problem = dataclasses.replace(backends.typical_problem("decode"), layout=kv_layout("fp8_656"))
 backends.select(problem, Target.preset("h100_sxm"))
 for (op, passed, chosen, reason), count in backends.fallbacks.items():
     print(f"openmla_fallbacks{{op={op!r}, passed_over={passed!r}, chosen={chosen!r}}} {count}   # {reason}")

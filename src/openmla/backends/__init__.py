@@ -151,12 +151,17 @@ def select(problem: Problem, target: Target, backend: str = "auto") -> Selection
 
 
 def _note_fallbacks(problem: Problem, target: Target, chosen: Kernel, verdicts: list[tuple[Kernel, Verdict]]) -> None:
-    """On a GPU, count and log each kernel that was passed over. A CPU has one backend, so nothing was passed over."""
+    """On a GPU, count and log each kernel that was passed over for another backend's.
+
+    A CPU has one backend, and two kernels of one backend share the work by shape: neither is a fallback.
+    """
     if not target.is_cuda:
         return
     for kernel, verdict in verdicts:
         if kernel is chosen:
             return
+        if kernel.backend == chosen.backend:
+            continue
         key = (problem.op, f"{kernel.backend}/{kernel.name}", f"{chosen.backend}/{chosen.name}", verdict.reasons[0])
         with _lock:
             fallbacks[key] += 1

@@ -344,6 +344,7 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
     table = table.reshape(batch, columns)
     queries: list[torch.Tensor] = []
     spoiled: list[int] = []
+    partly: set[int] = set()  # slots that only some queries of a request see
     pages: list[int] = []
     for request in range(batch):
         # Requests share their first pages with the previous one now and then.
@@ -362,10 +363,11 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
         is_written[slots] = True
         s_q, keys = case.seqlens_q[request], _load(cache, layout, slots)
         queries.append(draw_queries(case.family, s_q, case.h_q, keys, case.d_v, case.softmax_scale, generator))
-        seen = _seen_by_all(case, s_q, real[request])
-        if case.nan_tokens and seen:
-            spoiled.append(int(slots[pick.choice(seen)]))
+        if case.nan_tokens and slots.shape[0]:
+            spoiled.append(int(slots[pick.randrange(slots.shape[0])]))
+            partly.update(_seen_by_some(case, s_q, slots))
         _spoil(case, pick, table[request, : len(pages)], garbage)
+    spoiled = [slot for slot in spoiled if slot not in partly]  # pages may be shared: seen by all, in every request
     nan = torch.full((len(spoiled), case.h_kv, case.d_qk), torch.nan)
     _store(cache, layout, torch.tensor(spoiled, dtype=torch.int64), nan)
     operands: dict[str, Any] = {
@@ -385,12 +387,14 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
     return operands
 
 
-def _seen_by_all(case: Case, s_q: int, length: int) -> range:
-    """Keys that every query of a request sees. A NaN that only some of them see may reach the others: 0 * NaN is NaN."""
-    if s_q == 0:
-        return range(0)
+def _seen_by_some(case: Case, s_q: int, slots: torch.Tensor) -> list[int]:
+    """Slots of a request that some of its queries see and others do not: a NaN there may reach all, 0 * NaN is NaN."""
+    length = slots.shape[0]
     first = max(length - case.window, 0) if case.window else 0
-    return range(first, length - s_q + 1 if case.is_causal or case.window else length)
+    end = max(length - s_q + 1, first) if case.is_causal or case.window else length
+    if s_q <= 1 and not case.window:
+        return []
+    return [int(slot) for position, slot in enumerate(slots) if not first <= position < end]
 
 
 def _spoil(case: Case, pick: random.Random, values: torch.Tensor, garbage: Sequence[int]) -> None:
