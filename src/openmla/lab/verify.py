@@ -18,7 +18,7 @@ from openmla import backends as table
 from openmla.core.errors import ConfigError, UnsupportedError
 from openmla.core.target import Target
 from openmla.lab import store
-from openmla.testing import budget
+from openmla.testing import budget, coverage
 from openmla.testing import cases as hostile
 
 SCHEMA = 1  # of the JSON record
@@ -165,7 +165,7 @@ def _try(tally: Tally, seed: int, device: torch.device) -> None:
     """One case: the kernel first, so that memory which the oracle has just used cannot help it."""
     case = hostile.draw(seed, tally.op)
     operands = case.tensors()
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in operands.items()}
+    moved = coverage.moved(operands, device)  # with their strides and gaps, which `to` would pack
     repro = f"openmla verify --op {tally.op} --backend {tally.backend} --device {device.type} --seed {seed} --cases 1"
     try:
         results = case.run(backend=tally.backend, operands=moved)
