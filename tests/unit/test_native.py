@@ -12,6 +12,7 @@ import torch
 import openmla
 from openmla.core.errors import ConfigError, PlanMismatchError, ProblemError, UnsupportedError
 from openmla.core.faults import Fault
+from openmla.ops import dispatch
 from openmla.reference import attention
 from openmla.testing import budget
 
@@ -185,6 +186,17 @@ def test_a_plan_serves_many_layers_and_refuses_another_problem() -> None:
     with pytest.raises(PlanMismatchError) as caught:
         openmla.decode(**_decode_case(batch=2), plan=made)
     assert "batch: the plan has 3, the call has 2" in str(caught.value)
+
+
+def test_ever_changing_shapes_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_MAX_REMEMBERED", 3)
+    case = _decode_case()
+    plan = openmla.plan(**case, is_causal=True)
+    before = openmla.decode(**case, is_causal=True, plan=plan)[0]
+    for batch in range(1, 9):
+        openmla.decode(**_decode_case(batch=batch, h_q=3))
+        assert max(map(len, (dispatch._prepared, dispatch._compiled, dispatch._problems))) <= 3
+    assert torch.equal(openmla.decode(**case, is_causal=True, plan=plan)[0], before), "a plan outlives the memory"
 
 
 def test_a_stale_plan_is_reported_and_harmless() -> None:

@@ -40,8 +40,7 @@ class DecodePlan(NamedTuple):
     tile_scheduler_metadata: torch.Tensor  # [num_parts, 8] int32
     num_splits: torch.Tensor  # [batch + 1] int32
     chunk_blocks: int  # 0: pieces end only where parts end
-    counters: torch.Tensor | None = None  # int32, zero between launches; a plan serves one stream at a time
-    partials: tuple[torch.Tensor, ...] | None = None  # scratch that stays with the plan, for calls without workspace
+    partials: tuple[torch.Tensor, ...] | None = None  # scratch that stays here, so a plan serves one stream at a time
 
 
 class DecodeOperands(NamedTuple):

@@ -77,10 +77,11 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
     selection = select(problem, target, wanted)
     compile_key = (selection.kernel.backend, selection.kernel.name, selection.config, problem, target)
     with _lock:
+        if len(_prepared) >= _MAX_REMEMBERED:  # what is compiled stays with its backend; this is one entry per problem
+            for memory in (_prepared, _compiled, _problems):
+                memory.clear()
         if compile_key not in _compiled:
             _compiled[compile_key] = selection.kernel.compile(problem, selection.config, target)
-        if len(_prepared) >= _MAX_REMEMBERED:
-            _prepared.clear()
         problem = _problems.setdefault(problem, problem)
         found = Prepared(problem, target, selection.kernel, _compiled[compile_key])
         _prepared[full_key] = found

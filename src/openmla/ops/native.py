@@ -39,7 +39,8 @@ from openmla.split.schedule import POLICIES, Policy
 class Plan:
     """How a batch is cut into pieces; made by `plan()`, reused by `decode(plan=...)` across layers.
 
-    Good for every call with the same shapes, options and `cache_seqlens` values. The tensors have FlashMLA's form,
+    Good for every call with the same shapes, options and `cache_seqlens` values, on one stream at a time: kernels on a
+    GPU keep the partial results of split requests in it. The tensors have FlashMLA's form,
     described in `openmla.split.schedule`.
     """
 
