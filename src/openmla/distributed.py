@@ -23,6 +23,7 @@ the collective should have ended plus `timeout_s` for the roll call. Nothing wai
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -35,8 +36,7 @@ import torch.distributed as dist
 
 from openmla.core.errors import OpenMLAError, ProblemError
 from openmla.core.layout import KVLayout
-from openmla.ops import native
-from openmla.split import combine
+from openmla.ops import native, parts
 from openmla.split.schedule import Policy
 
 Exchange = Literal["auto", "all_gather", "all_to_all"]
@@ -191,26 +191,41 @@ class ContextParallel:
         self._check(q, cache_seqlens, heads, exchange)
         q = self._gather_heads(q) if heads == "own" else q
         batch, s_q, h_q, d_qk = q.shape
-        table = block_table
+        chosen = self._exchange(exchange, heads, batch * s_q * h_q, d_v * q.element_size() + 4)
+        table, lengths, rows = block_table, cache_seqlens, q
         if cache_seqlens.dim() == 2:  # one query per request, so that each has a length of its own
-            q = q.reshape(batch * s_q, 1, h_q, d_qk)
-            table, cache_seqlens = table.repeat_interleave(s_q, 0), cache_seqlens.flatten()
-        cache_seqlens = cache_seqlens.contiguous()  # a column of `shares` is not
+            rows = q.reshape(batch * s_q, 1, h_q, d_qk)
+            table, lengths = table.repeat_interleave(s_q, 0), cache_seqlens.flatten()
+        # Every rank gets every share: the kernel writes straight into what travels.
+        share = _Message.empty((batch, s_q, h_q, d_v), q) if chosen == "all_gather" else None
         scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
         out, lse = native.decode(
-            q, kv_cache, table, cache_seqlens, d_v=d_v, softmax_scale=scale, kv_layout=kv_layout, policy=policy,
-            backend=backend,
+            rows, kv_cache, table, lengths.contiguous(), d_v=d_v, softmax_scale=scale, kv_layout=kv_layout,
+            policy=policy, backend=backend, out=None if share is None else share.out[0].view(*rows.shape[:3], d_v),
         )  # fmt: skip
         assert lse is not None, "asked for by default"
-        # Heads first, so that the rows of a rank's heads are one block of memory: [h_q, batch * s_q, ...]
-        out = out.reshape(batch * s_q, h_q, d_v).transpose(0, 1)
-        lse = lse.transpose(1, 2).reshape(batch * s_q, h_q).T
-        out, lse = self._merge(out, lse, heads, exchange)
-        if attn_sink is not None:
-            own = self._slice(h_q) if heads == "own" else slice(None)
-            out = out * torch.sigmoid(lse - attn_sink[own, None])[..., None]
-        result = out.to(q.dtype).transpose(0, 1).reshape(batch, s_q, -1, d_v)
-        return result, lse.T.reshape(batch, s_q, -1).transpose(1, 2).contiguous()
+        lse = lse.view(batch, h_q, s_q) if rows is q else lse.view(batch, s_q, h_q).transpose(1, 2)
+        own = self._slice(h_q) if heads == "own" or share is None else slice(None)
+        if share is not None:
+            share.lse[0].copy_(lse)
+            shares = self._all_shares(share)
+            outs, lses = shares.out[:, :, :, own], shares.lse[:, :, own]
+        else:
+            shares = self._trade_heads(out.view(batch, s_q, h_q, d_v), lse)
+            outs, lses = shares.out, shares.lse
+        sink = None if attn_sink is None else attn_sink[own]
+        merged, merged_lse = parts.merge(outs[0], lses[0], outs[1:], lses[1:], attn_sink=sink)
+        if share is None and heads == "all":
+            return self._gather_merged(merged, merged_lse, h_q)
+        return merged, merged_lse
+
+    def _exchange(self, asked: Exchange, heads: Heads, rows: int, row_bytes: int) -> Exchange:
+        """How the shares of so many rows travel: as asked, or what the cost model says; alone, the rank gathers itself."""
+        if self.world == 1:
+            return "all_gather"
+        if asked == "auto":
+            return self.link.choose(rows, row_bytes, row_bytes, self.world, heads)
+        return asked
 
     def _check(self, q: torch.Tensor, cache_seqlens: torch.Tensor, heads: str, exchange: str) -> None:
         wrong = []
@@ -234,43 +249,43 @@ class ContextParallel:
         begin = rank * each + min(rank, more)
         return slice(begin, begin + each + (rank < more))
 
-    def _merge(
-        self, out: torch.Tensor, lse: torch.Tensor, heads: Heads, exchange: Exchange
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A rank's share [h_q, n, d_v], [h_q, n] -> the merged rows of all heads, or of its own, in fp32."""
-        h_q, n, d_v = out.shape
+    def _all_shares(self, share: _Message) -> _Message:
+        """Everybody's share of all heads."""
         if self.world == 1:
-            return combine.merge(out[None].float(), lse[None])
-        packed = _pack(out, lse)
-        if exchange == "auto":
-            merged_bytes = d_v * out.element_size() + 4
-            exchange = self.link.choose(h_q * n, packed.shape[-1], merged_bytes, self.world, heads)
-        own = self._slice(h_q)
-        if exchange == "all_gather":
-            shares = self._gather(packed, "gather of attention shares")
-            if heads == "own":
-                shares = shares[:, own]
-            return combine.merge(*_unpack(shares, d_v, out.dtype))
+            return share
+        return share.replaced(self._gather(share.content[0], "gather of attention shares"))
+
+    def _trade_heads(self, out: torch.Tensor, lse: torch.Tensor) -> _Message:
+        """From this rank's share [batch, s_q, h_q, d_v], [batch, h_q, s_q] everybody's shares of this rank's heads."""
+        batch, s_q, h_q, d_v = out.shape
         spans = [self._slice(h_q, rank) for rank in range(self.world)]
-        sizes = [span.stop - span.start for span in spans]
-        mine = own.stop - own.start
-        received = packed.new_empty(self.world * mine, *packed.shape[1:])
+        sent = [_Message.empty((batch, s_q, span.stop - span.start, d_v), out) for span in spans]
+        for message, span in zip(sent, spans, strict=True):
+            message.fill(out[:, :, span], lse[:, span])
+        mine = sent[self.rank].content.numel()
+        received = out.new_empty(self.world * mine, dtype=torch.uint8)
+        everything = torch.cat([message.content[0] for message in sent])
+        sizes = [message.content.numel() for message in sent]
         self._run(
             lambda: dist.all_to_all_single(
-                received, packed, [mine] * self.world, sizes, group=self.group, async_op=True
+                received, everything, [mine] * self.world, sizes, group=self.group, async_op=True
             ),
             "exchange of attention shares",
         )  # fmt: skip
-        merged, merged_lse = combine.merge(*_unpack(received.unflatten(0, (self.world, mine)), d_v, out.dtype))
-        if heads == "own":
-            return merged, merged_lse
+        return sent[self.rank].replaced(received.view(self.world, mine))
+
+    def _gather_merged(self, out: torch.Tensor, lse: torch.Tensor, h_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the merged rows of this rank's heads those of all heads."""
+        batch, s_q, mine, d_v = out.shape
+        sizes = [span.stop - span.start for span in (self._slice(h_q, rank) for rank in range(self.world))]
         # Heads may be uneven: every rank sends as many as the first.
-        block = packed.new_zeros(sizes[0], n, packed.shape[-1])
-        block[:mine] = _pack(merged.to(out.dtype), merged_lse)
-        gathered = self._gather(block, "gather of merged heads")
-        whole = torch.cat([piece[:size] for piece, size in zip(gathered, sizes, strict=True)])
-        all_out, all_lse = _unpack(whole, d_v, out.dtype)
-        return all_out, all_lse
+        block = _Message.empty((batch, s_q, sizes[0], d_v), out)
+        block.out[0, :, :, :mine].copy_(out)
+        block.lse[0, :, :mine].copy_(lse)
+        whole = block.replaced(self._gather(block.content[0], "gather of merged heads"))
+        outs = [part[:, :, :size] for part, size in zip(whole.out, sizes, strict=True)]
+        lses = [part[:, :size] for part, size in zip(whole.lse, sizes, strict=True)]
+        return torch.cat(outs, 2), torch.cat(lses, 1)
 
     def _gather_heads(self, q: torch.Tensor) -> torch.Tensor:
         """[batch, s_q, h_q / world, d_qk] of every rank -> [batch, s_q, h_q, d_qk]."""
@@ -372,16 +387,46 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The parts out [..., d_v] and lse [...] fp32 as bytes [..., d_v * itemsize + 4]: one message instead of two."""
-    tail = lse.float().contiguous()[..., None].view(torch.uint8)
-    return torch.cat([out.contiguous().view(torch.uint8), tail], -1)
+@dataclass(frozen=True)
+class _Message:
+    """Shares as they travel, one behind another: of each the rows out, then their lse, in one block of bytes.
+
+    content [n, bytes] uint8; out [n, batch, s_q, heads, d_v] in the dtype of q and lse [n, batch, heads, s_q] fp32 are
+    views of it. Both begin at multiples of 16 bytes, so that rows keep their alignment.
+    """
+
+    content: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], like: torch.Tensor) -> _Message:
+        """Room for one share of that shape, in the dtype and on the device of `like`."""
+        num_bytes = _whole_blocks(math.prod(shape) * like.element_size()) + _whole_blocks(math.prod(shape[:3]) * 4)
+        content = like.new_empty(1, num_bytes, dtype=torch.uint8)
+        return cls._over(content, shape, like.dtype)
+
+    @classmethod
+    def _over(cls, content: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> _Message:
+        batch, s_q, heads = shape[:3]
+        end = math.prod(shape) * dtype.itemsize
+        out = content[:, :end].view(dtype).unflatten(1, shape)
+        begin, count = _whole_blocks(end), batch * s_q * heads
+        lse = content[:, begin : begin + 4 * count].view(torch.float32).unflatten(1, (batch, heads, s_q))
+        return cls(content, out, lse)
+
+    def replaced(self, content: torch.Tensor) -> _Message:
+        """Other content [n, bytes] of the same form."""
+        return self._over(content, tuple(self.out.shape[1:]), self.out.dtype)
+
+    def fill(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Write the one share that it holds."""
+        self.out[0].copy_(out)
+        self.lse[0].copy_(lse)
 
 
-def _unpack(packed: torch.Tensor, d_v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse, out in fp32."""
-    head, tail = packed.split([d_v * dtype.itemsize, 4], -1)
-    return head.contiguous().view(dtype).float(), tail.contiguous().view(torch.float32)[..., 0]
+def _whole_blocks(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16
 
 
 # Tensor-parallel heads. A rank computes its own heads from a shared input; the outputs add up.

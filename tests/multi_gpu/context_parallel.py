@@ -17,6 +17,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,8 +42,15 @@ def paged(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return pool, table, torch.full((batch,), s, dtype=torch.int32, device=rows.device)
 
 
+SPREADS = {
+    "round robin": lambda places, world: places % world,
+    "uneven": lambda places, world: (places * 10 >= len(places) * 9).long() * (world - 1),  # nine tenths; none between
+    "all on rank 0": lambda places, world: places * 0,
+}
+
+
 def check(ranks: ContextParallel, device: torch.device, dtype: torch.dtype) -> int:
-    """Both exchanges, all heads and own heads, one and two causal tokens, on scattered tokens; returns cases."""
+    """Both exchanges, all heads and own heads, one and two causal tokens, even, uneven and empty shares; returns cases."""
     generator = torch.Generator(device).manual_seed(7)
     cases = 0
     for batch, s_k, h_q, s_q in ((3, 700, 16, 1), (2, 1500, 128, 2), (1, 1, 16, 1)):
@@ -51,24 +59,42 @@ def check(ranks: ContextParallel, device: torch.device, dtype: torch.dtype) -> i
         golden = reference.decode(
             q, *paged(rows), d_v=512, softmax_scale=SCALE, is_causal=True, with_bounds=True
         )  # fmt: skip
-        mine = rows[:, torch.arange(s_k, device=device) % ranks.world == ranks.rank]
-        pool, table, _ = paged(mine if mine.shape[1] else rows[:, :1])
-        lengths = torch.full((batch,), s_k, dtype=torch.int32, device=device)
-        seen = ranks.visible(lengths, s_q)
         own = slice(ranks.rank * h_q // ranks.world, (ranks.rank + 1) * h_q // ranks.world)
-        for exchange in ("all_gather", "all_to_all"):
-            out, lse = ranks.decode(q, pool, table, seen, exchange=exchange, softmax_scale=SCALE)
-            ranks.wait()
-            budget.check(out, lse, golden, dtype=dtype).require(f"{exchange}, {batch=} {s_k=} {h_q=} {s_q=}")
-            part, part_lse = ranks.decode(
-                q[:, :, own], pool, table, seen, heads="own", exchange=exchange, softmax_scale=SCALE
-            )
-            ranks.wait()
-            whole, whole_lse = golden.out.to(dtype), golden.lse.float()
-            whole[:, :, own], whole_lse[:, own] = part, part_lse
-            budget.check(whole, whole_lse, golden, dtype=dtype).require(f"own {exchange}, {batch=} {s_k=} {h_q=}")
-            cases += 2
+        for spread, rank_of in SPREADS.items():
+            kept = rank_of(torch.arange(s_k, device=device), ranks.world) == ranks.rank
+            mine = rows[:, kept]
+            pool, table, _ = paged(mine if mine.shape[1] else rows[:, :1])
+            # Query i sees the tokens up to its own, of which this rank has so many.
+            ends = torch.arange(s_k - s_q + 1, s_k + 1, device=device)
+            seen = torch.stack([kept[:end].sum() for end in ends]).to(torch.int32).expand(batch, s_q).contiguous()
+            for exchange in ("all_gather", "all_to_all"):
+                name = f"{spread}, {exchange}, {batch=} {s_k=} {h_q=} {s_q=}"
+                out, lse = ranks.decode(q, pool, table, seen, exchange=exchange, softmax_scale=SCALE)
+                ranks.wait()
+                budget.check(out, lse, golden, dtype=dtype).require(name)
+                part, part_lse = ranks.decode(
+                    q[:, :, own], pool, table, seen, heads="own", exchange=exchange, softmax_scale=SCALE
+                )
+                ranks.wait()
+                whole, whole_lse = golden.out.to(dtype), golden.lse.float()
+                whole[:, :, own], whole_lse[:, own] = part, part_lse
+                budget.check(whole, whole_lse, golden, dtype=dtype).require(f"own heads, {name}")
+                cases += 2
     return cases
+
+
+def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call as a CUDA graph, its collectives included, as a server replays it; itself on a CPU."""
+    if device.type != "cuda":
+        return call
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's own threads ask about events meanwhile, which the default mode forbids.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
 
 
 def seconds(call, device: torch.device) -> float:
@@ -83,31 +109,39 @@ def seconds(call, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure(ranks: ContextParallel, device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, object]:
+def measure(
+    ranks: ContextParallel, device: torch.device, dtype: torch.dtype, small: bool, is_graph: bool
+) -> dict[str, object]:
     """Batch 4, 128k tokens, h_q 128: every rank alone over everything, and all of them over a share each."""
     batch, s_k, h_q = (2, 1024, 16) if small else (4, 131072, 128)
-    rows = torch.randn(batch, s_k, 576, device=device).to(dtype)
-    q = torch.randn(batch, 1, h_q, 576, device=device).to(dtype)
-    dist.broadcast(rows, 0)
-    dist.broadcast(q, 0)
+    generator = torch.Generator(device).manual_seed(1)  # the same numbers on every rank
+    rows = torch.randn(batch, s_k, 576, generator=generator, device=device).to(dtype)
+    q = torch.randn(batch, 1, h_q, 576, generator=generator, device=device).to(dtype)
     whole = paged(rows)
     share = paged(rows[:, ranks.rank :: ranks.world].contiguous())
     link = ranks.measure(device)
-    calls = {"one": lambda: native.decode(q, *whole, softmax_scale=SCALE)}
+    calls: dict[str, Callable[[], object]] = {"one": lambda: native.decode(q, *whole, softmax_scale=SCALE)}
+    calls["share"] = lambda: native.decode(q, *share, softmax_scale=SCALE)  # what of it is attention
     for exchange in ("all_gather", "all_to_all"):
         calls[exchange] = lambda e=exchange: ranks.decode(q, *share, exchange=e, softmax_scale=SCALE)
+    want, _ = native.decode(q, *whole, softmax_scale=SCALE)
+    if is_graph:
+        calls = {name: graphed(call, device) for name, call in calls.items()}
+    found, _ = ranks.decode(q, *share, exchange="all_gather", softmax_scale=SCALE)
+    torch.testing.assert_close(found.float(), want.float(), rtol=2e-2, atol=2e-3)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(4 if small else 24):
+    for turn in range(4 if small else 34):
         for name, call in calls.items():
             slowest = torch.tensor([seconds(call, device)], dtype=torch.float64, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            if turn >= 2:
+            if turn >= 4 or small:
                 times[name].append(float(slowest))
     median = {name: statistics.median(each) for name, each in times.items()}
     fastest = min(median["all_gather"], median["all_to_all"])
     return {
         "what": "context_parallel_decode", "world": ranks.world, "backend": dist.get_backend(), "batch": batch,
-        "s_k": s_k, "h_q": h_q, "dtype": str(dtype), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "s_k": s_k, "h_q": h_q, "dtype": str(dtype), "is_graph": is_graph and device.type == "cuda",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__, "median_us": {name: round(1e6 * each, 2) for name, each in median.items()},
         "spread_us": {name: round(1e6 * (max(each) - min(each)), 2) for name, each in times.items()},
         "speedup": round(median["one"] / fastest, 3), "chosen": link.choose(batch * h_q, 1028, 1028, ranks.world, "all"),
@@ -147,21 +181,30 @@ def main() -> None:
     device = torch.device("cpu") if options.cpu else torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if options.cpu else "nccl")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     ranks = ContextParallel(timeout_s=5 if options.cpu else 60)  # a rank may still be compiling
     dtype = torch.bfloat16
-    found: list[dict[str, object]] = [{"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}]
-    found.append(measure(ranks, device, dtype, options.small))
+    write({"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}, ranks, options.out)
+    for is_graph in (False, True):
+        if is_graph and options.cpu:
+            continue
+        write(measure(ranks, device, dtype, options.small, is_graph), ranks, options.out)
     if options.stall:
-        found.append({"what": "dead_rank", "message": stall(ranks, device)})
-    if ranks.rank == 0:
-        for row in found:
-            print(json.dumps(row))
-        if options.out:
-            with options.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
+        ranks.timeout_s = 5
+        write({"what": "dead_rank", "message": stall(ranks, device)}, ranks, options.out)
     sys.stdout.flush()
     os._exit(0)  # NCCL would wait for the dead rank in its own farewell
+
+
+def write(row: dict[str, object], ranks: ContextParallel, out: Path | None) -> None:
+    """One fact, as soon as it is known."""
+    if ranks.rank == 0:
+        print(json.dumps(row), flush=True)
+        if out:
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

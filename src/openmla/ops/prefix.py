@@ -6,9 +6,8 @@ import torch
 
 from openmla.core.errors import ProblemError
 from openmla.core.layout import KVLayout
-from openmla.ops import dispatch, native
+from openmla.ops import dispatch, native, parts
 from openmla.ops.dispatch import LOG2_E, LseBase
-from openmla.split import combine
 from openmla.split.schedule import Policy
 
 
@@ -89,13 +88,12 @@ def decode_shared_prefix(
         )  # fmt: skip
     assert prefix_lse is not None, "asked for by default"
     assert suffix_lse is not None, "asked for by default"
-    rows = suffix_lse.transpose(1, 2)  # [batch, s_q, h_q]
-    prefix_rows = prefix_lse.T.reshape(batch, s_q, h_q)
-    out, lse = combine.merge_two(prefix.reshape(suffix.shape).float(), prefix_rows, suffix.float(), rows)
-    if attn_sink is not None:
-        out = out * torch.sigmoid(lse - attn_sink)[..., None]
-    lse = lse.transpose(1, 2).contiguous()
-    return out.to(q.dtype), lse * LOG2_E if lse_base == "2" else lse
+    # The prefix's lse is [h_q, batch * s_q]: read in place, as [batch, h_q, s_q].
+    out, lse = parts.merge(
+        prefix.reshape(suffix.shape), prefix_lse.unflatten(1, (batch, s_q)).transpose(0, 1), suffix[None],
+        suffix_lse[None], attn_sink=attn_sink, lse_factor=LOG2_E if lse_base == "2" else 1.0,
+    )  # fmt: skip
+    return out, lse
 
 
 def _check(
