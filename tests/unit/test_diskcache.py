@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from openmla.backends.cute import diskcache
+from openmla import backends
+from openmla.backends.cute import bundle, decode, diskcache
+from openmla.core import incidents
+from openmla.core.errors import CompileError
 
 KEY = diskcache.key({"kernel": "x", "config": {"heads": 128}})
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    incidents.reset()
     folder = tmp_path / "private"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("OPENMLA_CACHE_DIR", str(folder))
@@ -92,6 +101,8 @@ def test_a_damaged_entry_is_set_aside_and_rebuilt(
     assert again.read_bytes() == b"code"
     assert not again.is_symlink()
     assert "is set aside" in caplog.text
+    assert incidents.counts() == {("cache_entry_bad", "cache/entry"): 1}
+    assert "cache_entry_bad" in str(backends.explain("decode"))
     assert len(list(root.rglob("*.bad"))) == 1
 
 
@@ -110,6 +121,8 @@ def test_a_folder_that_others_could_write_is_not_used(
     assert library.read_bytes() == b"code"
     assert root not in library.parents
     assert problem in caplog.text
+    assert incidents.counts() == {("cache_unusable", "cache/folder"): 1}
+    assert incidents.state()[0] == "degraded"
 
 
 def test_a_failing_compiler_leaves_nothing_that_could_be_served(root: Path) -> None:
@@ -168,3 +181,115 @@ def test_a_killed_builder_leaves_the_key_free(root: Path) -> None:
     assert killed.returncode == -9
     compiler = Compiler()
     assert diskcache.fetch(KEY, compiler).read_bytes() == b"code"
+
+
+# ------------------------------------------------------------------------------------------------ where no cache can be
+
+
+def _refuse(number: int) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("where", "number"), [("fsync", errno.ENOSPC), ("fsync", errno.EDQUOT), ("open", errno.EROFS), ("fsync", errno.EIO)]
+)
+def test_a_full_or_read_only_folder_costs_the_cache_and_nothing_else(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, number: int
+) -> None:
+    compiler = Compiler()
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING, "openmla"):
+        broken.setattr(os, where, _refuse(number))
+        library = diskcache.fetch(KEY, compiler)
+    assert library.read_bytes() == b"code"
+    assert root not in library.parents
+    assert not list(root.rglob(".new-*"))
+    assert incidents.counts() == {("cache_unusable", "cache/folder"): 1}
+    assert caplog.text.count("cache_unusable") == 1
+    diskcache.fetch(KEY, compiler)  # there is room again
+    assert diskcache.fetch(KEY, compiler).parent.parent.parent == root / "jit"
+
+
+def test_a_user_without_a_home_has_no_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENMLA_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    assert diskcache.fetch(KEY, Compiler()).read_bytes() == b"code"
+    assert incidents.counts() == {("cache_unusable", "cache/folder"): 1}
+
+
+def test_nowhere_to_compile_is_one_clear_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", _refuse(errno.ENOSPC))
+    with pytest.raises(CompileError, match="set OPENMLA_CACHE_DIR to one with free space"):
+        diskcache.fetch(KEY, Compiler())
+
+
+def test_a_stuck_lock_is_not_waited_for_forever(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diskcache, "LOCK_SECONDS", 0.2)
+    (root / "jit").mkdir(mode=0o700)
+    with open(root / "jit" / f"{KEY}.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert diskcache.fetch(KEY, Compiler()).read_bytes() == b"code"
+    assert incidents.counts() == {("lock_stuck", "cache/lock"): 1}
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_build_leaves_nothing_behind(root: Path, interruption: type[BaseException]) -> None:
+    def interrupted(folder: Path) -> Path:
+        (folder / "kernel.so").write_bytes(b"half")
+        raise interruption
+
+    with pytest.raises(interruption):
+        diskcache.fetch(KEY, interrupted)
+    assert not [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert diskcache.fetch(KEY, Compiler()).read_bytes() == b"code"  # and the lock is free
+
+
+def test_rests_and_the_least_recently_used_are_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diskcache, "MAX_BYTES", 250)
+    keys = [diskcache.key({"number": number}) for number in range(4)]
+    old = time.time() - 10
+    for number, each in enumerate(keys[:3]):
+        entry = diskcache.fetch(each, Compiler(b"x" * 100)).parent
+        os.utime(entry, (old + number, old + number))
+    left = [path.name for path in (root / "jit").glob("??/*")]
+    assert sorted(left) == sorted(keys[1:3])
+    diskcache.fetch(keys[1], Compiler())  # a hit makes it recent
+    draft = root / "jit" / "00" / ".new-dead"
+    draft.mkdir(parents=True)
+    os.utime(draft, (0, 0))
+    diskcache.fetch(keys[3], Compiler(b"x" * 100))
+    assert sorted(path.name for path in (root / "jit").glob("??/*")) == sorted([keys[1], keys[3]])
+
+
+def test_entries_of_other_versions_are_not_seen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another source, schema, architecture, compiler or Python is another key: an older entry cannot be loaded."""
+    variant = decode.CombineVariant()
+    keys = {bundle._cache_key("combine", variant)}
+    for name, value in (("_CACHE_SCHEMA", 99), ("ARCH", "sm_100a"), ("source_hash", lambda: "other")):
+        with monkeypatch.context() as other:
+            other.setattr(bundle, name, value)
+            keys.add(bundle._cache_key("combine", variant))
+    for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi", "triton"):
+        with monkeypatch.context() as other:
+            real = bundle._version
+            other.setattr(
+                bundle, "_version", lambda name, package=package, real=real: name if name == package else real(name)
+            )
+            keys.add(bundle._cache_key("combine", variant))
+    with monkeypatch.context() as other:
+        other.setattr(sys, "version_info", (3, 99, 0))
+        keys.add(bundle._cache_key("combine", variant))
+    assert len(keys) == 8
+
+
+@pytest.mark.parametrize("family", decode.FAMILIES)
+def test_every_argument_of_a_kernel_is_in_its_key(family: str) -> None:
+    """A field that is not in the key would serve one variant's code for another's."""
+    variants = decode.FAMILIES[family][0]
+    assert len({bundle._cache_key(family, each) for each in variants}) == len(variants)
+    for each in dataclasses.fields(variants[0]):
+        written = variants[0].as_dict()
+        assert each.name in written, f"{family}: {each.name} is in no key"

@@ -70,7 +70,7 @@ def test_every_variable_is_listed_with_value_and_legality(monkeypatch):
     assert {variable.name for variable in env.ALL} <= set(lines)
     assert lines["OPENMLA_BACKEND"].state == "problem"
     assert "auto, cute, triton, torch" in lines["OPENMLA_BACKEND"].fix
-    assert lines["OPENMLA_CHECKS"].found == "strict (set); legal: fast, strict"
+    assert lines["OPENMLA_CHECKS"].found == "strict (set); legal: off, fast, device, strict"
 
 
 def test_cache_folder_of_others_is_a_problem(tmp_path):

@@ -25,6 +25,7 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 CATCH_ALL = {
     "src/openmla/backends/torch/workers.py": "what a thread raises is raised again in the caller",
+    "src/openmla/ops/observers.py": "a callback that watches calls must not break them",
     "src/openmla/observe/doctor.py": "one broken probe must not hide the others",
 }
 DEVICE_CODE = ("kernel.py", "/parts/", "backends/cute/combine.py", "backends/cute/schedule.py", "decode_dense/merge.py")
@@ -117,7 +118,7 @@ def test_nobody_swallows_everything():
 
 
 def test_catch_alls_are_few():
-    """Two files may; each at most once, so that a second one is a decision."""
+    """The files of the list may; each at most once, so that a second one is a decision."""
     for path in filter(lambda path: (ROOT / path).exists(), CATCH_ALL):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]

@@ -11,15 +11,17 @@ import importlib
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, cast
 
 # Not `import torch`: loading the subpackage openmla.backends.torch rebinds that name in this module.
-from torch import bfloat16
+from torch import Tensor, bfloat16
 
+from openmla.backends import aside
 from openmla.backends.base import Kernel, Unbuilt, Verdict
-from openmla.core import env
+from openmla.core import env, incidents
 from openmla.core.errors import ConfigError, UnsupportedError
 from openmla.core.layout import kv_layout
 from openmla.core.problem import (
@@ -78,15 +80,35 @@ _lock = threading.Lock()
 
 
 @cache
-def _load(slot: Slot) -> Kernel:
-    return cast(Kernel, getattr(importlib.import_module(slot.module), slot.attribute))
+def _load(op: str, slot: Slot) -> Kernel:
+    """The kernel at an address; one that says why not where its module cannot be imported."""
+    try:
+        return cast(Kernel, getattr(importlib.import_module(slot.module), slot.attribute))
+    except (ImportError, OSError) as error:  # a missing package, or a library of it that the loader refuses
+        backend = next(name for name in BACKENDS if name in slot.module.split("."))
+        reason = f"{slot.module} cannot be imported: {type(error).__name__}: {error}"
+        incidents.note("backend_unavailable", f"{op}/{backend}/{slot.attribute.lower()}", reason)
+        return Unbuilt(op, backend, slot.attribute.lower(), reason)
 
 
 def kernels(op: str) -> tuple[Kernel, ...]:
     """The kernels of one operation in order of preference. Raises ConfigError for an unknown operation."""
     if op not in TABLE:
         raise ConfigError(f"unknown operation {op!r}; use one of: {', '.join(TABLE)}")
-    return tuple(_load(entry) if isinstance(entry, Slot) else entry for entry in TABLE[op])
+    return tuple(_load(op, entry) if isinstance(entry, Slot) else entry for entry in TABLE[op])
+
+
+@cache
+def value_kernel() -> Callable[[Any, Any, Tensor], None] | None:
+    """What looks at ids and lengths on a GPU: `check(problem, operands, record)`; None without Triton."""
+    if not env.is_importable("triton"):
+        return None
+    try:
+        check = importlib.import_module("openmla.backends.triton.values").check
+    except (ImportError, OSError) as error:
+        incidents.note("backend_unavailable", "checks/triton", f"{type(error).__name__}: {error}")
+        return None
+    return cast("Callable[[Any, Any, Tensor], None]", check)
 
 
 def extend(op: str, kernel: Kernel, *, before: str | None = None) -> None:
@@ -121,8 +143,12 @@ def _verdicts(problem: Problem, target: Target, backend: str) -> list[tuple[Kern
     for kernel in kernels(problem.op):
         if backend not in ("auto", kernel.backend):
             found.append((kernel, Verdict((f"backend={backend!r} was asked for",))))
-        else:
-            found.append((kernel, kernel.supports(problem, target)))
+            continue
+        verdict = kernel.supports(problem, target)
+        if verdict and aside.anything():
+            reason = aside.why(kernel, kernel.configs(problem, target)[0])
+            verdict = Verdict((reason,)) if reason else verdict
+        found.append((kernel, verdict))
     return found
 
 
@@ -173,12 +199,16 @@ def _note_fallbacks(problem: Problem, target: Target, chosen: Kernel, verdicts: 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which kernel a problem gets on a target, and why not the others. `str()` is a table, `as_dict()` is JSON-able."""
+    """Which kernel a problem gets on a target, and why not the others. `str()` is a table, `as_dict()` is JSON-able.
+
+    `incidents` says what went wrong in this process so far with kernels of the operation, with devices and with caches.
+    """
 
     problem: Problem
     target: Target
     backend: str
     candidates: tuple[Candidate, ...]
+    incidents: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Candidate | None:
@@ -201,6 +231,7 @@ class Explanation:
                 }
                 for row in self.candidates
             ],
+            "incidents": list(self.incidents),
         }
 
     def __str__(self) -> str:
@@ -214,7 +245,7 @@ class Explanation:
                 lines.append(f"     {name}  could run, stands behind the chosen one")
             else:
                 lines.append(f"     {name}  no: {'; '.join(row.verdict.reasons)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  so far: {each}" for each in self.incidents)])
 
 
 def explain(
@@ -242,7 +273,9 @@ def explain(
         takes = bool(verdict) and not is_taken
         is_taken |= takes
         rows.append(Candidate(kernel.backend, kernel.name, verdict, takes))
-    return Explanation(asked, where, wanted, tuple(rows))
+    others = tuple(f"{op}/" for op in OPS if op != asked.op)
+    past = tuple(str(each) for each in incidents.about() if not each.subject.startswith(others))
+    return Explanation(asked, where, wanted, tuple(rows), past)
 
 
 def typical_problem(op: str) -> Problem:

@@ -59,6 +59,27 @@ class CompileError(OpenMLAError, RuntimeError):
     """The kernel toolchain failed; the message carries kernel, config and the path of the log."""
 
 
+class DeviceLostError(OpenMLAError, RuntimeError):
+    """The device is in a state that only a new process can clear (a sticky CUDA error, or a fork after CUDA began).
+
+    Nothing runs on it any more: no other backend is tried, `openmla.health()` is failed, and the process should end.
+
+    Args:
+        device: the device.
+        reason: what happened, and to whom it is attributed.
+    """
+
+    def __init__(self, device: str, reason: str) -> None:
+        self.device, self.reason = device, reason
+        super().__init__(
+            f"{device} cannot be used by this process any more: {reason}; "
+            "end the process and start a new one (nothing else clears such an error)"
+        )
+
+    def __reduce__(self) -> tuple[type[DeviceLostError], tuple[str, str]]:
+        return (type(self), (self.device, self.reason))
+
+
 class OutOfPagesError(OpenMLAError, RuntimeError):
     """The KV allocator has fewer free pages than were asked for; nothing was changed."""
 

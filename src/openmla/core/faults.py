@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import enum
 import threading
+from dataclasses import dataclass
 
 import torch
+
+from openmla.core import incidents
 
 
 class Fault(enum.IntFlag):
@@ -35,7 +38,47 @@ MEANING: dict[Fault, str] = {
     Fault.PLAN_STALE: "the plan was made for other lengths; a new one was made for this call",
 }
 
+
+@dataclass(frozen=True)
+class Finding:
+    """One bad value, found by OPENMLA_CHECKS=device or strict."""
+
+    op: str
+    fault: Fault
+    tensor: str
+    place: tuple[int, ...]
+    value: int
+    rule: str
+    count: int = 1  # bad values in that tensor, where they were counted
+
+    def __str__(self) -> str:
+        more = f" (and {self.count - 1} more)" if self.count > 1 else ""
+        where = ", ".join(map(str, self.place))
+        return f"{self.tensor}[{where}] = {self.value}{more}: {self.rule}; {MEANING[self.fault]}"
+
+
+# What a kernel can write into a record, in order of its code - 1; `<` and `>` say which end of the range was left.
+CODES = (
+    "block_table", "cache_seqlens<", "cache_seqlens>", "cu_seqlens_q", "cu_seqlens_k", "indices", "topk_length",
+    "extra_indices", "extra_topk_length",
+)  # fmt: skip
+_CODED: dict[str, tuple[Fault, str]] = {
+    "block_table": (Fault.PAGE_OUT_OF_RANGE, "a page id is in [0, {limit})"),
+    "cache_seqlens<": (Fault.LENGTH_NEGATIVE, "a length is in [0, {limit}]"),
+    "cache_seqlens>": (Fault.LENGTH_OVER_CAPACITY, "a length is in [0, {limit}]"),
+    "cu_seqlens_q": (Fault.CU_SEQLENS_NOT_MONOTONE, "offsets rise from 0 to {limit}"),
+    "cu_seqlens_k": (Fault.CU_SEQLENS_NOT_MONOTONE, "offsets rise from 0 to {limit}"),
+    "indices": (Fault.INDEX_OUT_OF_RANGE, "an index is -1 or in [0, {limit})"),
+    "topk_length": (Fault.TOPK_LENGTH_OUT_OF_RANGE, "a topk_length is in [0, {limit}]"),
+    "extra_indices": (Fault.INDEX_OUT_OF_RANGE, "an index is -1 or in [0, {limit})"),
+    "extra_topk_length": (Fault.TOPK_LENGTH_OUT_OF_RANGE, "a topk_length is in [0, {limit}]"),
+}
+_ONE_DIMENSION = ("cache_seqlens<", "cache_seqlens>", "cu_seqlens_q", "cu_seqlens_k")
+_MAX_FINDINGS = 64  # kept per process; the counters go on
+
 _words: dict[torch.device, torch.Tensor] = {}
+_records: dict[torch.device, torch.Tensor] = {}
+_findings: list[Finding] = []
 _lock = threading.Lock()
 
 
@@ -76,4 +119,55 @@ def check_errors(device: torch.device | str | None = None) -> tuple[Fault, ...]:
             if word is not None:
                 bits |= int(word.item())
                 word.zero_()
-    return tuple(fault for fault in Fault if bits & fault)
+            kept = _records.get(each)
+            code, *rest = kept.tolist() if kept is not None else (0,)
+            if kept is not None and code:
+                _keep(_decoded(code, rest))
+                kept.zero_()
+    found = tuple(fault for fault in Fault if bits & fault)
+    for fault in found:
+        incidents.note("bad_value", (fault.name or "").lower(), MEANING[fault])
+    return found
+
+
+def record(device: torch.device) -> torch.Tensor:
+    """The int32 [8] tensor that the value check of that device writes one finding into; as lasting as the fault word."""
+    found = _records.get(device)
+    if found is None:
+        with _lock, torch.inference_mode(False):
+            found = _records.setdefault(device, torch.zeros(8, dtype=torch.int32, device=device))
+            _words.setdefault(device, torch.zeros(1, dtype=torch.int32, device=device))
+    return found
+
+
+def _decoded(code: int, rest: list[int]) -> Finding:
+    """The finding behind a record: code, row, column, value, limit."""
+    name = CODES[code - 1]
+    fault, rule = _CODED[name]
+    row, column, value, limit = rest[:4]
+    op = "decode or prefill" if "seqlens" in name or name == "block_table" else "sparse_decode or sparse_prefill"
+    place = (row,) if name in _ONE_DIMENSION else (row, column)
+    return Finding(op, fault, name.rstrip("<>"), place, value, rule.format(limit=limit))
+
+
+def _keep(finding: Finding) -> None:
+    if len(_findings) < _MAX_FINDINGS:
+        _findings.append(finding)
+
+
+def remember(finding: Finding) -> None:
+    """Keep a finding for `findings()`."""
+    with _lock:
+        _keep(finding)
+
+
+def findings() -> tuple[Finding, ...]:
+    """The bad values that were found and named since the last call, oldest first; forgets them.
+
+    Found with OPENMLA_CHECKS=device, at most 64; on a GPU one for each call of `check_errors`, which reads the record.
+    `row` counts the rows of all leading dimensions: token 1 of request 2 with s_q = 4 is row 9.
+    """
+    with _lock:
+        found = tuple(_findings)
+        _findings.clear()
+    return found

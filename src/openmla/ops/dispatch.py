@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from openmla.backends import select
-from openmla.backends.base import Kernel
-from openmla.core import env, faults
-from openmla.core.errors import ProblemError, UnsupportedError
+from openmla.backends import Selection, aside, select
+from openmla.backends.base import DecodeKernel, DecodePlan, Kernel
+from openmla.core import counters, env, incidents
+from openmla.core.errors import CompileError, ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
 from openmla.core.problem import Problem
 from openmla.core.target import Target
+from openmla.ops import canary, checks, recovery
+from openmla.ops.observers import around, observers
 
 LseBase = Literal["e", "2"]
 LOG2_E = 1.4426950408889634
@@ -37,6 +40,9 @@ class Prepared:
     target: Target
     kernel: Kernel
     compiled: Any
+    tally: counters.Tally
+    config: Any = None
+    asked: str = "auto"  # the backend that the caller asked for; only auto may go on with another kernel
     spans: tuple[int, ...] = ()  # bytes from the first to the last element of out and of each input; see check_overlap
     workspace: dict[str, int] = field(default_factory=dict)  # policy -> bytes
 
@@ -62,7 +68,10 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
     Raises:
         ProblemError: from `build`.
         UnsupportedError: no permitted kernel.
+        DeviceLostError: the device is in a state that only a new process can clear.
     """
+    if recovery.LOST:
+        recovery.refuse(device)
     wanted = backend or env.BACKEND.read()
     full_key = (*key, device, wanted)
     try:
@@ -74,27 +83,147 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
         return found
     problem = build()
     target = Target.detect(device)
-    selection = select(problem, target, wanted)
+    if aside.anything() and aside.expired():
+        forget()
+    while True:
+        selection = select(problem, target, wanted)
+        try:
+            with _lock:
+                found = _make(selection, problem, target, wanted, device)
+                _prepared[full_key] = found
+            return found
+        except Exception as error:
+            if _stands_aside(selection, error, device) and wanted == "auto":
+                continue
+            raise
+
+
+def _make(selection: Selection, problem: Problem, target: Target, wanted: str, device: torch.device) -> Prepared:
+    """Compile, or take what is compiled; a variant that is new to this process is tried by the canary first."""
     compile_key = (selection.kernel.backend, selection.kernel.name, selection.config, problem, target)
-    with _lock:
-        if len(_prepared) >= _MAX_REMEMBERED:  # what is compiled stays with its backend; this is one entry per problem
-            for memory in (_prepared, _compiled, _problems):
-                memory.clear()
-        if compile_key not in _compiled:
-            _compiled[compile_key] = selection.kernel.compile(problem, selection.config, target)
-        problem = _problems.setdefault(problem, problem)
-        found = Prepared(problem, target, selection.kernel, _compiled[compile_key])
-        _prepared[full_key] = found
-    return found
+    if len(_prepared) >= _MAX_REMEMBERED:  # what is compiled stays with its backend; this is one entry per problem
+        forget()
+    if compile_key not in _compiled:
+        begin = time.perf_counter()
+        compiled = selection.kernel.compile(problem, selection.config, target)
+        wrong = canary.sing(selection.kernel, selection.config, problem, target, device)
+        if wrong:
+            raise _CanaryError(wrong)
+        counters.add("compile_seconds", selection.kernel.backend, time.perf_counter() - begin)
+        counters.add("prepared", selection.kernel.backend)
+        _compiled[compile_key] = compiled
+    problem = _problems.setdefault(problem, problem)
+    kernel = selection.kernel
+    tally = counters.tally(problem.op, kernel.backend, kernel.name, getattr(problem, "total_q", 0) or _tokens(problem))
+    return Prepared(problem, target, kernel, _compiled[compile_key], tally, selection.config, wanted)
+
+
+def _tokens(problem: Any) -> int:
+    return int(getattr(problem, "s_q", 0))
+
+
+class _CanaryError(CompileError):
+    """A freshly compiled kernel was wrong."""
+
+
+def forget() -> None:
+    """Drop what is remembered per problem; compiled code stays loaded. A live plan is still good where kernels agree."""
+    for memory in (_prepared, _compiled, _problems):
+        memory.clear()
+    select.cache_clear()
+
+
+def plan_pieces(prepared: Prepared, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
+    """The kernel's plan of a dense decode.
+
+    Raises:
+        DeviceLostError: the device is in a state that only a new process can clear.
+    """
+    if recovery.LOST:
+        recovery.refuse(cache_seqlens.device)
+    try:
+        return cast(DecodeKernel, prepared.kernel).plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
+    except Exception as error:
+        if _stands_aside(Selection(prepared.kernel, prepared.config, ()), error, cache_seqlens.device):
+            forget()  # this call is lost; the next one is planned and run by another kernel
+        raise
+
+
+def remembered() -> int:
+    """Signatures of calls that go straight to the launch."""
+    return len(_prepared)
+
+
+def _stands_aside(selection: Selection, error: Exception, device: torch.device) -> bool:
+    """Whether another kernel may serve what `error` kept this one from; notes what happened.
+
+    Raises:
+        DeviceLostError: the device is lost, and nobody can.
+    """
+    meaning = recovery.meaning(error)
+    if meaning == "lost":
+        raise recovery.lose(
+            str(device), f"{recovery.first_line(error)}; seen by {aside.subject(selection.kernel)}"
+        ) from error
+    if meaning == "memory":
+        incidents.note("out_of_memory", str(device), recovery.first_line(error))
+    if meaning != "refused":
+        return False
+    compiling = isinstance(error, (CompileError, ImportError, OSError))
+    kind = "canary_failed" if isinstance(error, _CanaryError) else "compile_failed" if compiling else "launch_refused"
+    aside.put(selection.kernel, selection.config, kind, recovery.first_line(error))
+    select.cache_clear()
+    return True
 
 
 def launch(prepared: Prepared, operands: Any, plan: Any = None) -> None:
-    """Run it. With OPENMLA_CHECKS=strict, wait and raise ProblemError if a value inside a tensor was bad."""
-    prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
-    if env.CHECKS.read() == "strict":
-        found = faults.check_errors(operands.out.device)
-        if found:
-            raise ProblemError(prepared.problem.op, [faults.MEANING[fault] for fault in found])
+    """Run it; what OPENMLA_CHECKS asks for is looked at before.
+
+    Raises:
+        ProblemError: with OPENMLA_CHECKS=strict, a value inside a tensor is bad.
+        DeviceLostError: the device is in a state that only a new process can clear.
+        torch.OutOfMemoryError: no memory for scratch, after PyTorch has freed its cache.
+    """
+    mode = env.CHECKS.read()
+    if recovery.LOST:
+        recovery.refuse(operands.out.device)
+    if mode == "device" or mode == "strict":
+        checks.before_launch(prepared.problem, operands, mode)
+    prepared.tally.count()
+    try:
+        if observers:
+            around(prepared, operands, plan)
+        else:
+            prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
+        if mode == "strict":
+            checks.after_launch(prepared.problem, operands)
+    except Exception as error:
+        if _ran_elsewhere(prepared, operands, error):
+            return
+        raise
+
+
+def _ran_elsewhere(prepared: Prepared, operands: Any, error: Exception) -> bool:
+    """After a refused launch, put the kernel aside and run the call on the next one; not while a graph is captured."""
+    device, problem = operands.out.device, prepared.problem
+    if not _stands_aside(Selection(prepared.kernel, prepared.config, ()), error, device):
+        return False
+    forget()
+    if prepared.asked != "auto" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    selection = select(problem, prepared.target, "auto")
+    with _lock:
+        found = _make(selection, problem, prepared.target, "auto", device)
+    plan = None
+    if problem.op == "decode":
+        kernel: Any = found.kernel
+        policy = "batch_invariant" if problem.is_batch_invariant else "balanced"
+        plan = kernel.plan(found.compiled, problem, operands.cache_seqlens, policy)
+        needed = kernel.workspace_bytes(found.compiled, problem, policy)
+        scratch = torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
+        operands = operands._replace(workspace=scratch)
+    launch(found, operands, plan)
+    return True
 
 
 def device_of(q: Any) -> torch.device:

@@ -61,6 +61,12 @@ class Plan:
         """[batch + 1] int32."""
         return self.pieces.num_splits
 
+    def __reduce__(self) -> str:
+        raise PlanMismatchError(
+            "decode",
+            ["a plan holds scratch of the process that made it; make one in each process with openmla.plan(...)"],
+        )
+
     def check(self, prepared: dispatch.Prepared) -> None:
         """Raises PlanMismatchError naming every field in which a call differs from the plan's."""
         problem, kernel = prepared.problem, prepared.kernel
@@ -112,8 +118,7 @@ def plan(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
         attach(mods), kv_layout, backend, policy,
     )  # fmt: skip
-    kernel = cast(DecodeKernel, prepared.kernel)
-    pieces = kernel.plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
+    kernel, pieces = prepared.kernel, dispatch.plan_pieces(prepared, cache_seqlens, policy)
     return Plan(prepared.problem, policy, kernel.backend, kernel.name, pieces, cache_seqlens.clone())
 
 
@@ -267,10 +272,13 @@ def _pieces(given: Plan | None, prepared: dispatch.Prepared, cache_seqlens: torc
     """The caller's plan if it is still true, else a new one; on a CPU a stale plan is found and reported here."""
     if given is not None:
         given.check(prepared)
+        if given.cache_seqlens.device != cache_seqlens.device:
+            rule = f"the plan lies on {given.cache_seqlens.device}, the call is on {cache_seqlens.device}"
+            raise PlanMismatchError("decode", [rule, "make a plan for this call with openmla.plan(...)"])
         if cache_seqlens.device.type != "cpu" or torch.equal(given.cache_seqlens, cache_seqlens):
             return given.pieces
         faults.report(cache_seqlens.device, faults.Fault.PLAN_STALE)
-    return cast(DecodeKernel, prepared.kernel).plan(prepared.compiled, prepared.problem, cache_seqlens, policy)
+    return dispatch.plan_pieces(prepared, cache_seqlens, policy)
 
 
 def _workspace(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openmla.backends.base import Verdict
-from openmla.backends.cute import diskcache
+from openmla.backends.cute import compiler, diskcache
 from openmla.backends.cute.toolchain import (
     ARCH,
     MANIFEST,
@@ -36,7 +37,7 @@ from openmla.backends.cute.toolchain import (
     source_hash,
     write_manifest,
 )
-from openmla.core import env
+from openmla.core import env, incidents
 from openmla.core.errors import CompileError, ConfigError
 
 _CACHE_SCHEMA = 1
@@ -203,10 +204,28 @@ def _from_compiler(family: str, config: Variant, build: Callable[[Path], Compile
         raise CompileError(verdict.reasons[0])
 
     def produce(folder: Path) -> Path:
-        return link_bundle([build(folder).object_path], folder / "kernel.so")
+        apart = compiler.can(family, config.name)
+        made = compiler.compile_apart(family, config.name, folder) if apart else build(folder)
+        return link_bundle([made.object_path], folder / "kernel.so")
+
+    _note_untested_versions()
 
     library = diskcache.fetch(_cache_key(family, config), produce)
     return Served(_load(library, config.name), "jit", library)
+
+
+# What this version was compiled and run with; outside of it the canary decides.
+TESTED = {"nvidia-cutlass-dsl": ((4, 8), (4, 9)), "apache-tvm-ffi": ((0, 1, 11), (0, 2))}
+
+
+@cache
+def _note_untested_versions() -> None:
+    for name, (low, high) in TESTED.items():
+        found = _version(name)
+        numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+        if numbers and not low <= numbers < high:
+            bounds = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
+            incidents.note("version_untested", f"package/{name}", f"{found}; tested with {bounds}")
 
 
 def _load(library: Path, name: str) -> Any:

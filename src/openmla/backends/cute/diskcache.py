@@ -4,16 +4,21 @@ Loading a shared library runs its code, so the cache trusts nobody else: every f
 root's and not writable by others (a sticky /tmp excepted), the entry must be a regular file of ours, and its bytes
 must have the SHA-256 that its manifest states. An entry that fails is set aside as `.bad` and built again. Entries
 appear by rename, so nobody sees half of one; one process builds a key while others wait for it.
+
+The hash finds damage. Against a malicious writer it is the permissions that protect: whoever may write here as this
+user may run code as this user anyway. What nobody will use again (broken entries, drafts of killed builders, the least
+recently used entries beyond 2 GiB) is removed by the next build.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -21,15 +26,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmla.core import env
+from openmla.core import counters, env, incidents
 from openmla.core.errors import CompileError
 
 # A compile takes seconds; whoever holds a lock longer is stuck or dead, and building twice harms nobody.
 LOCK_SECONDS = 300.0
+MAX_BYTES = 2 << 30  # of entries; one is about 60 KiB
+STALE_SECONDS = 86_400.0  # no build lasts so long: drafts and broken entries older than this belong to nobody
 _LIBRARY = "kernel.so"
 _RECORD = "record.json"
-
-_log = logging.getLogger("openmla")
 
 
 def key(facts: dict[str, Any]) -> str:
@@ -48,24 +53,26 @@ def fetch(entry_key: str, produce: Callable[[Path], Path]) -> Path:
     """
     try:
         root = _private_root()
-    except OSError as error:
-        _log.warning("kernel cache is not used: %s", error)
-        return _produce_outside(produce)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        return _produce_outside(produce, error)
     entry = root / entry_key[:2] / entry_key
     found = _verified(entry)
     if found is not None:
+        counters.add("kernel_cache", "hit")
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # for the least recently used
         return found
+    counters.add("kernel_cache", "miss")
     try:
         with _locked(root / f"{entry_key}.lock"):
             return _verified(entry) or _build(entry, produce)
     except OSError as error:
-        _log.warning("kernel cache is not used: %s", error)
-        return _produce_outside(produce)
+        return _produce_outside(produce, error)
 
 
 def _private_root() -> Path:
     """The cache folder, made if need be. Raises OSError where it is not ours alone."""
-    root = env.cache_dir() / "jit"
+    root = env.cache_dir().absolute() / "jit"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in (root, *root.parents):
         facts = folder.lstat()
@@ -97,7 +104,7 @@ def _verified(entry: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("kernel cache entry %s is set aside: %s", entry.name[:12], error)
+        incidents.note("cache_entry_bad", "cache/entry", f"{entry.name[:12]} is set aside: {error}")
         with contextlib.suppress(OSError):
             entry.rename(entry.with_name(f"{entry.name}.{os.getpid()}.{time.monotonic_ns()}.bad"))
         return None
@@ -108,29 +115,58 @@ def _build(entry: Path, produce: Callable[[Path], Path]) -> Path:
     """Produce into a folder beside the entry, then rename it into place."""
     entry.parent.mkdir(mode=0o700, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".new-"))
-    library = produce(work).rename(work / _LIBRARY)
-    library.chmod(0o600)
-    content = library.read_bytes()
-    record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (work / _RECORD).write_text(json.dumps(record), encoding="utf-8")
-    for path in (library, work / _RECORD):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     try:
-        work.rename(entry)
-    except OSError:
-        # Another process that waited for no lock was faster; its entry serves as well as ours.
-        found = _verified(entry)
-        if found is None:
-            raise
-        return found
+        library = produce(work).rename(work / _LIBRARY)
+        library.chmod(0o600)
+        content = library.read_bytes()
+        record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (work / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+        for path in (library, work / _RECORD):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        try:
+            work.rename(entry)
+        except OSError:
+            # Another process that waited for no lock was faster; its entry serves as well as ours.
+            found = _verified(entry)
+            if found is None:
+                raise
+            return found
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # gone already where the rename succeeded
+    _tidy(entry.parent.parent, entry)
     return entry / _LIBRARY
 
 
-def _produce_outside(produce: Callable[[Path], Path]) -> Path:
-    """Make the library where nobody else will look; it lives as long as the machine's temporary files."""
+def _tidy(root: Path, newest: Path) -> None:
+    """Remove what nobody uses again. A process that has loaded an entry keeps it: the file lives until it is unmapped."""
+    now, entries = time.time(), []
+    for path in root.glob("??/*"):
+        try:
+            facts = path.lstat()
+            is_rest = path.name.endswith(".bad") or path.name.startswith(".new-")
+            if is_rest and now - facts.st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            elif not is_rest:
+                entries.append((facts.st_mtime, (path / _LIBRARY).stat().st_size, path))
+        except OSError:  # another process tidies too
+            continue
+    excess = sum(size for _, size, _ in entries) - MAX_BYTES
+    for _, size, path in sorted(entries):
+        if excess <= 0:
+            break
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+            excess -= size
+
+
+def _produce_outside(produce: Callable[[Path], Path], why: Exception) -> Path:
+    """Make the library where nobody else will look; it is removed when the process ends."""
+    incidents.note("cache_unusable", "cache/folder", str(why))
     try:
-        return produce(Path(tempfile.mkdtemp(prefix="openmla-kernel-")))
+        folder = Path(tempfile.mkdtemp(prefix="openmla-kernel-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return produce(folder)
     except OSError as error:
         raise CompileError(
             f"no folder to compile in: {error}; set {env.CACHE_DIR.name} to one with free space"
@@ -149,9 +185,10 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    _log.warning(
-                        "another process holds %s for %.0f s; compiling without waiting", path.name, LOCK_SECONDS
+                    reason = (
+                        f"another process held {path.name[:12]} for {LOCK_SECONDS:.0f} s; compiling without waiting"
                     )
+                    incidents.note("lock_stuck", "cache/lock", reason)
                     break
                 time.sleep(0.05)
         yield

@@ -1,0 +1,464 @@
+"""The sections of `reliability.py`, each a function that asserts and prints JSON lines with what it measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import openmla
+from openmla import backends
+from openmla.backends import aside
+from openmla.core import faults, incidents
+from openmla.core.errors import DeviceLostError, ProblemError
+from openmla.core.faults import Fault
+from openmla.observe import metrics, watchdog
+from openmla.ops import canary, dispatch
+from openmla.reference.quant import quantise
+
+DEVICE = "cuda"
+
+
+def say(**facts: Any) -> None:
+    """One line of the record."""
+    print(json.dumps(facts), flush=True)
+
+
+def decode_arguments(batch: int = 4, h_q: int = 16, tokens: int = 300, s_q: int = 1, **changes: Any) -> dict[str, Any]:
+    """A dense decode of bf16_576."""
+    torch.manual_seed(0)
+    columns = -(-tokens // 64)
+    found = {
+        "q": torch.randn(batch, s_q, h_q, 576, device=DEVICE, dtype=torch.bfloat16),
+        "kv_cache": torch.randn(batch * columns, 64, 1, 576, device=DEVICE, dtype=torch.bfloat16),
+        "block_table": torch.arange(batch * columns, device=DEVICE, dtype=torch.int32).reshape(batch, columns),
+        "cache_seqlens": torch.full((batch,), tokens, device=DEVICE, dtype=torch.int32),
+    }
+    return found | changes
+
+
+def sparse_arguments(layout: str | None = None, h_q: int = 64, topk: int = 512) -> dict[str, Any]:
+    """A sparse decode over 2048 slots."""
+    torch.manual_seed(0)
+    latent = torch.randn(32, 64, 576)
+    kv = latent[:, :, None].to(DEVICE, torch.bfloat16)
+    if layout:
+        kv = quantise(latent, layout).to(DEVICE)
+    q = torch.randn(4, 1, h_q, 576, device=DEVICE, dtype=torch.bfloat16)
+    indices = torch.randint(2048, (4, 1, topk), device=DEVICE, dtype=torch.int32)
+    return {"q": q, "kv_cache": kv, "indices": indices, "kv_layout": layout}
+
+
+def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
+    """The text of the exception that a call must end with."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+def host_us(call: Callable[[], Any], count: int = 400) -> float:
+    """Median host time of one call, the device being waited for every 20 calls."""
+    for _ in range(20):
+        call()
+    found = []
+    for _ in range(count // 20):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(20):
+            call()
+        found.append((time.perf_counter() - begin) / 20 * 1e6)
+    return statistics.median(found)
+
+
+def device_us(call: Callable[[], Any], count: int = 200) -> float:
+    """Mean device time per call in a stretch of them."""
+    graph = torch.cuda.CUDAGraph()
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(max(count // 20, 3)):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 20 * 1e3)
+    return statistics.median(times)
+
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+def section_canary() -> None:
+    """Every kernel that runs here passes its canary; one that is wrong is caught and passed over."""
+    calls: list[tuple[str, Callable[[str], Any]]] = []
+    for h_q, s_q in ((16, 1), (16, 2), (64, 2), (128, 1), (128, 2), (3, 2)):
+        for options in ({}, {"is_causal": True}, {"policy": "batch_invariant"}) if s_q == 2 else ({},):
+            given = decode_arguments(h_q=h_q, s_q=s_q) | options
+            calls.append((f"decode h_q {h_q} s_q {s_q} {options}", lambda b, g=given: openmla.decode(**g, backend=b)))
+    sink = decode_arguments(h_q=128, attn_sink=torch.zeros(128, device=DEVICE), window=100)
+    calls.append(("decode sink window", lambda b: openmla.decode(**sink, backend=b)))
+    for layout in (None, "fp8_656"):
+        sparse = sparse_arguments(layout)
+        calls.append((f"sparse_decode {layout}", lambda b, g=sparse: openmla.sparse_decode(**g, backend=b)))
+    rows = {"q": torch.randn(8, 64, 576, device=DEVICE, dtype=torch.bfloat16),
+            "kv": torch.randn(700, 1, 576, device=DEVICE, dtype=torch.bfloat16),
+            "indices": torch.randint(700, (8, 1, 256), device=DEVICE, dtype=torch.int32)}  # fmt: skip
+    calls.append(("sparse_prefill", lambda b: openmla.sparse_prefill(**rows, backend=b)))
+    sung = []
+    real = canary.sing
+
+    def timed(*arguments: Any) -> str:
+        begin = time.perf_counter()
+        found = real(*arguments)
+        sung.append((aside.subject(arguments[0]), time.perf_counter() - begin))
+        return found
+
+    canary.sing = timed
+    unsupported = 0
+    for name, call in calls:
+        for backend in ("cute", "triton"):
+            if backend == "triton" and "s_q 2" in name:  # every variant of Triton's costs seconds to compile
+                continue
+            try:
+                call(backend)
+            except openmla.core.errors.UnsupportedError:
+                unsupported += 1
+            except Exception as error:
+                raise AssertionError(f"{backend} {name}: {type(error).__name__}: {error}") from error
+    torch.cuda.synchronize()
+    assert not any(kind == "canary_failed" for kind, _ in incidents.counts()), incidents.counts()
+    by_kernel: dict[str, list[float]] = {}
+    for name, seconds in sung:
+        by_kernel.setdefault(name, []).append(seconds * 1e3)
+    say(
+        unsupported=unsupported,
+        canary_ms={k: [round(min(v), 1), round(max(v), 1), len(v)] for k, v in by_kernel.items()},
+    )
+    # A kernel that is wrong by a tenth.
+    dispatch.forget()
+    canary._tried.clear()
+    given = decode_arguments(h_q=128)
+    made = openmla.plan(**given)
+    victim = next(k for k in backends.kernels("decode") if (k.backend, k.name) == (made.backend, made.kernel))
+    dispatch.forget()
+    canary._tried.clear()
+    launch = type(victim).launch
+
+    def wrong(self: Any, compiled: Any, problem: Any, operands: Any, plan: Any) -> None:
+        launch(self, compiled, problem, operands, plan)
+        operands.out.mul_(1.1)
+
+    type(victim).launch = wrong
+    out, _ = openmla.decode(**given)
+    type(victim).launch = launch
+    assert incidents.counts()[("canary_failed", aside.subject(victim))] == 1
+    text = str(openmla.explain("decode"))
+    assert "stands aside (canary_failed" in text, text
+    golden, _ = openmla.decode(**{k: v.cpu() for k, v in given.items()})
+    assert (out.cpu().float() - golden.float()).abs().max() < 2e-2
+    assert metrics.health()["state"] == "degraded"
+    say(wrong_kernel_is_caught=True)
+
+
+def section_values() -> None:
+    """OPENMLA_CHECKS=device names tensor, row, column and value, also inside a CUDA graph; strict raises before."""
+    import os
+
+    os.environ["OPENMLA_CHECKS"] = "device"
+    given = decode_arguments(batch=5, tokens=700)
+    openmla.decode(**given)
+    assert openmla.check_errors() == () and faults.findings() == ()
+    for name, place, value, fault in (
+        ("block_table", (3, 7), 999_999, Fault.PAGE_OUT_OF_RANGE),
+        ("block_table", (0, 0), -1, Fault.PAGE_OUT_OF_RANGE),
+        ("cache_seqlens", (2,), -5, Fault.LENGTH_NEGATIVE),
+        ("cache_seqlens", (4,), 2**31 - 1, Fault.LENGTH_OVER_CAPACITY),
+    ):
+        spoiled = {k: v.clone() for k, v in given.items()}
+        spoiled[name][place] = value
+        openmla.decode(**spoiled)
+        reported = openmla.check_errors()
+        (found,) = faults.findings()
+        assert (found.tensor, found.value, found.fault) == (name, value, fault), found
+        assert found.place == place and fault in reported, (found, reported)
+        os.environ["OPENMLA_CHECKS"] = "strict"
+        text = raised(ProblemError, lambda given=spoiled: openmla.decode(**given))
+        assert f"{name}[{', '.join(map(str, place))}] = {value}" in text, text
+        os.environ["OPENMLA_CHECKS"] = "device"
+    sparse = sparse_arguments(topk=600)
+    sparse["indices"][2, 0, 555] = 2048
+    openmla.sparse_decode(**sparse)
+    openmla.check_errors()
+    (found,) = faults.findings()
+    assert (found.tensor, found.place, found.value) == ("indices", (2, 555), 2048), found
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        openmla.decode(**given)
+    given["block_table"][1, 2] = -77
+    graph.replay()
+    openmla.check_errors()
+    (found,) = faults.findings()
+    assert (found.place, found.value) == ((1, 2), -77), found
+    say(findings_named=6, in_a_graph=True)
+
+
+def section_modes() -> None:
+    """What the four modes, counters and observers cost: host time per call, device time per call."""
+    import os
+
+    for name, given in (
+        ("b128 h_q 16 32k table", decode_arguments(batch=128, h_q=16, tokens=2000)),
+        ("b4 h_q 128 4k", decode_arguments(batch=4, h_q=128, tokens=4096)),
+    ):
+        if name.startswith("b128"):  # a table of 512 columns, of which 32 are used
+            wide = torch.zeros(128, 512, device=DEVICE, dtype=torch.int32)
+            wide[:, :32] = given["block_table"]
+            given["block_table"] = wide
+        made = openmla.plan(**given)
+        out = torch.empty(*given["q"].shape[:-1], 512, device=DEVICE, dtype=torch.bfloat16)
+
+        def call(given: dict[str, Any] = given, made: Any = made, out: torch.Tensor = out) -> None:
+            openmla.decode(**given, plan=made, out=out)
+
+        host, device = {}, {}
+        for _ in range(2):
+            for mode in ("off", "fast", "device", "strict"):
+                os.environ["OPENMLA_CHECKS"] = mode
+                host.setdefault(mode, []).append(round(host_us(call), 2))
+                if mode != "strict":
+                    device.setdefault(mode, []).append(round(device_us(call), 2))
+        os.environ["OPENMLA_CHECKS"] = "fast"
+        metrics.sample(1000)
+        host["fast, sampled"] = [round(host_us(call, 2000), 2)]
+        metrics.sample(0)
+        metrics.count_replays()
+        host["fast, replays counted"] = [round(host_us(call), 2)]
+        device["fast, replays counted"] = [round(device_us(call), 2)]
+        metrics.stop()
+        watchdog.start(5)
+        host["fast, watchdog"] = [round(host_us(call), 2)]
+        watchdog.stop()
+        host["fast again"] = [round(host_us(call), 2)]
+        device["fast again"] = [round(device_us(call), 2)]
+        say(case=name, host_us=host, device_us=device)
+
+
+def section_replays() -> None:
+    """Replayed launches count when they run; a scrape beside a capture harms neither."""
+    import threading
+
+    given = decode_arguments()
+    metrics.count_replays()
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    done = threading.Event()
+    scrapes = []
+
+    def scrape() -> None:
+        while not done.is_set():
+            scrapes.append(len(metrics.snapshot()))
+
+    watchdog.start(5)
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    graphs = []
+    for _ in range(20):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            openmla.decode(**given)
+            openmla.decode(**given)
+        graphs.append(graph)
+    for graph in graphs:
+        for _ in range(25):
+            graph.replay()
+        watchdog.watch("replayed decode")
+    torch.cuda.synchronize()
+    done.set()
+    thread.join()
+    watchdog.stop()
+    found = {f.name: sum(value for _, value in f.samples) for f in metrics.snapshot()}
+    assert found["openmla_calls"] == 1 + 20 * 25 * 2, found
+    assert found["openmla_captured_calls"] == 40, found
+    assert found["openmla_query_tokens"] == 4 * found["openmla_calls"], found
+    assert metrics.health()["state"] == "ok", metrics.health()
+    say(calls=found["openmla_calls"], captured=40, scrapes=len(scrapes))
+
+
+def _spin(seconds: float) -> None:
+    torch.cuda._sleep(int(seconds * 1.7e9))
+
+
+def section_watchdog() -> None:
+    """A kernel that does not end in time turns health red and later calls raise; a busy but moving device does not."""
+    given = decode_arguments()
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    watchdog.start(1.5)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 3:
+        for _ in range(50):
+            openmla.decode(**given)
+        torch.cuda.synchronize()
+    assert metrics.health()["state"] == "ok", metrics.health()
+    _spin(6)
+    openmla.decode(**given)
+    begin = time.monotonic()
+    while metrics.health()["state"] == "ok" and time.monotonic() - begin < 5:
+        time.sleep(0.05)
+    noticed = time.monotonic() - begin
+    assert metrics.health()["state"] == "failed", "no bark"
+    assert "no end after" in raised(DeviceLostError, lambda: openmla.decode(**given))
+    say(noticed_after_s=round(noticed, 2), limit_s=1.5)
+
+
+def section_hang() -> None:
+    """With an exit code, a hang ends the process, although its main thread waits for the device."""
+    given = decode_arguments()
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    watchdog.start(1.0, exit_code=70)
+    _spin(15)
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+
+
+def _break_the_device() -> None:
+    """A foreign kernel's assertion, which is a sticky error."""
+    torch.zeros(4, device=DEVICE)[torch.tensor([10**6], device=DEVICE)]
+
+
+def section_sticky() -> None:
+    """After a sticky error every call raises DeviceLostError at once, no other backend is tried, health is failed."""
+    given = decode_arguments(h_q=128)
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    _break_the_device()
+    time.sleep(0.3)
+    kinds = []
+    for _ in range(3):
+        try:
+            openmla.decode(**given)
+            torch.cuda.synchronize()
+        except DeviceLostError as error:
+            kinds.append(f"lost: {error}")
+        except Exception as error:  # what an allocation or PyTorch itself raises, before our launch
+            kinds.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    say(raised=[each[:160] for each in kinds])
+    assert all(each.startswith("lost") for each in kinds), kinds
+    assert metrics.health()["state"] == "failed"
+    assert not backends.fallbacks, backends.fallbacks
+    assert "device_lost" in str(openmla.explain("decode", target="h100_sxm"))
+
+
+def section_foreign() -> None:
+    """Strict checks say that the error was there before the call."""
+    import os
+
+    given = decode_arguments()
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    os.environ["OPENMLA_CHECKS"] = "strict"
+    _break_the_device()
+    text = raised(DeviceLostError, lambda: openmla.decode(**given))
+    assert "before this call" in text, text
+    say(attributed=text[:200])
+
+
+def section_memory() -> None:
+    """Out of memory: a typed error, nothing changed, and the same call works when there is memory again."""
+    given = decode_arguments(batch=256, h_q=128, tokens=64)  # out of 32 MiB, a block of its own
+    want, _ = openmla.decode(**given)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + (1 << 20)) / total))
+    text = raised(torch.OutOfMemoryError, lambda: openmla.decode(**given)).splitlines()[0]
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    again, _ = openmla.decode(**given)
+    assert torch.equal(want, again)
+    assert metrics.health()["state"] == "ok", metrics.health()
+    say(raised=text[:120], noted={f"{k} {s}": n for (k, s), n in incidents.counts().items()})
+
+
+def section_outgrown() -> None:
+    """A graph captured for short requests and replayed beyond the table is cut to its capacity and reported."""
+    given = decode_arguments(batch=3, tokens=500)
+    given["cache_seqlens"][:] = 100
+    openmla.decode(**given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = openmla.decode(**given)
+    given["cache_seqlens"][1] = 100_000
+    graph.replay()
+    assert openmla.check_errors() == (Fault.LENGTH_OVER_CAPACITY,)
+    given["cache_seqlens"][1] = 512
+    got = out.clone()
+    graph.replay()
+    assert torch.equal(got, out) and openmla.check_errors() == ()
+    say(clamped=True)
+
+
+def section_soak(seconds: float = 20.0) -> None:
+    """Random shapes, eager and graphs, a canary result every 500 calls; memory and speed must not drift."""
+    import os
+    import random
+    import resource
+
+    pick = random.Random(0)
+    shapes = [
+        decode_arguments(pick.choice((1, 4, 32)), pick.choice((16, 64, 128)), pick.choice((64, 700, 3000)))
+        for _ in range(24)
+    ]
+    fixed = decode_arguments(batch=7, h_q=128, tokens=900)
+    first, _ = openmla.decode(**fixed)
+    for each in shapes:
+        openmla.decode(**each)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        openmla.decode(**fixed)
+    base = torch.cuda.memory_allocated()
+    rss0 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    again: torch.Tensor | None = None
+    calls, thirds, begin = 0, [[], [], []], time.monotonic()
+    while (spent := time.monotonic() - begin) < seconds:
+        at = time.perf_counter()
+        for _ in range(25):
+            openmla.decode(**pick.choice(shapes))
+        graph.replay()
+        torch.cuda.synchronize()
+        thirds[min(int(3 * spent / seconds), 2)].append(time.perf_counter() - at)
+        calls += 26
+        if calls % 520 == 0:
+            again, _ = openmla.decode(**fixed)
+            assert torch.equal(first, again), f"bits changed after {calls} calls"
+    del again
+    rss1 = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    p99 = [sorted(each)[int(0.99 * len(each))] * 1e3 for each in thirds]
+    counted = sum(value for f in metrics.snapshot() if f.name == "openmla_calls" for _, value in f.samples)
+    say(calls=calls, counted=counted, p99_ms=[round(x, 2) for x in p99], rss_kib=[rss0, rss1],
+        allocated=[base, torch.cuda.memory_allocated()], fds=len(os.listdir("/proc/self/fd")))  # fmt: skip
+    assert torch.cuda.memory_allocated() <= base
+    assert metrics.health()["state"] == "ok"
+
+
+if __name__ == "__main__":
+    logging.getLogger("openmla").setLevel(logging.ERROR)
+    globals()[f"section_{sys.argv[1]}"]()
