@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ptx_lanes import Warp
 from ptx_machine import Cta, Deadlock
 from ptx_program import LANES, Memory, describe, from_bf16, parse, swizzle
@@ -161,7 +162,9 @@ class Emulated:
             np.array([scale], np.float32).tobytes(), *(np.array([x], np.int32).tobytes() for x in steps),
         ]  # fmt: skip
         assert len(self.program.params) >= len(values)  # behind these: what is part of the type
-        cta = GatherCta(self.program, memory, dict(zip(self.program.params, values, strict=False)), 512, gather.SMEM_LIMIT)
+        cta = GatherCta(
+            self.program, memory, dict(zip(self.program.params, values, strict=False)), 512, gather.SMEM_LIMIT
+        )
         for y in range(parts):
             for x in range(-(-q.shape[1] // 64)):
                 cta.run((x, y, 0), seed=x + 7 * y)
@@ -181,3 +184,72 @@ def test_tokens_of_one_cta_with_everything_hostile():
     )
     assert passed, words
     assert fault == 8
+
+
+def test_two_blocks_of_heads_and_lengths():
+    passed, words, fault = verdict(ptx(), "rows", 5, 72, 130, lengths=[0, 1, 64, 65, 129], parts=2)
+    assert passed, words
+    assert fault == 0
+
+
+def test_more_tokens_than_descriptors_one_tile_each():
+    passed, words, _ = verdict(ptx(), "rows", 11, 1, 3)
+    assert passed, words
+
+
+def test_512_columns_and_a_ring_of_11():
+    passed, words, fault = verdict(ptx(d_qk=512), "rows", 2, 64, 330, d_qk=512, absent=0.1, sink=1.0)
+    assert passed, words
+    assert fault == 0
+
+
+@pytest.mark.parametrize("d_qk", [576, 512])
+def test_slots_of_pages(d_qk):
+    passed, words, fault = verdict(
+        ptx("pages", d_qk), "pages", 3, 8, 100, d_qk=d_qk, page_size=7, hostile=0.2, sink=-float("inf")
+    )
+    assert passed, words
+    assert fault == 8
+
+
+def test_a_length_outside_of_the_list_is_clamped_and_noted():
+    passed, words, fault = verdict(ptx(), "rows", 2, 1, 70, lengths=[-5, 2**31 - 1])
+    assert passed, words
+    assert fault == 16
+
+
+def test_the_largest_logit_of_every_row_where_the_reference_stays_behind():
+    """Scores that rise slowly never move the reference of P; the largest of them is in the last tile."""
+    case = gate().case("rising", "rows", 1, 3, 256, parts=1, stray_nan=False, rows=256)
+    rise = 1 + np.arange(256) / 128
+    case.operands.kv.copy_(case.operands.kv[:1] * torch.from_numpy(rise).view(-1, 1, 1))
+    case.operands.indices.copy_(torch.arange(256))
+    case.operands.q.mul_(0.1)
+    gate().run({"kernel": Emulated(ptx())}, "kernel", case)
+    passed, words = gate().judged(case)
+    assert passed, words
+
+
+@pytest.mark.parametrize(
+    ("pattern", "other"),
+    [
+        (r"\+ 128\], 16", "+ 144], 16"),  # a slice from eight columns further on
+        (r"(xor\.b32\s+%r\d+, %r\d+, )64;", r"\g<1>32;"),  # every second row of a lane into other chunks
+        (r"setp\.ne\.s32 p, (%r\d+), -1; selp\.b32 n, 16, 0", r"setp.ne.s32 p, \1, -2; selp.b32 n, 16, 0"),  # no zeros
+    ],
+)
+def test_a_wrong_copy_is_found(pattern, other):
+    spoilt = re.sub(pattern, other, ptx())
+    assert spoilt != ptx(), "nothing was spoilt"
+    try:
+        passed, _, _ = verdict(spoilt, "rows", 1, 8, 70)
+    except AssertionError:  # an address outside of the tensors
+        return
+    assert not passed
+
+
+def test_an_arrival_too_few_is_a_deadlock():
+    spoilt = re.sub(r"(mov\.b32\s+%r\d+, )132(;\s+mbarrier\.init)", r"\g<1>133\2", ptx())
+    assert spoilt != ptx(), "nothing was spoilt"
+    with pytest.raises(Deadlock):
+        verdict(spoilt, "rows", 1, 8, 200)

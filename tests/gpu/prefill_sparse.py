@@ -1,7 +1,7 @@
 """The sparse prefill on a GPU: correctness first, each variant in its own process, then timing beside the peer.
 
     python tests/gpu/prefill_sparse.py build LIBRARY [FIELD=VALUE,... ...]   where the DSL is installed; needs no GPU
-    python tests/gpu/prefill_sparse.py gate LIBRARY FUNCTION ...             each in a subprocess; prints who passed
+    python tests/gpu/prefill_sparse.py gate LIBRARY FUNCTION ... [--brief]   each in a subprocess; prints who passed
     python tests/gpu/prefill_sparse.py check LIBRARY FUNCTION [CASE ...]
     python tests/gpu/prefill_sparse.py time LIBRARY ROWS.jsonl FUNCTION ... [--anchors --quick --heads --decode]
     python tests/gpu/prefill_sparse.py once LIBRARY FUNCTION CASE            one launch, for a profiler
@@ -30,10 +30,11 @@ from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_pr
 from openmla.reference import attention
 from openmla.testing.budget import check as judge
 
-SECONDS = 40
+SECONDS = 30
 CUDA = "cuda"
 HOSTILE = (-2, -(2**31), 2**31 - 1, 114514)
 NAN = float("nan")
+BRIEF = ("one index", "three tiles", "hostile indices", "lengths", "long lists")
 
 
 def selection(lead, topk, rows, g, *, lengths, hostile, absent, stray_nan):
@@ -193,7 +194,9 @@ def check(library, name, only=()):
                 t.fill_(NAN)
             run(module, name, c)
             torch.cuda.synchronize()
-            same &= all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(first, outputs(c), strict=True))
+            same &= all(
+                torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(first, outputs(c), strict=True)
+            )
         fine &= same
         passed &= fine
         print(f"  {'ok  ' if fine else 'FAIL'} {title}: {text} word {word} {'same' if same else 'DIFFERS'}", flush=True)
@@ -214,7 +217,9 @@ def other_rows_unchanged(module, name, form, d_qk):
         c.operands.fault_word.zero_()
         run(module, name, c)
         torch.cuda.synchronize()
-        fine &= torch.equal(before[others], c.operands.out[others]) and c.operands.fault_word.item() == 8 and judged(c)[0]
+        fine &= (
+            torch.equal(before[others], c.operands.out[others]) and c.operands.fault_word.item() == 8 and judged(c)[0]
+        )
     rows = c.operands.kv if form == "rows" else c.operands.kv_cache.flatten(0, 1)
     last = rows.shape[0] - 1  # NaN all over, and nobody reads it until now
     c.operands.indices[3, 0, 7] = last
@@ -231,7 +236,9 @@ def other_rows_unchanged(module, name, form, d_qk):
         torch.cuda.synchronize()
         fine &= torch.equal(before[others], c.operands.out[others]) and c.operands.fault_word.item() == 16
         fine &= bool((c.operands.out[3] == 0).all())
-    print(f"  {'ok  ' if fine else 'FAIL'} bad indices, lengths and keys of a token leave other tokens alone", flush=True)
+    print(
+        f"  {'ok  ' if fine else 'FAIL'} bad indices, lengths and keys of a token leave other tokens alone", flush=True
+    )
     return fine
 
 
@@ -243,12 +250,12 @@ def d_qk_of(name):
     return 512 if "_d512_" in name else 576
 
 
-def gate(library, names):
-    """Which functions pass; each in its own process with a limit, all at once."""
+def gate(library, names, only=()):
+    """Which functions pass (the cases of these names, or all); each in its own process with a limit, all at once."""
     start = time.time()
     procs = {
         name: subprocess.Popen(
-            [sys.executable, __file__, "check", library, name],
+            [sys.executable, __file__, "check", library, name, *only],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for name in names
@@ -367,6 +374,7 @@ SUITES = {
         *(("rows", 512, 128, 4096, 1024, rows) for rows in (8192, 65536)),
     ],
     "quick": [("rows", 576, 128, 4096, 2048, 8192)],
+    "pages": [("pages", 576, 128, 4096, 2048, 8192)],  # what max_logits cost
     "heads": [("rows", 576, h, 2048, 2048, 32768) for h in (16, 64)],
     "decode": [("pages", 576, 128, tokens, 2048, 131072) for tokens in (128, 256)],
 }
@@ -435,7 +443,7 @@ if __name__ == "__main__":
     if verb == "build":
         build(library, rest)
     if verb == "gate":
-        print("passed:", " ".join(gate(library, rest)))
+        print("passed:", " ".join(gate(library, rest, BRIEF if "brief" in flags else ())))
     if verb == "time":
         time_all(library, rest[0], rest[1:], flags)
     if verb == "once":

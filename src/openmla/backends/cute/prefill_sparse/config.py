@@ -66,6 +66,7 @@ class Config:
             be multiplied; -1 when all are issued, -2 when all are complete.
         prefetch: ask for the rows of a tile in L2 one tile before they are copied.
         l2: bytes that a copy asks L2 to fetch from memory at least.
+        store_early: a quarter of P goes to shared memory as soon as its exponentials are there.
         fence: readers of the ring order the copies, which are generic writes, before the tensor cores' reads. False is
             for diagnosis only.
     """
@@ -78,6 +79,7 @@ class Config:
     gate_right: int = -2
     prefetch: bool = False
     l2: int = 128
+    store_early: bool = False
     fence: bool = True
 
     @property
@@ -107,5 +109,66 @@ class Config:
         return asdict(self)
 
 
-VARIANTS: tuple[Config, ...] = ()
-CANDIDATES: tuple[Config, ...] = (Config(), Config(d_qk=512), Config("pages"), Config("pages", 512))
+CHECKED: tuple[Config, ...] = ()
+"""Variants that passed `tests/gpu/prefill_sparse.py gate` on a GPU as they are compiled here; `supports` leads to no other."""
+
+_ALL = (Config(), Config(d_qk=512), Config("pages"), Config("pages", 512))
+VARIANTS: tuple[Config, ...] = tuple(config for config in _ALL if config in CHECKED)
+"""What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
+
+CANDIDATES: tuple[Config, ...] = tuple(config for config in _ALL if config not in CHECKED)
+"""Compile without spills and compute the right thing when their PTX is run on a CPU, but were not run on a GPU."""
+
+Problem = SparsePrefillProblem | SparseDecodeProblem
+
+
+def tokens(problem: Problem) -> int:
+    """Query tokens."""
+    return problem.s_q if isinstance(problem, SparsePrefillProblem) else problem.total_q
+
+
+def row_blocks(problem: Problem) -> int:
+    """64-head blocks of one query token."""
+    return -(-problem.h_q // BLOCK_ROWS)
+
+
+def num_parts(problem: Problem, target: Target) -> int:
+    """CTAs that share the tokens of a block of heads: one per SM, and none without a token."""
+    return min(max(target.num_sms // row_blocks(problem), 1), tokens(problem))
+
+
+def _variant(problem: Problem) -> Config:
+    form: Literal["rows", "pages"] = "rows" if isinstance(problem, SparsePrefillProblem) else "pages"
+    return Config(form, problem.d_qk)
+
+
+def supports(problem: Problem, target: Target) -> Verdict:
+    """May this kernel run the problem here? Every reason against it."""
+    rows = problem.s_kv if isinstance(problem, SparsePrefillProblem) else problem.num_pages * problem.page_size
+    size = max(rows, tokens(problem) * problem.h_q) * problem.d_qk * 2
+    fits = problem.d_qk in (576, 512) and problem.d_v == D_V
+    rules = [
+        (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
+        (problem.dtype == torch.bfloat16, f"takes bf16, got {problem.dtype}"),
+        (fits, f"needs d_qk 576 or 512 and d_v {D_V}, got {problem.d_qk} and {problem.d_v}"),
+        (not fits or _variant(problem) in CHECKED, "computes this, but has not been checked on a GPU"),
+        (problem.h_kv == 1, f"reads one KV head, got {problem.h_kv}"),
+        (tokens(problem) >= 1 and rows >= 1 and problem.topk >= 1, "needs at least one query token, row and index"),
+        (size <= MAX_BYTES, f"takes tensors of up to {MAX_BYTES} bytes, got {size}"),
+    ]
+    if isinstance(problem, SparseDecodeProblem):
+        ctas = tokens(problem) * row_blocks(problem)
+        rules += [
+            (not problem.layout.is_quantised, f"reads bf16 caches, this one is {problem.layout}"),
+            (problem.extra is None, "reads no second cache"),
+            (
+                ctas >= target.num_sms // 2,
+                f"does not split the list of a token: {ctas} blocks of 64 heads would leave most of {target.num_sms} SMs idle",
+            ),
+        ]
+    return require(*rules)
+
+
+def configs(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """The variant that runs the problem. Call only where `supports` is true."""
+    return (_variant(problem),)

@@ -612,11 +612,14 @@ class PrefillSparse:
             self.arrive(c.q_empty)
         if (valid0 & valid1) != -1:
             self.mask(c, acc, valid0, valid1)
-        m0, m1, l0, l1, x0, x1, f0, f1, need = self.probabilities(c, s, acc, m0, m1, l0, l1, x0, x1)
         buf = buf ^ 1
-        cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
-        for k in cutlass.range_constexpr(4):
-            cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
+        if const_expr(cfg.store_early):
+            cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
+        m0, m1, l0, l1, x0, x1, f0, f1, need = self.probabilities(c, s, acc, buf, m0, m1, l0, l1, x0, x1)
+        if const_expr(not cfg.store_early):
+            cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
+            for k in cutlass.range_constexpr(4):
+                self.store_quarter(s, k, buf)
         self.publish(c, s, buf, f0, f1, need)
         return slot, phase, m0, m1, l0, l1, x0, x1
 
@@ -637,9 +640,14 @@ class PrefillSparse:
         )
 
     @cute.jit
+    def store_quarter(self, s: cutlass.Constexpr, k: cutlass.Constexpr, buf: Int32):
+        """Sixteen columns of P."""
+        cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
+
+    @cute.jit
     def probabilities(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, m0: Float32, m1: Float32, l0: Float32,
-        l1: Float32, x0: Float32, x1: Float32,
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, buf: Int32, m0: Float32, m1: Float32,
+        l0: Float32, l1: Float32, x0: Float32, x1: Float32,
     ):  # fmt: skip
         """Probabilities 2^(score - reference) into `s.packed`; the reference of a row moves when they grow too large.
 
@@ -660,6 +668,8 @@ class PrefillSparse:
             value = cute.math.exp2(cute.math.fma(acc[x], c.scale_log2, n), fastmath=True)
             packed[x] = value.to(cutlass.BFloat16)
             t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
+            if const_expr(self.config.store_early and x % 8 == 7):
+                self.store_quarter(s, x // 8, buf)
         if const_expr(wants_maximum):
             for x in cutlass.range_constexpr(32):
                 if const_expr((x // 2) % 2 == 0):
@@ -692,6 +702,9 @@ class PrefillSparse:
                 value = cute.math.exp2(self.rounded(acc[x], c.scale_log2) - m, fastmath=True)
                 packed[x] = value.to(cutlass.BFloat16)
                 t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
+            if const_expr(self.config.store_early):
+                for k in cutlass.range_constexpr(4):
+                    self.store_quarter(s, k, buf)
         return m0, m1, l0 + t0, l1 + t1, x0, x1, f0, f1, need
 
     @cute.jit

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from openmla.backends.base import SparseDecodeOperands, SparsePrefillOperands
 from openmla.backends.cute.prefill_sparse.config import Config
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
