@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +15,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-seed", type=int, default=None, help="run only this seed of every fuzz test that is selected"
     )
+    group.addoption(
+        "--case-scale",
+        type=int,
+        default=1,
+        help="so many times the cases of every fuzz test; `make reliability` sets it",
+    )
+    group.addoption("--record", type=Path, default=None, help="JSON file for what ran: tests, cases, failures, seconds")
     group.addoption(
         "--case-base", type=int, default=0, help="first seed of the fuzz; each nightly run takes another one"
     )
@@ -25,12 +36,38 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"fuzz: --case-seed={config.getoption('--case-seed')} --case-base={config.getoption('--case-base')}"
 
 
+_cases: Counter[str] = Counter()  # test -> cases that it ran through
+_outcomes: Counter[str] = Counter()
+_failures: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _outcomes[report.outcome] += 1
+        if report.failed:
+            _failures.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--record")
+    if path is not None:
+        found = {
+            "outcomes": dict(_outcomes),
+            "cases": sum(_cases.values()),
+            "failures": _failures,
+            "by_test": dict(_cases),
+        }
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 @pytest.fixture
 def seeds_of(request: pytest.FixtureRequest):
     """The seeds of one chunk of a fuzz test: (chunk, size) -> range, or the single seed that was asked for."""
 
     def seeds(chunk: int, size: int) -> range:
         only, base = request.config.getoption("--case-seed"), request.config.getoption("--case-base")
+        size *= request.config.getoption("--case-scale")
+        _cases[request.node.nodeid.partition("[")[0]] += size if only is None else 1
         if only is not None:
             return range(only, only + 1) if chunk == 0 else range(0)
         return range(base + chunk * size, base + (chunk + 1) * size)

@@ -24,7 +24,7 @@ from openmla.testing.cases import native_arguments
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 Engine = Callable[[str, dict[str, Any]], Result]
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SEEDS = range(20)
+SEEDS = (0, 20)  # chunk and cases of `seeds_of`
 INF = math.inf
 
 
@@ -135,8 +135,8 @@ def lse_slack(golden: attention.Attention) -> torch.Tensor:
     return 24 * 2.0**-24 * golden.bounds.S + 2.0**-22 * golden.lse.abs() + 2.0**-19
 
 
-def test_met_01_zero_query_gives_the_mean(run, dtype):
-    for seed in SEEDS:
+def test_met_01_zero_query_gives_the_mean(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         x.q.zero_()
         out, lse, _ = judged(run, "decode", x.decode())
@@ -148,8 +148,8 @@ def test_met_01_zero_query_gives_the_mean(run, dtype):
             assert ((out[request].double() - mean).abs() <= 1.01 * unit * mean.abs() + 2.0**-18).all()
 
 
-def test_met_02_needle_returns_its_value(run, dtype):
-    for seed in SEEDS:
+def test_met_02_needle_returns_its_value(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(4 * seed, dtype)  # 576 columns: needles stand clear of each other
         for request, keys in enumerate(x.keys):
             needle = (torch.arange(x.s_q * x.h_q) * 7 + seed) % keys.shape[0]
@@ -165,8 +165,8 @@ def test_met_02_needle_returns_its_value(run, dtype):
             assert ((out[request].float() - value).abs() <= ulp * value.abs()).all()
 
 
-def test_met_03_constant_value_stays(run, dtype):
-    for seed in SEEDS:
+def test_met_03_constant_value_stays(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         for keys in x.keys:
             keys[:] = keys[0]
@@ -179,8 +179,8 @@ def test_met_03_constant_value_stays(run, dtype):
 
 
 @pytest.mark.parametrize("power", [-2, 3])
-def test_met_04_scaling_keys_against_queries(run, dtype, power):
-    for seed in SEEDS:
+def test_met_04_scaling_keys_against_queries(run, dtype, power, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         for t in (x.q, *x.keys):
             t.masked_fill_(t.abs() < 2.0**-6, 0)  # away from fp16's subnormals, where halving rounds
@@ -193,8 +193,8 @@ def test_met_04_scaling_keys_against_queries(run, dtype, power):
         assert torch.equal(out[big], (first[0] * 2.0**power)[big])
 
 
-def test_met_05_duplicated_keys(run, dtype):
-    for seed in SEEDS:
+def test_met_05_duplicated_keys(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         golden = oracle("decode", x.decode())
         x.keys = [torch.cat([keys, keys]) for keys in x.keys]
@@ -205,8 +205,8 @@ def test_met_05_duplicated_keys(run, dtype):
         budget.check(out, lse, twice, dtype=dtype).require()
 
 
-def test_met_06_pages_renamed_moved_and_garbage_behind_the_length(run, dtype):
-    for seed in SEEDS:
+def test_met_06_pages_renamed_moved_and_garbage_behind_the_length(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         first = judged(run, "decode", x.decode())
         for moved in (1, 2):
@@ -215,8 +215,8 @@ def test_met_06_pages_renamed_moved_and_garbage_behind_the_length(run, dtype):
             same(first, run("decode", x.decode(**x.paged(garbage=garbage))))  # ==
 
 
-def test_met_07_permuted_heads_and_requests(run, dtype):
-    for seed in SEEDS:
+def test_met_07_permuted_heads_and_requests(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         golden, first = oracle("decode", x.decode()), run("decode", x.decode())
         order = torch.randperm(x.h_q, generator=x.generator)
@@ -230,8 +230,8 @@ def test_met_07_permuted_heads_and_requests(run, dtype):
         same((got[0][turn], got[1][turn], None), first)  # ==
 
 
-def test_met_07_a_batch_is_its_requests(run, dtype):
-    for seed in SEEDS:
+def test_met_07_a_batch_is_its_requests(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         operands = x.decode(is_causal=True)
         whole = judged(run, "decode", operands)
@@ -241,24 +241,24 @@ def test_met_07_a_batch_is_its_requests(run, dtype):
             same((out, lse, None), (whole[0][request : request + 1], whole[1][request : request + 1], None))  # ==
 
 
-def test_met_08_page_sizes(run, dtype):
-    for seed in SEEDS:
+def test_met_08_page_sizes(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         first = judged(run, "decode", x.decode(**x.paged(64)))
         for size in (1, 16, 32, 53, 128):
             same(first, run("decode", x.decode(**x.paged(size))))  # ==: tiles follow tokens, not pages
 
 
-def test_met_09_permuted_tokens(run, dtype):
-    for seed in SEEDS:
+def test_met_09_permuted_tokens(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         golden = oracle("decode", x.decode())
         x.keys = [keys[torch.randperm(keys.shape[0], generator=x.generator)] for keys in x.keys]
         judged(run, "decode", x.decode(), golden)
 
 
-def test_met_10_a_constant_in_rope_shifts_lse_alone(run, dtype):
-    for seed in SEEDS:
+def test_met_10_a_constant_in_rope_shifts_lse_alone(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         x.q[..., -1] = 2.0
         for keys in x.keys:
@@ -272,8 +272,8 @@ def test_met_10_a_constant_in_rope_shifts_lse_alone(run, dtype):
         judged(run, "decode", x.decode(), shifted)
 
 
-def test_met_11_any_number_of_splits(dtype):
-    for seed in SEEDS:
+def test_met_11_any_number_of_splits(dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         golden = oracle("decode", x.decode())
         for num_splits in (1, 2, 3, 5, 9):
@@ -284,8 +284,8 @@ def test_met_11_any_number_of_splits(dtype):
             assert torch.equal(results[0].out, results[1].out) and torch.equal(results[0].lse, results[1].lse)  # ==
 
 
-def test_met_11_any_policy_and_plan(dtype):
-    for seed in SEEDS:
+def test_met_11_any_policy_and_plan(dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         operands = native_arguments("decode", x.decode())
         golden = oracle("decode", x.decode())
@@ -297,8 +297,8 @@ def test_met_11_any_policy_and_plan(dtype):
             assert torch.equal(planned[0], auto[0]) and torch.equal(planned[1], auto[1])  # ==
 
 
-def test_met_12_causal_rows_are_shorter_requests(run, dtype):
-    for seed in SEEDS:
+def test_met_12_causal_rows_are_shorter_requests(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         x.keys = [keys[:65] if keys.shape[0] > 3 else torch.cat([keys] * 2) for keys in x.keys]
         out, lse, _ = judged(run, "decode", x.decode(is_causal=True))
@@ -309,8 +309,8 @@ def test_met_12_causal_rows_are_shorter_requests(run, dtype):
             budget.check(out[:, i : i + 1], lse[:, :, i : i + 1], golden, dtype=dtype).require(f"row {i}")
 
 
-def test_met_12_a_window_is_a_later_first_key(run, dtype):
-    for seed in SEEDS:
+def test_met_12_a_window_is_a_later_first_key(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         for window in (1, 5, 64, 1000):
             got = judged(run, "decode", x.decode(window=window, q=x.q[:, :1]))
@@ -320,8 +320,8 @@ def test_met_12_a_window_is_a_later_first_key(run, dtype):
             budget.check(got[0], got[1], golden, dtype=dtype).require(f"window={window}")
 
 
-def test_met_13_sparse_over_everything_is_dense(run, dtype):
-    for seed in SEEDS:
+def test_met_13_sparse_over_everything_is_dense(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         x.keys, x.q = x.keys[:1], x.q[:1]
         golden = oracle("decode", x.decode())
@@ -333,8 +333,8 @@ def test_met_13_sparse_over_everything_is_dense(run, dtype):
         budget.check(out[None], lse.T[None].contiguous(), golden, dtype=dtype).require("sparse_prefill")
 
 
-def test_met_13_prefill_is_decode(run, dtype):
-    for seed in SEEDS:
+def test_met_13_prefill_is_decode(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         golden = oracle("decode", x.decode(is_causal=True))
         k = torch.cat(x.keys)
@@ -355,8 +355,8 @@ def test_met_13_prefill_is_decode(run, dtype):
         budget.check(out.reshape(golden.out.shape), lse, golden, dtype=dtype).require("prefill")
 
 
-def test_met_14_order_of_indices_and_places_of_nothing(run, dtype):
-    for seed in SEEDS:
+def test_met_14_order_of_indices_and_places_of_nothing(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         operands = x.sparse()
         golden = oracle("sparse_decode", operands)
@@ -372,8 +372,8 @@ def test_met_14_order_of_indices_and_places_of_nothing(run, dtype):
             same(with_minus_one, run("sparse_decode", {**operands, "indices": holes}))  # ==
 
 
-def test_met_15_sinks(run, dtype):
-    for seed in SEEDS:
+def test_met_15_sinks(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         plain = run("decode", x.decode())
         same(plain, run("decode", x.decode(attn_sink=torch.full((x.h_q,), -INF))))  # ==
@@ -386,8 +386,8 @@ def test_met_15_sinks(run, dtype):
         same(run("sparse_decode", sparse), run("sparse_decode", {**sparse, "attn_sink": torch.full((x.h_q,), -INF)}))
 
 
-def test_met_16_topk_length_is_a_cut(run, dtype):
-    for seed in SEEDS:
+def test_met_16_topk_length_is_a_cut(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         operands = x.sparse()
         lengths = torch.randint(71, x.q.shape[:2], generator=x.generator, dtype=torch.int32)
@@ -404,8 +404,8 @@ def test_met_16_topk_length_is_a_cut(run, dtype):
         )  # ==
 
 
-def test_met_17_two_caches_are_one(run, dtype):
-    for seed in SEEDS:
+def test_met_17_two_caches_are_one(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         operands = x.sparse()
         golden = oracle("sparse_decode", operands)
@@ -419,9 +419,9 @@ def test_met_17_two_caches_are_one(run, dtype):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["stretches", "in_turn"])
-def test_met_19_context_parallel(run, interleaved):
+def test_met_19_context_parallel(run, interleaved, seeds_of):
     """Ranks keep fp32 partials, so this runs in fp32; with more ranks than keys some ranks are empty."""
-    for seed in SEEDS:
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, torch.float32)
         golden = oracle("decode", x.decode())
         whole = x.keys
@@ -445,16 +445,16 @@ def test_met_19_context_parallel(run, interleaved):
 
 
 @pytest.mark.parametrize("size", [2.0**10, 2.0**14], ids=["2^10", "2^14"])
-def test_large_logits_stay_within_the_rule(run, dtype, size):
-    for seed in SEEDS:
+def test_large_logits_stay_within_the_rule(run, dtype, size, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         judged(run, "decode", x.decode(softmax_scale=size / x.d_qk))
 
 
 @pytest.mark.parametrize("size", [1e6, 1e9, 1e12])
-def test_huge_logits_stay_finite_and_weights_sum_to_one(run, dtype, size):
+def test_huge_logits_stay_finite_and_weights_sum_to_one(run, dtype, size, seeds_of):
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-    for seed in SEEDS:
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         for keys in x.keys:
             keys[..., 0] = 1.0
@@ -464,8 +464,8 @@ def test_huge_logits_stay_finite_and_weights_sum_to_one(run, dtype, size):
         assert ((out[..., 0].double() - 1).abs() <= 2.1 * unit).all()
 
 
-def test_nan_reaches_exactly_the_rows_that_attend_to_it(run, dtype):
-    for seed in SEEDS:
+def test_nan_reaches_exactly_the_rows_that_attend_to_it(run, dtype, seeds_of):
+    for seed in seeds_of(*SEEDS):
         x = Setup(seed, dtype)
         x.q = x.rand(len(x.keys), 5, x.h_q, x.d_qk)
         clean = run("decode", x.decode(is_causal=True))

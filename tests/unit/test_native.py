@@ -74,7 +74,7 @@ def test_all_violations_are_named_at_once() -> None:
         pytest.param({"q": None}, "q must be a tensor, got NoneType", id="no-query"),
         pytest.param({"d_v": 600}, "d_v must be 1 to 576", id="d_v-beyond-d_qk"),
         pytest.param({"window": 0}, "window must be at least 1 key or None, got 0", id="window-0"),
-        pytest.param({"softmax_scale": float("nan")}, "softmax_scale must be a number, got nan", id="nan-scale"),
+        pytest.param({"softmax_scale": float("nan")}, "softmax_scale must be a finite number, got nan", id="nan-scale"),
         pytest.param({"attn_sink": torch.zeros(3)}, "attn_sink must have h_q=4 entries, got 3", id="short-sink"),
         pytest.param({"kv_cache": torch.zeros(4, 16, 576)}, "kv_cache must be a tensor [num_pages, page_size", id="3d-cache"),
         pytest.param({"kv_cache": torch.zeros(4, 16, 1, 576)}, "kv_cache must have the dtype of q (bfloat16)", id="fp32-cache"),

@@ -49,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "device_lost": Kind("failed", "an error that only a new process can clear; every later call on the device raises"),
     "hung": Kind("failed", "a kernel did not finish within the watchdog's time; the process should be replaced"),
     "rank_lost": Kind("failed", "a rank of a process group is dead or disagrees"),
+    "rolled_back": Kind("degraded", "a rollout went back to the other backend"),
     "monitor_failed": Kind("ok", "a metrics callback, scrape or log raised; the request was not affected"),
 }
 

@@ -7,7 +7,9 @@ reported through `openmla.core.faults`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +54,8 @@ class _Violations:
         fine &= self.rule(
             value.device == device, f"{name} must be on {device} like the first argument, got {value.device}"
         )
-        if value.dim() == ndim and ndim > 0:
+        fine &= self.rule(value.layout == torch.strided, f"{name} must be a strided tensor, got {value.layout}")
+        if value.layout == torch.strided and value.dim() == ndim and ndim > 0:
             fine &= self.rule(
                 value.shape[-1] <= 1 or value.stride(-1) == 1,
                 f"{name} must be contiguous in its last dimension, got strides {value.stride()}; call .contiguous()",
@@ -96,6 +99,8 @@ def _cache(
     if not isinstance(cache, torch.Tensor) or cache.dim() != 4:
         got = tuple(cache.shape) if isinstance(cache, torch.Tensor) else type(cache).__name__
         bad.found.append(f"{name} must be a tensor [num_pages, page_size, h_kv, row], got {got}")
+        return None
+    if not bad.rule(cache.layout == torch.strided, f"{name} must be a strided tensor, got {cache.layout}"):
         return None
     try:
         if layout is None:
@@ -183,8 +188,18 @@ def _sink(bad: _Violations, attn_sink: object, h_q: int, device: torch.device) -
 
 def _scale(bad: _Violations, softmax_scale: object) -> None:
     if softmax_scale is not None:
-        fine = isinstance(softmax_scale, (int, float)) and softmax_scale == softmax_scale
-        bad.rule(fine, f"softmax_scale must be a number, got {softmax_scale!r}")
+        fine = isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)
+        bad.rule(fine, f"softmax_scale must be a finite number, got {softmax_scale!r}")
+
+
+def _options(bad: _Violations, *, whole: dict[str, object], flags: dict[str, object]) -> None:
+    """Types of what is no tensor; raises at once, because every later rule calculates with them."""
+    for name, value in whole.items():
+        fine = isinstance(value, Integral) and not isinstance(value, bool)
+        bad.rule(fine, f"{name} must be an integer, got {value!r}")
+    for name, value in flags.items():
+        bad.rule(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
+    bad.raise_if_any()
 
 
 def _narrower(window: int, promised: int) -> int:
@@ -240,6 +255,7 @@ class DecodeProblem:
     ) -> DecodeProblem:
         """Raises ProblemError with every violation at once."""
         bad = _Violations("decode")
+        _options(bad, whole={"d_v": d_v, "window": 1 if window is None else window}, flags={"is_causal": is_causal})
         shape = _query(bad, q, cu_seqlens_q, max_seqlen_q)
         _scale(bad, softmax_scale)
         bad.rule(window is None or window >= 1, f"window must be at least 1 key or None, got {window}")
@@ -340,6 +356,7 @@ class SparseDecodeProblem:
     ) -> SparseDecodeProblem:
         """Q and indices are [batch, s_q, ...] or, varlen, [total_q, ...]. Raises ProblemError with every violation."""
         bad = _Violations("sparse_decode")
+        _options(bad, whole={"d_v": d_v}, flags={})
         is_varlen = isinstance(q, torch.Tensor) and q.dim() == 3
         lead = "total_q" if is_varlen else "batch, s_q"
         _scale(bad, softmax_scale)
@@ -362,6 +379,8 @@ class SparseDecodeProblem:
         else:
             extra_found = _cache(bad, "extra_kv_cache", extra_kv_cache, extra_layout, q.dtype, d_qk, d_v, q.device)
             extra_topk = _selection(bad, "extra_", extra_indices, extra_topk_length, rows, lead, q.device)
+            heads = extra_kv_cache.shape[2] if extra_found is not None else 1
+            bad.rule(heads == 1, f"sparse decode reads one KV head, got extra_kv_cache with {heads}")
             if extra_found is not None:
                 extra = ExtraKV(
                     extra_found, extra_kv_cache.shape[1], extra_kv_cache.shape[0], extra_topk,
@@ -437,6 +456,7 @@ class SparsePrefillProblem:
     ) -> SparsePrefillProblem:
         """Q [s_q, h_q, d_qk], kv [s_kv, h_kv, d_qk], indices [s_q, h_kv, topk]. Raises ProblemError."""
         bad = _Violations("sparse_prefill")
+        _options(bad, whole={"d_v": d_v}, flags={})
         _scale(bad, softmax_scale)
         device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
         fine = bad.tensor("q", q, 3, QUERY_DTYPES, device, "[s_q, h_q, d_qk]")
@@ -504,6 +524,9 @@ class PrefillProblem:
     ) -> PrefillProblem:
         """Q [total_q, h_q, d_qk], k [total_k, h_kv, d_qk], v [total_k, h_kv, d_v]. Raises ProblemError."""
         bad = _Violations("prefill")
+        _options(
+            bad, whole={"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}, flags={"is_causal": is_causal}
+        )
         _scale(bad, softmax_scale)
         device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
         fine = bad.tensor("q", q, 3, QUERY_DTYPES, device, "[total_q, h_q, d_qk]")
@@ -517,6 +540,7 @@ class PrefillProblem:
             k.dtype == q.dtype == v.dtype,
             f"q, k and v must share a dtype, got {_short(q.dtype)}, {_short(k.dtype)}, {_short(v.dtype)}",
         )
+        bad.rule(q.shape[2] >= 1 and v.shape[2] >= 1, f"q and v must have columns, got {q.shape[2]} and {v.shape[2]}")
         bad.rule(k.shape[2] == q.shape[2], f"q has d_qk={q.shape[2]} columns but k has {k.shape[2]}; both must agree")
         bad.rule(
             k.shape[:2] == v.shape[:2],

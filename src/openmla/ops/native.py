@@ -154,7 +154,7 @@ def _prepare_decode(
             type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
             None if mods is None else (mods.form, *map(dispatch.signature, mods.tensors())),
         )  # fmt: skip
-    except AttributeError:  # not a tensor: let the problem's own check name it
+    except (AttributeError, RuntimeError):  # not a tensor, or a sparse one: let the problem's own check name it
         build()
         raise
     return dispatch.prepare(key, build, q.device, backend)
@@ -291,6 +291,8 @@ def _workspace(
         prepared.workspace[policy] = needed
     if given is None:
         return torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
+    if not isinstance(given, torch.Tensor) or given.layout != torch.strided:
+        raise ProblemError("decode", [f"workspace must be a strided tensor or None, got {type(given).__name__}"])
     wrong = []
     if given.dtype != torch.uint8 or given.dim() != 1 or not given.is_contiguous():
         wrong.append(f"workspace must be a contiguous uint8 tensor [bytes], got {given.dtype} {tuple(given.shape)}")

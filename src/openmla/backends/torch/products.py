@@ -158,7 +158,8 @@ class Arithmetic(NamedTuple):
 
 def arithmetic_for(dtype: torch.dtype, d_qk: int, d_v: int) -> Arithmetic:
     """The arithmetic for queries of that dtype: the microkernel where this machine has it."""
-    found = microkernels() if d_qk % 2 == 0 and d_v % 16 == 0 else None
+    # A product without columns is no work, and libtorch ends the process for it (std::bad_alloc).
+    found = microkernels() if d_qk > 0 and d_v > 0 and d_qk % 2 == 0 and d_v % 16 == 0 else None
     # Turning oneDNN off turns the microkernel off too, at any time.
     if found is None or not torch.backends.mkldnn.enabled:
         return Arithmetic(PortableProducts, torch.float32, 1, 1024)
