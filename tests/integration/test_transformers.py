@@ -153,6 +153,34 @@ def test_decoding_runs_on_the_operators(model, monkeypatch) -> None:
     )
 
 
+def test_experts_run_by_the_size_of_the_step(v3, monkeypatch) -> None:
+    """The switch that generate() makes on a GPU is not made; tokens stay; detach gives the experts' own way back."""
+    from transformers.integrations import moe
+
+    from openmla.integrations.transformers import experts
+
+    monkeypatch.setattr(experts, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(experts, "MANY", 5)
+    ran = []
+    for name in ("grouped_mm", "batched_mm"):
+        stock = getattr(moe, f"{name}_experts_forward")
+        monkeypatch.setattr(
+            moe,
+            f"{name}_experts_forward",
+            lambda m, x, *a, _n=name, _s=stock: ran.append((_n, x.shape[0])) or _s(m, x, *a),
+        )
+    want, before = sure_tokens(v3, plain()), v3.config._experts_implementation
+    attached = attach(v3)
+    try:
+        assert v3.config._experts_implementation == experts.NAME
+        ran.clear()
+        assert tokens(v3, plain()) == want
+        assert set(ran) == {("grouped_mm", 20), ("batched_mm", 2)}  # two requests, two experts each: 4 pairs
+    finally:
+        attached.detach()
+    assert v3.config._experts_implementation == before
+
+
 def test_pages_grow_and_hold_no_padding(v3) -> None:
     attached = attach(v3)
     try:

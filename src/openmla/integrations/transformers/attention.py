@@ -29,7 +29,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
-from openmla.integrations.transformers import continuous
+from openmla.integrations.transformers import continuous, experts
 from openmla.integrations.transformers.cache import LatentCache, PagedLayer
 from openmla.nn import forms
 from openmla.ops import native
@@ -58,6 +58,7 @@ class Attached:
             module.openmla_seam = _Seam(module, backend)
             module.expand_kv = _keep_latent
         continuous.repair(model.config)
+        self._stock_experts = experts.choose_by_size(model)
         model.set_attn_implementation(NAME)
 
     def cache(self, layout: KVLayout | str | None = None) -> LatentCache:
@@ -70,6 +71,8 @@ class Attached:
             module.openmla_seam.hook.remove()
             del module.openmla_seam, module.expand_kv  # the class's own comes to light again
         continuous.forget(self.model.config)
+        if self._stock_experts is not None:
+            self.model.set_experts_implementation(self._stock_experts)
         self.model.set_attn_implementation(self._stock_name)
 
 
@@ -199,14 +202,19 @@ class _Call:
             return self.stock(0.0, None, {})
         batch, _, s_q, _ = self.query.shape
         expanded = self.seam.expand(self.latent[:, :, :s_q], self.rope[:, :, :s_q])
+        if self.query.is_cuda and self.seam.backend is None:  # prompts of one length are what PyTorch's engines are for
+            whole: torch.Tensor
+            whole, _ = sdpa_attention_forward(
+                self.module, self.query, *expanded, None, dropout=0.0, scaling=self.scale, is_causal=True
+            )
+            return whole
         q, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *expanded))
         offsets = torch.arange(0, batch * s_q + 1, s_q, dtype=torch.int32, device=q.device)
         out, _ = prefill(
             q, key, value, offsets, offsets, s_q, s_q, softmax_scale=self.scale, is_causal=True,
             backend=self.seam.backend,
         )  # fmt: skip
-        whole: torch.Tensor = out.unflatten(0, (batch, s_q))
-        return whole
+        return out.unflatten(0, (batch, s_q))
 
     def recent(self) -> torch.Tensor:
         """Absorbed; one query per request, which sees all keys."""

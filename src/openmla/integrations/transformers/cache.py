@@ -49,6 +49,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         self.dtype, self.device, self.batch = key_states.dtype, key_states.device, key_states.shape[0]
         self.pages_each = 0
+        self._known_ordinals = torch.empty(0, dtype=torch.int32, device=self.device)
         self.lengths = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         self.pool = self.layout.empty_cache(1, PAGE_SIZE, device=self.device)  # the last page is for what is not kept
         self._grow(1)
@@ -71,28 +72,35 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Returns [batch, s] int32: tokens of the request that stand up to and including each new one.
         """
-        new = torch.ones(rows.shape[:2], dtype=torch.int32, device=self.device)
-        if valid is not None and not self.keeps_padding:
-            new = valid.to(torch.int32)
-        counts = self.lengths[:, None] + new.cumsum(1, dtype=torch.int32)
-        place = (counts - 1).clamp(min=0).long()
-        request = torch.arange(self.batch, device=self.device)[:, None]
-        slots = request * (self.pages_each * PAGE_SIZE) + place
-        trash = (self.pool.shape[0] - 1) * PAGE_SIZE
-        slots = torch.where(new.bool(), slots, trash).flatten()
-        if self.layout.is_quantised:
-            # Only one row may go to the trash slot: the writer of byte layouts wants distinct slots.
-            quant.write_rows(self.pool, self.layout, slots.masked_fill(slots == trash, -1), rows.flatten(0, 1))
+        if valid is None or self.keeps_padding:
+            counts = self.lengths[:, None] + self._ordinals(rows.shape[1])
+            self._store(self._begins[:, None] + counts, rows)
         else:
-            self.pool.view(-1, self.layout.d_qk)[slots] = rows.flatten(0, 1).to(self.pool.dtype)
+            new = valid.to(torch.int32)
+            counts = self.lengths[:, None] + new.cumsum(1, dtype=torch.int32)
+            slots = self._begins[:, None] + counts
+            self._store(torch.where(valid.bool(), slots, -1), rows)
         self.lengths = counts[:, -1].contiguous()
         return counts
 
-    @property
-    def block_table(self) -> torch.Tensor:
-        """[batch, pages] int32."""
+    def _store(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Rows [batch, s, d_qk] into slots [batch, s]; -1 keeps nothing."""
+        if self.layout.is_quantised:
+            quant.write_rows(self.pool, self.layout, slots.flatten(), rows.flatten(0, 1))
+        else:  # slot -1 is the last of the pool, which is for what is not kept
+            self.pool.view(-1, self.layout.d_qk)[slots.flatten()] = rows.flatten(0, 1).to(self.pool.dtype)
+
+    def _ordinals(self, count: int) -> torch.Tensor:
+        """int32 1 to count: made once per length, since every step of decoding asks for the same."""
+        if self._known_ordinals.numel() != count:
+            self._known_ordinals = torch.arange(1, count + 1, dtype=torch.int32, device=self.device)
+        return self._known_ordinals
+
+    def _lay_out(self) -> None:
+        """What follows from batch and pages_each: the table, and per request the slot before its first."""
         pages = torch.arange(self.batch * self.pages_each, dtype=torch.int32, device=self.device)
-        return pages.view(self.batch, self.pages_each)
+        self.block_table = pages.view(self.batch, self.pages_each)
+        self._begins = torch.arange(self.batch, device=self.device) * (self.pages_each * PAGE_SIZE) - 1
 
     def _grow(self, pages_each: int) -> None:
         pool = self.layout.empty_cache(self.batch * pages_each + 1, PAGE_SIZE, device=self.device)
@@ -101,6 +109,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             held = self.pool[:-1].view(self.batch, self.pages_each, *row)
             pool[:-1].view(self.batch, pages_each, *row)[:, : self.pages_each] = held
         self.pool, self.pages_each = pool, pages_each
+        self._lay_out()
 
     # What transformers asks of a layer
 
@@ -140,6 +149,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.pool = self.pool[pages.long()]
         self.lengths = self.lengths[requests.to(self.device)]
         self.batch = len(requests)
+        self._lay_out()
 
 
 class PagedIndexedLayer(PagedLayer):
