@@ -5,11 +5,13 @@
 
 Each figure compares in one process, interleaved, medians of many runs, behind a check that both compute the same:
 
-    prefix         64 requests over one prefix of 32768 tokens, suffixes of 512, h_q 16: decode_shared_prefix against decode
+    prefix         64 requests over one prefix of 32768 tokens, suffixes of 512, h_q 16: decode_shared_prefix against decode,
+                   with a copy of the prefix per request (nothing is shared) and over the same pages (the memory is)
     layer          MLA block of DeepSeek-V2-Lite, batch 64, 8192 tokens: the share of the operator's own speed that
                    attention has inside the block (block minus its projections)
     transformers   DeepSeek-V2-Lite sizes with random weights, batch 32, 4096 tokens of context: new tokens per second of
-                   generate() stock and attached, on the cache of pages; and in fp32 with few layers that tokens are equal
+                   generate() stock and attached, on both caches; and in fp32 with few layers that tokens are equal
+    experts        one layer of its experts, both of transformers' ways, by tokens (graphs on a GPU)
 
 Needs PyTorch; the last section transformers too, and says so where it is missing.
 """
@@ -23,6 +25,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +98,25 @@ def prefix(device: torch.device, small: bool) -> Row:
             q, pool, head[None], prefix_length, tails, suffix_lengths, softmax_scale=SCALE
         )
 
-    def apart() -> tuple[torch.Tensor, torch.Tensor | None]:
+    def same_pages() -> tuple[torch.Tensor, torch.Tensor | None]:
         return openmla.decode(q, pool, table, lengths, softmax_scale=SCALE)
 
-    torch.testing.assert_close(together()[1], apart()[1], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(together()[0].float(), apart()[0].float(), rtol=2e-2, atol=2e-3)
-    calls = {"shared": graphed(together, device), "apart": graphed(apart, device)}
-    found = interleaved(calls, device, 3 if small else 30)
+    copies = pool[table.flatten().long()]  # every request has pages of its own
+    own_table = torch.arange(table.numel(), dtype=torch.int32, device=device).view(table.shape)
+
+    def unshared() -> tuple[torch.Tensor, torch.Tensor | None]:
+        return openmla.decode(q, copies, own_table, lengths, softmax_scale=SCALE)
+
+    for other in (same_pages, unshared):
+        torch.testing.assert_close(together()[1], other()[1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(together()[0].float(), other()[0].float(), rtol=2e-2, atol=2e-3)
+    calls = {"shared": together, "same pages": same_pages, "unshared": unshared}
+    found = interleaved({name: graphed(call, device) for name, call in calls.items()}, device, 3 if small else 30)
     median = found["median_us"]
     return {
         "what": "shared_prefix", "batch": batch, "prefix": shared, "suffix": own, "h_q": h_q, "dtype": "bf16", **found,
-        "speedup": round(median["apart"] / median["shared"], 3),
+        "speedup": round(median["unshared"] / median["shared"], 3),
+        "speedup_over_same_pages": round(median["same pages"] / median["shared"], 3),
     }  # fmt: skip
 
 
@@ -158,6 +170,66 @@ def layer(device: torch.device, small: bool) -> Row:
     }  # fmt: skip
 
 
+def v2_lite(device: torch.device, layers: int, dtype: torch.dtype, small: bool) -> Any:
+    """A transformers model of DeepSeek-V2-Lite's sizes with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.DeepseekV2Config(
+        vocab_size=1024 if small else 102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+        num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2,
+        n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=layers if small else 1, q_lora_rank=None,
+        kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, max_position_embeddings=8192,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # made in its own dtype: in fp32 first it would fill the card
+    try:
+        with torch.device(device):
+            return transformers.DeepseekV2ForCausalLM(config).to(dtype).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def clocked(model: Any, ids: torch.Tensor, new: int, device: torch.device, **options: Any) -> tuple[torch.Tensor, Row]:
+    """generate(), with the moments at which each token was there."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    moments: list[float] = []
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            moments.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    begin = time.perf_counter()
+    criteria = StoppingCriteriaList([Clock()])
+    out = model.generate(ids, max_new_tokens=new, do_sample=False, stopping_criteria=criteria, **options)
+    steps = [b - a for a, b in pairwise(moments[1:])]  # the first step warms up
+    row = {"prompt_s": round(moments[0] - begin, 3), "step_ms": round(1e3 * statistics.median(steps), 3)}
+    return out, row | {"worst_step_ms": round(1e3 * max(steps), 3)}
+
+
+def equal_tokens(device: torch.device, small: bool) -> dict[str, bool]:
+    """Whether tokens in fp32 equal those of stock generate(), by cache."""
+    from openmla.integrations.transformers import attach
+
+    model = v2_lite(device, 1 if small else 2, torch.float32, small)
+    ids = torch.randint(1, 1000, (4, 40), device=device)
+
+    def run(**options: Any) -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=24, do_sample=False, **options)
+
+    want = run()
+    attached = attach(model)
+    return {
+        "dynamic": torch.equal(run(), want),
+        "pages": torch.equal(run(past_key_values=attached.cache()), want),
+    }
+
+
 def generate(device: torch.device, small: bool) -> Row:
     """transformers, stock and attached."""
     if importlib.util.find_spec("transformers") is None:
@@ -166,60 +238,63 @@ def generate(device: torch.device, small: bool) -> Row:
 
     from openmla.integrations.transformers import attach
 
-    def build(layers: int, dtype: torch.dtype) -> Any:
-        torch.manual_seed(0)
-        config = transformers.DeepseekV2Config(
-            vocab_size=1024 if small else 102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-            num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2,
-            n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=layers if small else 1, q_lora_rank=None,
-            kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, max_position_embeddings=8192,
-            bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        with torch.device(device):
-            return transformers.DeepseekV2ForCausalLM(config).to(dtype).eval()
-
-    def run(model: Any, ids: torch.Tensor, new: int, **options: Any) -> tuple[torch.Tensor, float]:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=new, do_sample=False, **options)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return out, time.perf_counter() - begin
-
-    model = build(1 if small else 2, torch.float32)
-    ids = torch.randint(1, 1000, (2, 24), device=device)
-    want, _ = run(model, ids, 8)
-    attached = attach(model)
-    same = all(torch.equal(run(model, ids, 8, **o)[0], want) for o in ({}, {"past_key_values": attached.cache()}))
-    del model, attached
-    batch, s_k, new = (2, 32, 4) if small else (32, 4096, 32)
-    model = build(1 if small else 27, torch.bfloat16)
+    same = equal_tokens(device, small)
+    print(f"tokens equal in fp32: {same}", file=sys.stderr, flush=True)
+    batch, s_k, new = (2, 32, 6) if small else (32, 4096, 24)
+    begin = time.perf_counter()
+    model = v2_lite(device, 1 if small else 27, torch.bfloat16, small)
+    print(f"built in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
     ids = torch.randint(1, 1000, (batch, s_k), device=device)
-    rates: dict[str, float] = {}
-
-    def rate(**options: Any) -> float:
-        made = [options | ({"past_key_values": attached.cache()} if "pages" in options else {}) for _ in range(3)]
-        made = [{k: v for k, v in each.items() if k != "pages"} for each in made]
-        _, first = run(model, ids, 1, **made[0])  # the prompt alone
-        run(model, ids, 2, **made[1])
-        _, whole = run(model, ids, new, **made[2])
-        return batch * (new - 1) / max(whole - first, 1e-9)
-
-    rates["stock"] = rate()
-    attached = attach(model)
-    rates["attached"], rates["attached, pages"] = rate(), rate(pages=True)
-    attached.detach()
+    found: dict[str, Row] = {}
+    for name in ("attached, pages", "attached", "stock", "stock, grouped_mm"):
+        attached = attach(model) if "attached" in name else None
+        options: Row = {"past_key_values": attached.cache()} if attached and "pages" in name else {}
+        if "grouped" in name:  # what stock could do if it did not switch its experts for decoding
+            keep_grouped(model)
+        found[name] = clocked(model, ids, new, device, **options)[1]
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+        if attached:
+            attached.detach()
+    steps = {name: each["step_ms"] for name, each in found.items()}
+    ours = min(steps["attached"], steps["attached, pages"])
     return {
         "what": "transformers_decode", "model": "DeepSeek-V2-Lite sizes, random weights", "batch": batch, "s_k": s_k,
         "layers": model.config.num_hidden_layers, "dtype": "bf16", "new_tokens": new, "tokens_equal_fp32": same,
-        "tokens_per_s": {name: round(each, 1) for name, each in rates.items()},
-        "speedup": round(max(rates["attached"], rates["attached, pages"]) / rates["stock"], 3),
-        "transformers": transformers.__version__,
+        "runs": found, "tokens_per_s": {name: round(1e3 * batch / each, 1) for name, each in steps.items()},
+        "speedup": round(steps["stock"] / ours, 3),
+        "speedup_over_grouped": round(steps["stock, grouped_mm"] / ours, 3), "transformers": transformers.__version__,
     }  # fmt: skip
 
 
-SECTIONS = {"prefix": prefix, "layer": layer, "transformers": generate}
+def keep_grouped(model: Any) -> None:
+    """Stock, but for the experts: grouped_mm while decoding too."""
+    from transformers.integrations import moe
+
+    if model.config._experts_implementation == "grouped_mm":
+        moe.ExpertsInterface.register("kept", moe.grouped_mm_experts_forward)
+        model.set_experts_implementation("kept")
+
+
+def experts(device: torch.device, small: bool) -> Row:
+    """One layer of experts, both ways, by tokens."""
+    from transformers.integrations import moe
+
+    model = v2_lite(device, 2, torch.bfloat16, False).requires_grad_(False)
+    layer = model.model.layers[1].mlp.experts
+    found = {}
+    for tokens in (1, 2, 4, 8, 16, 32) if not small else (1,):
+        x = torch.randn(tokens, 2048, device=device).to(torch.bfloat16)
+        index = torch.rand(tokens, 64, device=device).topk(6).indices
+        weight = torch.rand(tokens, 6, device=device).to(torch.bfloat16)
+        calls = {
+            name: graphed(partial(getattr(moe, f"{name}_experts_forward"), layer, x, index, weight), device)
+            for name in ("grouped_mm", "batched_mm")
+        }
+        found[6 * tokens] = interleaved(calls, device, 20)["median_us"]
+    return {"what": "experts", "model": "DeepSeek-V2-Lite sizes", "us_by_pairs": found}
+
+
+SECTIONS = {"prefix": prefix, "layer": layer, "transformers": generate, "experts": experts}
 
 
 def main() -> None:
