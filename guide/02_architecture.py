@@ -236,7 +236,7 @@ assert 0.001 < difference < 0.05
 # Imports go downwards only (`core`, `reference` and `split`, `backends`, `ops`, `kv`, then `nn`, `integrations`, `lab`), and a linter holds that. If you have a GPU, the last cell
 # runs the same call there and judges it by the same rule.
 #
-# Exercises: `openmla learn which_kernel`; later `openmla learn write_a_mod` and `openmla learn your_kernel`.
+# Exercises: `openmla learn which_kernel`; later `openmla learn write_a_mod`, `openmla learn your_layout` and `openmla learn your_kernel`.
 
 # %%
 if torch.cuda.is_available():

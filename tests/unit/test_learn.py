@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ from openmla.cli import main
 from openmla.core.errors import ConfigError
 from openmla.learn import course, progress
 
-EVERY = course.exercises()
+PROJECTS = course.projects()
+EVERY = (*course.exercises(), *PROJECTS)
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +27,50 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def judge(exercise: course.Exercise, file: str) -> course.Judgement:
     for name in exercise.needs:
         pytest.importorskip(name, reason=f"{exercise.name} needs {name}")
+    return _judged(exercise.name, file)
+
+
+@functools.cache
+def _judged(name: str, file: str) -> course.Judgement:
+    """Each file is judged once: the process takes seconds."""
+    exercise = course.exercise(name)
     return course.judge(exercise, exercise.folder / file)
 
 
-def test_each_level_has_at_least_two():
+def test_each_level_has_at_least_two_and_there_are_three_projects():
     for level in course.LEVELS:
-        assert sum(each.level == level for each in EVERY) >= 2
+        assert sum(each.level == level for each in course.exercises()) >= 2
+    assert len(PROJECTS) == 3
+
+
+@pytest.mark.parametrize("project", PROJECTS, ids=lambda each: each.name)
+def test_a_rubric_gives_a_hundred_points_and_no_single_criterion_passes(project):
+    points = [each.points for each in project.rubric]
+    assert sum(points) == 100
+    assert max(points) < course.PASS_POINTS
+
+
+@pytest.mark.parametrize("project", PROJECTS, ids=lambda each: each.name)
+def test_projects_are_graded_line_by_line(project):
+    best, given = judge(project, "reference.py"), judge(project, "submission.py")
+    assert best.points == 100
+    assert 0 < given.points < course.PASS_POINTS
+    for criterion in project.rubric:
+        assert f"{criterion.name}: " in best.sentence
+        assert f"{criterion.name}: " in given.sentence
+    assert "  0 of " in given.sentence
+
+
+def test_the_first_criterion_comes_before_the_others(tmp_path, capsys):
+    """A fast plan that covers nothing gets no points, and only one hint."""
+    file = tmp_path / "split_plan.py"
+    file.write_text("def plan(blocks, num_parts, invariant):\n    return []\n", encoding="utf-8")
+    assert main(["learn", "split_plan", "--check"]) == 1
+    assert capsys.readouterr().out.startswith("not yet: covered: request 0 of 512 blocks has no piece")
+    assert main(["learn", "split_plan"]) == 0
+    told = capsys.readouterr().out
+    assert "(project)" in told
+    assert " 25  invariant: pieces do not depend on batch mates" in told
 
 
 @pytest.mark.parametrize("exercise", EVERY, ids=lambda each: each.name)
@@ -83,7 +123,7 @@ def test_an_endless_loop_ends(tmp_path):
 
 def test_the_way_of_a_learner(capsys, tmp_path):
     assert main(["learn"]) == 0
-    assert "0 of 7 solved; next: openmla learn cache_bytes" in capsys.readouterr().out
+    assert "0 of 11 solved; next: openmla learn cache_bytes" in capsys.readouterr().out
     assert main(["learn", "bank_conflicts"]) == 0
     assert "wrote bank_conflicts.py" in capsys.readouterr().out
     assert main(["learn", "bank_conflicts", "--check"]) == 1

@@ -1,11 +1,14 @@
-"""The exercises: data in `exercises/NAME/`, and what the command `openmla learn` does with them.
+"""Exercises and projects: data in `exercises/NAME/` and `projects/NAME/`, and what `openmla learn` does with them.
 
-    task.toml      title, level, what is needed, seconds, and the task in words
+    task.toml      title, level, what is needed, seconds, and the task in words; of a project also its rubric
     submission.py  what the learner gets and changes
-    check.py       check(work) -> str: a sentence about what was reached, or raises Hint
+    check.py       exercise: check(work) -> str, a sentence about what was reached, or raises Hint
+                   project: CRITERIA, such a function for each criterion of the rubric, by name
     reference.py   a submission that passes;  wrong.py  one that fails, with the hint that it must get in its docstring
 
 Level 1: run, measure, explain. Level 2: find the bottleneck of something slow and get past a bar. Level 3: write it.
+A project is longer, has no one answer, and is graded: each criterion of its rubric gives its points or none, the first one
+must hold before the others are looked at, and PASS_POINTS of 100 pass.
 
 A submission runs in a process of its own, so that an endless loop or a crash ends there. Bars count (bytes, clocks of a model,
 elements loaded), so that they mean the same on every machine; nothing is timed.
@@ -27,6 +30,8 @@ from openmla.core import env
 from openmla.core.errors import ConfigError
 
 FOLDER = Path(__file__).with_name("exercises")
+PROJECTS = Path(__file__).with_name("projects")
+PASS_POINTS = 70
 LEVELS = {1: "run, measure, explain", 2: "find the bottleneck, pass the bar", 3: "write it yourself"}
 
 
@@ -35,8 +40,20 @@ class Hint(Exception):
 
 
 @dataclass(frozen=True)
+class Criterion:
+    """One line of a project's rubric."""
+
+    name: str
+    points: int
+    says: str
+
+
+@dataclass(frozen=True)
 class Exercise:
-    """One exercise. `seconds` is how long a submission may run; `needs` are modules that must be importable."""
+    """One exercise, or a project, which has a rubric.
+
+    `seconds` is how long a submission may run; `needs` are modules that must be importable.
+    """
 
     name: str
     title: str
@@ -45,35 +62,52 @@ class Exercise:
     task: str
     seconds: int = 60
     needs: tuple[str, ...] = ()
+    rubric: tuple[Criterion, ...] = ()
+
+    @property
+    def is_project(self) -> bool:
+        """Whether it is graded by a rubric."""
+        return bool(self.rubric)
 
     @property
     def folder(self) -> Path:
         """Where its files are."""
-        return FOLDER / self.name
+        return (PROJECTS if self.is_project else FOLDER) / self.name
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What checking a submission found: passed with what was reached, or not, with a hint."""
+    """What checking a submission found: passed with what was reached, or not, with a hint. `points` are a project's."""
 
     passed: bool
     sentence: str
+    points: int | None = None
 
 
-def exercises() -> tuple[Exercise, ...]:
-    """All of them, by level and then in the order of their files' `order`."""
+def _read(folder: Path) -> tuple[Exercise, ...]:
     found = []
-    for path in FOLDER.glob("*/task.toml"):
+    for path in folder.glob("*/task.toml"):
         fields: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         order = fields.pop("order")
         fields["needs"] = tuple(fields.get("needs", ()))
+        fields["rubric"] = tuple(Criterion(**each) for each in fields.get("rubric", ()))
         found.append((fields["level"], order, Exercise(name=path.parent.name, **fields)))
     return tuple(exercise for _, _, exercise in sorted(found, key=lambda each: each[:2]))
 
 
+def exercises() -> tuple[Exercise, ...]:
+    """All exercises, by level and then in the order of their files' `order`."""
+    return _read(FOLDER)
+
+
+def projects() -> tuple[Exercise, ...]:
+    """All projects, in the order of their files' `order`."""
+    return _read(PROJECTS)
+
+
 def exercise(name: str) -> Exercise:
-    """The exercise of that name. Raises ConfigError for an unknown one."""
-    every = {each.name: each for each in exercises()}
+    """The exercise or project of that name. Raises ConfigError for an unknown one."""
+    every = {each.name: each for each in (*exercises(), *projects())}
     if name not in every:
         raise ConfigError(f"unknown exercise {name!r}; use one of: {', '.join(every)}")
     return every[name]
@@ -106,8 +140,11 @@ def judge(chosen: Exercise, submission: Path) -> Judgement:
     if missing:
         raise ConfigError(f"{chosen.name} needs {', '.join(missing)}; run: pip install 'openmla[triton]'")
     command = [sys.executable, "-m", "openmla.learn.judge", chosen.name, str(submission.resolve())]
-    # Triton looks for this when it defines a function; exercises are judged in its interpreter, on any machine.
-    variables = env.for_child(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    # Triton looks for this when it defines a function; its exercises are judged in its interpreter, on any machine. The
+    # others do without: openmla.decode itself would run there, a hundred times slower.
+    interpreted = {"TRITON_INTERPRET": "1"} if "triton" in chosen.needs else {}
+    # One thread: the tensors are small, and threads that wait for one another cost more than they do.
+    variables = env.for_child(**interpreted, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     try:
         done = subprocess.run(
             command, env=variables, capture_output=True, text=True, timeout=chosen.seconds, check=False
@@ -117,7 +154,7 @@ def judge(chosen: Exercise, submission: Path) -> Judgement:
     if done.returncode:
         return Judgement(False, _raised(done.stderr, submission.resolve(), done.returncode))
     found = json.loads(done.stdout.splitlines()[-1])
-    return Judgement(bool(found["passed"]), str(found["sentence"]))
+    return Judgement(bool(found["passed"]), str(found["sentence"]), found["points"])
 
 
 def _raised(stderr: str, submission: Path, code: int) -> str:

@@ -6,10 +6,11 @@ import contextlib
 import importlib.util
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
-from openmla.learn.course import Hint, Judgement, exercise
+from openmla.learn.course import PASS_POINTS, Exercise, Hint, Judgement, exercise
 
 
 def load(path: Path, name: str) -> ModuleType:
@@ -25,18 +26,37 @@ def load(path: Path, name: str) -> ModuleType:
 
 def run(name: str, submission: Path) -> Judgement:
     """Load the submission and its check, and let the one look at the other. Raises what the submission raises."""
-    check = load(exercise(name).folder / "check.py", "check")
+    chosen = exercise(name)
+    check = load(chosen.folder / "check.py", "check")
     try:
-        return Judgement(True, str(check.check(load(submission, "submission"))))
+        work = load(submission, "submission")
+        return grade(chosen, check, work) if chosen.is_project else Judgement(True, str(check.check(work)))
     except Hint as hint:
         return Judgement(False, str(hint))
+
+
+def grade(project: Exercise, check: ModuleType, work: ModuleType) -> Judgement:
+    """Every criterion of the rubric, one line each; raises Hint of the first, without which the others mean nothing."""
+    lines, points = [], 0
+    for number, criterion in enumerate(project.rubric):
+        try:
+            said, got = str(check.CRITERIA[criterion.name](work)), criterion.points
+        except Hint as hint:
+            if number == 0:
+                raise Hint(f"{criterion.name}: {hint}") from None
+            said, got = str(hint), 0
+        points += got
+        lines.append(f"{got:3} of {criterion.points:2}  {criterion.name}: {said}")
+    passed = points >= PASS_POINTS
+    lines.append(f"{points} of 100 points, {PASS_POINTS} pass")
+    return Judgement(passed, "\n".join(lines), points)
 
 
 def main() -> int:
     """The command; what the submission prints goes to standard error, and so does what it raises."""
     with contextlib.redirect_stdout(sys.stderr):
         found = run(sys.argv[1], Path(sys.argv[2]))
-    sys.stdout.write(json.dumps({"passed": found.passed, "sentence": found.sentence}) + "\n")
+    sys.stdout.write(json.dumps(asdict(found)) + "\n")
     return 0
 
 

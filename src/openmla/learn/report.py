@@ -16,39 +16,44 @@ _WIDTH = 96
 
 @dataclass(frozen=True)
 class Overview:
-    """Every exercise, and what is solved."""
+    """Every exercise and project, and what is solved."""
 
     exercises: tuple[Exercise, ...]
+    projects: tuple[Exercise, ...]
     progress: Progress
     passed: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        rows = [
-            {
-                "name": each.name, "title": each.title, "level": each.level, "minutes": each.minutes,
-                "attempts": self.progress.attempts.get(each.name, 0), "solved": self.progress.solved.get(each.name),
-            }
-            for each in self.exercises
-        ]  # fmt: skip
-        return {"exercises": rows, "progress_file": str(progress.path())}
+        return {
+            "exercises": [self._row(each) for each in self.exercises],
+            "projects": [self._row(each) for each in self.projects],
+            "progress_file": str(progress.path()),
+        }
+
+    def _row(self, each: Exercise) -> dict[str, Any]:
+        attempts, solved = self.progress.attempts.get(each.name, 0), self.progress.solved.get(each.name)
+        row = {"name": each.name, "title": each.title, "level": each.level, "minutes": each.minutes}
+        return {**row, "attempts": attempts, "solved": solved}
 
     def __str__(self) -> str:
         lines = []
-        width = max(len(each.name) for each in self.exercises)
         for level, meaning in course.LEVELS.items():
             lines.append(f"level {level}: {meaning}")
-            for each in self.exercises:
-                if each.level == level:
-                    tries = self.progress.attempts.get(each.name, 0)
-                    state = "solved" if each.name in self.progress.solved else f"tried {tries}" if tries else ""
-                    lines.append(f"  {state:8} {each.name:{width}}  {each.minutes:3} min  {each.title}")
-        solved = sum(each.name in self.progress.solved for each in self.exercises)
-        following = next((each.name for each in self.exercises if each.name not in self.progress.solved), None)
-        lines.append(
-            f"{solved} of {len(self.exercises)} solved" + (f"; next: openmla learn {following}" if following else "")
-        )
+            lines += [self._line(each) for each in self.exercises if each.level == level]
+        lines.append(f"projects: longer, graded by a rubric, {course.PASS_POINTS} of 100 points pass")
+        lines += [self._line(each) for each in self.projects]
+        every = (*self.exercises, *self.projects)
+        solved = sum(each.name in self.progress.solved for each in every)
+        following = next((each.name for each in every if each.name not in self.progress.solved), None)
+        lines.append(f"{solved} of {len(every)} solved" + (f"; next: openmla learn {following}" if following else ""))
         return "\n".join(lines)
+
+    def _line(self, each: Exercise) -> str:
+        width = max(len(other.name) for other in (*self.exercises, *self.projects))
+        tries = self.progress.attempts.get(each.name, 0)
+        state = "solved" if each.name in self.progress.solved else f"tried {tries}" if tries else ""
+        return f"  {state:8} {each.name:{width}}  {each.minutes:3} min  {each.title}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,11 @@ class Task:
         told = f"{'wrote' if self.is_new else 'there already, left as it is:'} {self.file}"
         file = "" if self.file == Path(f"{self.exercise.name}.py") else f" --file {self.file}"
         check = f"change it, then: openmla learn {self.exercise.name} --check{file}"
-        return "\n\n".join([f"{self.exercise.title} (level {self.exercise.level})", *paragraphs, f"{told}\n{check}"])
+        kind = "project" if self.exercise.is_project else f"level {self.exercise.level}"
+        rubric = "\n".join(f"{each.points:3}  {each.name}: {each.says}" for each in self.exercise.rubric)
+        if rubric:
+            paragraphs.append(f"What gives points ({course.PASS_POINTS} pass):\n{rubric}")
+        return "\n\n".join([f"{self.exercise.title} ({kind})", *paragraphs, f"{told}\n{check}"])
 
 
 @dataclass(frozen=True)
@@ -90,17 +99,18 @@ class Checked:
         return {"name": self.exercise.name, **asdict(self.judgement), "attempts": self.attempts}
 
     def __str__(self) -> str:
+        graded = "\n" if self.judgement.points is not None else " "
         if self.passed:
             return (
-                f"passed: {self.judgement.sentence}\n"
+                f"passed:{graded}{self.judgement.sentence}\n"
                 f"one way to do it: {self.exercise.folder / 'reference.py'}\nwhat is next: openmla learn"
             )
-        return f"not yet: {self.judgement.sentence}"
+        return f"not yet:{graded}{self.judgement.sentence}"
 
 
 def overview() -> Overview:
     """The list. Raises ConfigError for a progress file that cannot be read."""
-    return Overview(course.exercises(), progress.read())
+    return Overview(course.exercises(), course.projects(), progress.read())
 
 
 def begun(exercise: Exercise, file: Path) -> Task:

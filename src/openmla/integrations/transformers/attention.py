@@ -30,7 +30,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
 from openmla.integrations.transformers import continuous, experts
-from openmla.integrations.transformers.cache import LatentCache, PagedLayer
+from openmla.integrations.transformers.cache import PAGE_SIZE, LatentCache, PagedLayer
 from openmla.nn import forms
 from openmla.ops import native
 from openmla.ops.prefill import prefill
@@ -203,10 +203,10 @@ class _Call:
         batch, _, s_q, _ = self.query.shape
         expanded = self.seam.expand(self.latent[:, :, :s_q], self.rope[:, :, :s_q])
         if self.query.is_cuda and self.seam.backend is None:  # prompts of one length are what PyTorch's engines are for
-            whole: torch.Tensor
-            whole, _ = sdpa_attention_forward(
+            given, _ = sdpa_attention_forward(
                 self.module, self.query, *expanded, None, dropout=0.0, scaling=self.scale, is_causal=True
             )
+            whole: torch.Tensor = given
             return whole
         q, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *expanded))
         offsets = torch.arange(0, batch * s_q + 1, s_q, dtype=torch.int32, device=q.device)
@@ -214,15 +214,27 @@ class _Call:
             q, key, value, offsets, offsets, s_q, s_q, softmax_scale=self.scale, is_causal=True,
             backend=self.seam.backend,
         )  # fmt: skip
-        return out.unflatten(0, (batch, s_q))
+        heads: torch.Tensor = out.unflatten(0, (batch, s_q))
+        return heads
 
     def recent(self) -> torch.Tensor:
         """Absorbed; one query per request, which sees all keys."""
-        rows = torch.cat([self.latent, self.rope], -1)[:, 0]
-        batch, s_k = rows.shape[:2]
-        table = torch.arange(batch, dtype=torch.int32, device=rows.device)[:, None]  # a page holds a whole request
-        lengths = torch.full((batch,), s_k, dtype=torch.int32, device=rows.device)
-        return self._decode(rows[:, :, None], table, lengths)
+        pages, each = self._pages()
+        table = torch.arange(len(pages), dtype=torch.int32, device=pages.device).view(-1, each)
+        lengths = torch.full((len(table),), self.latent.shape[2], dtype=torch.int32, device=pages.device)
+        return self._decode(pages, table, lengths)
+
+    def _pages(self) -> tuple[torch.Tensor, int]:
+        """Latent and RoPE side by side in pages of PAGE_SIZE [pages, PAGE_SIZE, 1, columns], and pages per request.
+
+        The size is the same at every step, else GPU kernels would be compiled at every token.
+        """
+        batch, _, s_k, d_latent = self.latent.shape
+        each = -(-s_k // PAGE_SIZE)
+        rows = self.latent.new_empty(batch, each * PAGE_SIZE, d_latent + self.rope.shape[-1])
+        rows[:, :s_k, :d_latent] = self.latent[:, 0]
+        rows[:, :s_k, d_latent:] = self.rope[:, 0]
+        return rows.view(batch * each, PAGE_SIZE, 1, -1), each
 
     def visible(self, seen: torch.Tensor) -> torch.Tensor:
         """Absorbed; the one query of each request sees the keys of `seen` [batch, s_k], whatever their pattern."""
@@ -244,12 +256,10 @@ class _Call:
 
     def selected(self, positions: torch.Tensor) -> torch.Tensor:
         """Absorbed, each query over the keys at its `positions` [batch, s_q, topk]; -1 is none."""
-        rows = torch.cat([self.latent, self.rope], -1)[:, 0]
-        begin = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)[:, None, None] * rows.shape[1]
-        slots = torch.where(positions >= 0, positions + begin, -1)
-        return sparse_attention(
-            self.module, self.seam, self.query, rows[:, :, None], None, slots, self.scale, self.sink
-        )
+        pages, each = self._pages()
+        requests = torch.arange(positions.shape[0], device=pages.device, dtype=torch.int32)[:, None, None]
+        slots = torch.where(positions >= 0, positions + requests * (each * PAGE_SIZE), -1)
+        return sparse_attention(self.module, self.seam, self.query, pages, None, slots, self.scale, self.sink)
 
 
 def _absorbed(module: Any, seam: _Seam, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
