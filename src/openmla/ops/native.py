@@ -164,6 +164,12 @@ def _is_positive(softmax_scale: float | None) -> bool:
     return softmax_scale is None or (isinstance(softmax_scale, (int, float)) and softmax_scale > 0)
 
 
+def _policy_of(plan: Plan) -> Policy:
+    if not isinstance(plan, Plan):
+        raise ProblemError("decode", [f"plan must come from openmla.plan(...), got {type(plan).__name__}"])
+    return plan.policy
+
+
 def _check_policy(policy: str) -> None:
     if policy not in POLICIES:
         raise ProblemError("decode", [f"policy must be one of {', '.join(POLICIES)}, got {policy!r}"])
@@ -245,7 +251,8 @@ def decode(
             attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend,
         )  # fmt: skip
         return traced, traced_lse if return_lse else None
-    policy = plan.policy if plan else policy
+    if plan is not None:
+        policy = _policy_of(plan)
     _check_policy(policy)
     dispatch.check_lse_base("decode", lse_base)
     attached = None if mods is None else attach(mods)

@@ -92,7 +92,10 @@ def _verified(entry: Path) -> Path | None:
     """The library of an entry if it is whole and ours; sets a broken entry aside."""
     library = entry / _LIBRARY
     try:
-        record = json.loads((entry / _RECORD).read_text(encoding="utf-8"))
+        try:
+            record = json.loads((entry / _RECORD).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{_RECORD} is no JSON") from error
         descriptor = os.open(library, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "rb") as file:
             facts = os.fstat(file.fileno())
