@@ -1,6 +1,6 @@
 """Every verb of the laboratory once on a GPU, each in its own process, in about a minute.
 
-    python tests/gpu/laboratory.py OUT
+    python tests/gpu/laboratory.py OUT [NAME ...]      names as below, such as roofline or "profile, auto"; default: all
 
 Writes rows and JSON records to OUT; `openmla report`, `roofline --rows`, `profile --record` and `tune --record` make
 their pages anywhere else. Ends with 1 when a verb failed. Needs openmla on the path; peers that are not installed say so.
@@ -32,7 +32,19 @@ def verbs(out: Path) -> list[tuple[str, list[str], Path | None]]:
         ("profile, torch", ["profile", *one, LARGE, "--tool", "torch"], out / "profile_torch.json"),
         (
             "tune",
-            ["tune", *one, SMALL, "--backend", "triton", "--seconds", "0.05", "--table", str(out / "tuned.json")],
+            [
+                "tune",
+                *one,
+                SMALL,
+                "--backend",
+                "triton",
+                "--parameter",
+                "block_n",
+                "--seconds",
+                "0.05",
+                "--table",
+                str(out / "tuned.json"),
+            ],
             out / "tune.json",
         ),
         ("study", ["study", "--target", "here"], out / "study.json"),
@@ -43,7 +55,10 @@ def main() -> int:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     failed = []
+    wanted = sys.argv[2:]
     for name, arguments, record in verbs(out):
+        if wanted and name not in wanted:
+            continue
         command = [sys.executable, "-m", "openmla", *arguments, *(["--json"] if record else [])]
         begin = time.perf_counter()
         try:

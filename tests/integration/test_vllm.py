@@ -13,9 +13,13 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import types
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -283,3 +287,69 @@ def test_served_tokens_equal_transformers(tiny_v3, is_ours) -> None:
     found, _, calls = lines[0].removeprefix("TOKENS ").rpartition(" ")
     assert json.loads(found) == want
     assert (int(calls) > 0) is is_ours, "OpenMLA's operators ran if and only if they were asked for"
+
+
+def _ask(port: int, path: str, body: dict | None = None) -> dict:
+    """One request to the server; an empty answer is {}."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", None if body is None else json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read() or b"{}")
+
+
+@pytest.fixture
+def server(tiny_v3, tmp_path):
+    """vLLM's server on OpenMLA; the port, and the log. (`vllm serve` itself asks for a package of another name here.)"""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    folder = tiny_v3[0]
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(256)}, unk_token="t0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1", "--port",
+        str(port), "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+        "--max-num-seqs", "4", "--compilation-config", '{"custom_ops": ["all", "-rotary_embedding"]}',
+    ]  # fmt: skip
+    settings = {
+        "OPENMLA_VLLM_CPU": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    log = tmp_path / "server.log"
+    with log.open("w") as file:
+        running = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | settings, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 480
+        while True:
+            assert running.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, f"not up in time:\n{log.read_text()[-3000:]}"
+            try:
+                _ask(port, "/health")
+                break
+            except OSError:
+                time.sleep(1)
+        yield port, log
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGTERM)
+        running.wait(60)
+
+
+@needs_vllm
+@pytest.mark.timeout(900)
+def test_tokens_over_http_equal_transformers(tiny_v3, server) -> None:
+    """Both prompts in one request, as a client sends them."""
+    (_, prompts, want), (port, log) = tiny_v3, server
+    answer = _ask(
+        port, "/v1/completions",
+        {
+            "model": "tiny", "prompt": prompts, "max_tokens": 24, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    )  # fmt: skip
+    assert [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda each: each["index"])] == want
+    assert "OpenMLA decodes: 4 query heads over rows of 576" in log.read_text()

@@ -21,10 +21,11 @@ NCU = "\n".join(
         "==PROF== Connected to process 7",
         '"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum","lts__t_bytes.sum","lts__t_sector_hit_rate.pct",'
         '"sm__warps_active.avg.pct_of_peak_sustained_active",'
-        f'"{_STALL.format("long_scoreboard")}","{_STALL.format("barrier")}"',
-        '"","","ns","byte","byte","%","%","inst","inst"',
-        '"0","decode","30,000","1,000,000","3,000,000","66.5","12.5","3.0","1.0"',
-        '"1","combine","10,000","200,000","200,000","10","50","9.0","0"',
+        f'"{_STALL.format("long_scoreboard")}","{_STALL.format("barrier")}","{_STALL.format("selected")}",'
+        f'"{_STALL.format("barrier").replace(".ratio", ".pct")}","{_STALL.format("barrier").replace(".ratio", ".max_rate")}"',
+        '"","","ns","byte","byte","%","%","inst","inst","inst","%","inst"',
+        '"0","decode","30,000","1,000,000","3,000,000","66.5","12.5","3.0","1.0","2.0","100","64"',
+        '"1","combine","10,000","200,000","200,000","10","50","9.0","0","1.0","0","64"',
     ]
 )
 TRACE = {

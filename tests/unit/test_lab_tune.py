@@ -69,6 +69,15 @@ def test_the_fast_value_wins_and_the_wrong_one_cannot(knobs, tmp_path):
         tune.load(tmp_path / "tuned.json")
 
 
+def test_only_the_parameters_asked_for_are_searched(knobs):
+    (found,) = tune.tune([CASE], CPU, seconds=0.01, parameters=("speed",)).entries
+    assert [each.parameter for each in found.worth] == ["speed"]
+    assert {setting["safe"] for setting in knobs} == {1}
+    record = tune.tune([CASE], CPU, seconds=0.01, parameters=("colour", "speed"))
+    assert not record.entries
+    assert "has no colour; it has: speed, safe" in record.refused[CASE.name]
+
+
 def test_a_second_run_continues_from_the_file(knobs, tmp_path):
     file = tmp_path / "trials.jsonl"
     first = tune.tune([CASE], CPU, seconds=0.01, trials=file).entries[0]

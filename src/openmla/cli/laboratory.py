@@ -183,6 +183,7 @@ def add_tune(verbs: Any) -> None:
     add_cases(parser)
     parser.add_argument("--backend", metavar="NAME", help="default: OPENMLA_BACKEND")
     parser.add_argument("--seconds", type=positive_number, default=0.3, help="per setting and sweep; default: 0.3")
+    parser.add_argument("--parameter", metavar="A,B", default="", help="search these alone; default: all")
     add_device(parser)
     parser.add_argument("--trials", type=Path, metavar="TRIALS.jsonl", help="append trials here, and continue from it")
     parser.add_argument("--table", type=Path, metavar="TUNED.json", help="write the tuned table with its provenance")
@@ -201,8 +202,9 @@ def _tune(args: argparse.Namespace) -> int:
     (backend,) = known_backends([args.backend] if args.backend else None)
     with progress.on_stderr() as say:
         found = tune.tune(
-            cases, Target.detect(args.device), backend=backend, seconds=args.seconds, trials=args.trials, say=say
-        )
+            cases, Target.detect(args.device), backend=backend, seconds=args.seconds,
+            parameters=tuple(filter(None, args.parameter.split(","))), trials=args.trials, say=say,
+        )  # fmt: skip
     if args.table:
         tune.write(found, args.table)
     show(args, found, tune.page)

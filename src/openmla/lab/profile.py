@@ -459,7 +459,7 @@ _SECONDS = {
     "second": 1.0,
     "s": 1.0,
 }
-_STALL = "smsp__average_warps_issue_stalled_"
+_STALL, _STALL_END = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 
 
 def _ncu(case: Case, target: Target, backend: str) -> _Found:
@@ -531,11 +531,13 @@ def of_ncu(text: str) -> _Found:
     asked = [number(row, _ASKED) for row in rows]
     if all(each is not None for each in asked):
         readings["bytes asked of L2"] = Reading(sum(each or 0.0 for each in asked), "bytes", "all kernels of the call")
+    # ncu answers with .pct, .max_rate and .ratio of each; a warp that is "selected" issues and waits for nothing.
     stalls = {
-        key.removeprefix(_STALL).removesuffix(".ratio").removesuffix("_per_issue_active").replace("_", " "): value
+        key.removeprefix(_STALL).removesuffix(_STALL_END).replace("_", " "): value
         for key in longest
-        if key.startswith(_STALL) and (value := number(longest, key))
+        if key.startswith(_STALL) and key.endswith(_STALL_END) and (value := number(longest, key))
     }
+    stalls.pop("selected", None)
     waits = sum(stalls.values()) or 1.0
     ordered = sorted(((name, value / waits) for name, value in stalls.items()), key=lambda each: -each[1])
     moved = [number(row, _MOVED) for row in rows]

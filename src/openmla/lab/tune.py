@@ -381,6 +381,7 @@ def tune(
     *,
     backend: str = "auto",
     seconds: float = 0.3,
+    parameters: Sequence[str] = (),
     trials: Path | None = None,
     say: Say | None = None,
 ) -> Record:
@@ -391,6 +392,7 @@ def tune(
         target: this machine.
         backend: auto takes the kernel that would run.
         seconds: per setting and sweep; at least ten rounds are run.
+        parameters: search these alone, the others stay at their defaults; default: all of the kernel's.
         trials: JSONL file that every trial is appended to, and that a later run continues from.
         say: progress.
 
@@ -404,7 +406,7 @@ def tune(
     for case in cases:
         with stages.stage(case.name) as tell:
             try:
-                entries.append(_tune_one(case, target, backend, seconds, trials, seen, facts, tell))
+                entries.append(_tune_one(case, target, backend, seconds, parameters, trials, seen, facts, tell))
             except UnsupportedError as error:
                 refused[case.name] = str(error.headline)
             except ConfigError as error:
@@ -413,11 +415,18 @@ def tune(
 
 
 def _tune_one(
-    case: Case, target: Target, backend: str, seconds: float, file: Path | None, seen: Sequence[Trial],
-    facts: dict[str, Any], tell: Callable[[float], None],
+    case: Case, target: Target, backend: str, seconds: float, parameters: Sequence[str], file: Path | None,
+    seen: Sequence[Trial], facts: dict[str, Any], tell: Callable[[float], None],
 ) -> Tuned:  # fmt: skip
     sets, floor = runner.inputs(case, target, ceilings.measure(target, (case.dtype,), 0.3))
     knobs = _knobs(case, sets, target, backend)
+    strangers = [each for each in parameters if each not in knobs.space]
+    if strangers:
+        raise ConfigError(
+            f"{knobs.backend}/{knobs.kernel.name} has no {', '.join(strangers)}; it has: {', '.join(knobs.space)}"
+        )
+    if parameters:
+        knobs = replace(knobs, space={name: values for name, values in knobs.space.items() if name in parameters})
     provenance = _provenance(facts, knobs.backend)
     mine = [
         each for each in seen if (each.case, each.kernel, each.provenance) == (case.name, knobs.kernel.name, provenance)

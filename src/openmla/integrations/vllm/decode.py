@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +11,14 @@ import torch
 from openmla.core.errors import ProblemError
 from openmla.ops import native
 from openmla.ops.native import Plan
+
+_log = logging.getLogger("vllm.openmla")  # below "vllm", whose handlers show it in the server's log
+
+
+@cache
+def _say_once(h_q: int, d_qk: int, dtype: torch.dtype) -> None:
+    """One line per process and form of call: that OpenMLA decodes, whatever vLLM calls the backend."""
+    _log.info("OpenMLA decodes: %d query heads over rows of %d, %s", h_q, d_qk, dtype)
 
 
 def decode(
@@ -51,16 +61,17 @@ def decode(
             "decode", [f"the {whole.shape[0]} query token(s) must be a multiple of the {num_decodes} request(s)"]
         )
     query = whole.view(num_decodes, -1, *whole.shape[1:])
-    cache = kv_cache.unsqueeze(-2)
+    _say_once(query.shape[2], query.shape[3], query.dtype)
+    pages = kv_cache.unsqueeze(-2)
     options: dict[str, Any] = {"d_v": d_latent, "is_causal": is_causal}
     plan = None
     if plans is not None:
-        key = (query.shape, cache.shape, cache.stride(), cache.dtype, is_causal)
+        key = (query.shape, pages.shape, pages.stride(), pages.dtype, is_causal)
         plan = plans.get(key)
         if plan is None:
-            plan = plans[key] = native.plan(query, cache, block_table, seq_lens, **options)
+            plan = plans[key] = native.plan(query, pages, block_table, seq_lens, **options)
     out, lse = native.decode(
-        query, cache, block_table, seq_lens, softmax_scale=scale, plan=plan, return_lse=with_lse, **options
+        query, pages, block_table, seq_lens, softmax_scale=scale, plan=plan, return_lse=with_lse, **options
     )
     rows = None if lse is None else lse.transpose(1, 2).flatten(0, 1).contiguous()
     return out.flatten(0, 1), rows
