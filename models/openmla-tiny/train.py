@@ -118,12 +118,12 @@ def start(seed: int) -> Decoder:
     return model
 
 
-def optimizers(model: Decoder, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: Decoder, rate: float, decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between the layers, AdamW for embedding and norms."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -153,7 +153,7 @@ def train(options: argparse.Namespace) -> None:
     content, held_out = tokens("train").to(device), tokens("held_out")
     length, batch = options.length, options.batch
     windows = min(options.held_out, (len(held_out) - 1) // length)
-    chosen = optimizers(model, options.rate)
+    chosen = optimizers(model, options.rate, options.decay)
     generator = torch.Generator().manual_seed(options.seed)
     offsets = torch.arange(length + 1, device=device)
     rows, begin, running, step, progress = [], time.perf_counter(), 0.0, 0, 0.0
@@ -194,7 +194,7 @@ def train(options: argparse.Namespace) -> None:
     facts = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} CPU thread(s)",
         "torch": torch.__version__, "python": platform.python_version(), "batch": batch, "length": length,
-        "steps": step, "rate": options.rate, "seed": options.seed, "train_tokens": len(content),
+        "steps": step, "rate": options.rate, "decay": options.decay, "seed": options.seed, "train_tokens": len(content),
         "held_out_tokens": windows * length, "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     lines = [json.dumps(facts), *map(json.dumps, rows)]
@@ -258,11 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("all", "prepare", "train", "export"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2000)  # 13 passes over the text: more made it worse
     parser.add_argument("--seconds", type=float, help="end after so long, the learning rate with it")
     parser.add_argument("--batch", type=int, default=64, help="windows per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window")
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.1, help="of the matrices' weights; the text is read many times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between two rows of the curve")
     parser.add_argument("--held-out", type=int, default=64, help="windows that a row is judged by")

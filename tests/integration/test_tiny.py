@@ -33,7 +33,7 @@ def script(tmp_path, monkeypatch):
 
 def options(tmp_path: Path, **changes) -> Namespace:
     given = {
-        "device": "cpu", "threads": 1, "seed": 0, "length": 32, "batch": 8, "rate": 1e-2, "steps": 40, "seconds": None,
+        "device": "cpu", "threads": 1, "seed": 0, "length": 32, "batch": 8, "rate": 1e-2, "decay": 0.1, "steps": 40, "seconds": None,
         "every": 20, "held_out": 8, "out": tmp_path,
     }  # fmt: skip
     return Namespace(**given | changes)

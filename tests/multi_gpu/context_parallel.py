@@ -26,7 +26,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from openmla.distributed import ContextParallel, DeadRankError
-from openmla.ops import native
+from openmla.ops import native, parts
 from openmla.reference import attention as reference
 from openmla.testing import budget
 
@@ -83,8 +83,8 @@ def check(ranks: ContextParallel, device: torch.device, dtype: torch.dtype) -> i
     return cases
 
 
-def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call as a CUDA graph, its collectives included, as a server replays it; itself on a CPU."""
+def graphed(call: Callable[[], object], device: torch.device, times: int) -> Callable[[], object]:
+    """So many calls as one CUDA graph, collectives included, as a server replays its layers; itself on a CPU."""
     if device.type != "cuda":
         return call
     for _ in range(3):
@@ -93,7 +93,8 @@ def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     # NCCL's own threads ask about events meanwhile, which the default mode forbids.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
+        for _ in range(times):
+            call()
     return graph.replay
 
 
@@ -110,10 +111,19 @@ def seconds(call, device: torch.device) -> float:
 
 
 def measure(
-    ranks: ContextParallel, device: torch.device, dtype: torch.dtype, small: bool, is_graph: bool
+    ranks: ContextParallel,
+    device: torch.device,
+    dtype: torch.dtype,
+    small: bool,
+    layers: int,
+    s_k: int = 131072,
+    has_peers: bool = False,
 ) -> dict[str, object]:
-    """Batch 4, 128k tokens, h_q 128: every rank alone over everything, and all of them over a share each."""
-    batch, s_k, h_q = (2, 1024, 16) if small else (4, 131072, 128)
+    """Batch 4, 128k tokens, h_q 128: every rank alone over everything, and all of them over a share each.
+
+    `layers` calls per CUDA graph, times are per call; 0: without a graph.
+    """
+    batch, s_k, h_q = (2, 1024, 16) if small else (4, s_k, 128)
     generator = torch.Generator(device).manual_seed(1)  # the same numbers on every rank
     rows = torch.randn(batch, s_k, 576, generator=generator, device=device).to(dtype)
     q = torch.randn(batch, 1, h_q, 576, generator=generator, device=device).to(dtype)
@@ -125,8 +135,17 @@ def measure(
     for exchange in ("all_gather", "all_to_all"):
         calls[exchange] = lambda e=exchange: ranks.decode(q, *share, exchange=e, softmax_scale=SCALE)
     want, _ = native.decode(q, *whole, softmax_scale=SCALE)
-    if is_graph:
-        calls = {name: graphed(call, device) for name, call in calls.items()}
+    if has_peers:
+        try:
+            calls["over peers"] = over_peers(ranks, q, share)
+            torch.testing.assert_close(calls["over peers"]()[0].float(), want.float(), rtol=2e-2, atol=2e-3)  # type: ignore[index]
+        except (RuntimeError, ImportError, AttributeError) as error:
+            calls.pop("over peers", None)
+            print(
+                f"over peers: {type(error).__name__}: {str(error).splitlines()[0][:200]}", file=sys.stderr, flush=True
+            )
+    if layers:
+        calls = {name: graphed(call, device, layers) for name, call in calls.items()}
     found, _ = ranks.decode(q, *share, exchange="all_gather", softmax_scale=SCALE)
     torch.testing.assert_close(found.float(), want.float(), rtol=2e-2, atol=2e-3)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -135,18 +154,47 @@ def measure(
             slowest = torch.tensor([seconds(call, device)], dtype=torch.float64, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             if turn >= 4 or small:
-                times[name].append(float(slowest))
+                times[name].append(float(slowest) / max(layers, 1))
     median = {name: statistics.median(each) for name, each in times.items()}
     fastest = min(median["all_gather"], median["all_to_all"])
     return {
         "what": "context_parallel_decode", "world": ranks.world, "backend": dist.get_backend(), "batch": batch,
-        "s_k": s_k, "h_q": h_q, "dtype": str(dtype), "is_graph": is_graph and device.type == "cuda",
+        "s_k": s_k, "h_q": h_q, "dtype": str(dtype), "calls_per_graph": layers,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__, "median_us": {name: round(1e6 * each, 2) for name, each in median.items()},
         "spread_us": {name: round(1e6 * (max(each) - min(each)), 2) for name, each in times.items()},
         "speedup": round(median["one"] / fastest, 3), "chosen": link.choose(batch * h_q, 1028, 1028, ranks.world, "all"),
         "link": {"latency_us": round(1e6 * link.latency_s, 2), "gbps": round(link.bytes_per_s / 1e9, 2)},
     }  # fmt: skip
+
+
+def over_peers(ranks: ContextParallel, q: torch.Tensor, share: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    """An experiment, no part of the library: two ranks read one another's share over NVLink, without a collective.
+
+    The kernel writes into memory that the other GPU has mapped; a barrier on the device, the merge reads both, and a
+    second barrier lets the next call write.
+    """
+    import torch.distributed._symmetric_memory as symmetric
+
+    batch, s_q, h_q, _ = q.shape
+    num_rows = batch * s_q * h_q
+    end = num_rows * 512 * q.element_size()
+    buffer = symmetric.empty(end + num_rows * 4, dtype=torch.uint8, device=q.device)
+    handle = symmetric.rendezvous(buffer, dist.group.WORLD)
+    bytes_of = [handle.get_buffer(rank, (end + num_rows * 4,), torch.uint8) for rank in range(ranks.world)]
+    outs = [each[:end].view(q.dtype).view(batch, s_q, h_q, 512) for each in bytes_of]
+    lses = [each[end:].view(torch.float32).view(batch, h_q, s_q) for each in bytes_of]
+
+    def call() -> object:
+        _, lse = native.decode(q, *share, softmax_scale=SCALE, out=outs[ranks.rank])
+        assert lse is not None, "asked for by default"
+        lses[ranks.rank].copy_(lse)
+        handle.barrier(channel=0)
+        found = parts.merge(outs[0], lses[0], outs[1][None], lses[1][None])
+        handle.barrier(channel=1)
+        return found
+
+    return call
 
 
 def stall(ranks: ContextParallel, device: torch.device) -> str:
@@ -176,6 +224,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--stall", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="also the experiment without a collective, on two GPUs")
     options = parser.parse_args()
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if options.cpu else torch.device("cuda", local)
@@ -186,11 +235,12 @@ def main() -> None:
         dist.init_process_group("gloo")
     ranks = ContextParallel(timeout_s=5 if options.cpu else 60)  # a rank may still be compiling
     dtype = torch.bfloat16
+    if options.cpu:
+        write(measure(ranks, device, dtype, options.small, 0), ranks, options.out)
+    else:
+        for layers, s_k in ((8, 131072), (8, 524288), (1, 131072), (0, 131072)):
+            write(measure(ranks, device, dtype, options.small, layers, s_k, options.peers), ranks, options.out)
     write({"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}, ranks, options.out)
-    for is_graph in (False, True):
-        if is_graph and options.cpu:
-            continue
-        write(measure(ranks, device, dtype, options.small, is_graph), ranks, options.out)
     if options.stall:
         ranks.timeout_s = 5
         write({"what": "dead_rank", "message": stall(ranks, device)}, ranks, options.out)
