@@ -263,7 +263,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="windows per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window")
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--decay", type=float, default=0.1, help="of the matrices' weights; the text is read many times")
+    parser.add_argument(
+        "--decay", type=float, default=0.1, help="of the matrices' weights; the text is read many times"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between two rows of the curve")
     parser.add_argument("--held-out", type=int, default=64, help="windows that a row is judged by")

@@ -11,6 +11,7 @@ Each figure compares in one process, interleaved, medians of many runs, behind a
                    attention has inside the block (block minus its projections)
     transformers   DeepSeek-V2-Lite sizes with random weights, batch 32, 4096 tokens of context: new tokens per second of
                    generate() stock and attached, on both caches; and in fp32 with few layers that tokens are equal
+    steps          its decoding steps as a CUDA graph, beside the same without one, and stock
     experts        one layer of its experts, both of transformers' ways, by tokens (graphs on a GPU)
 
 Needs PyTorch; the last section transformers too, and says so where it is missing.
@@ -266,6 +267,40 @@ def generate(device: torch.device, small: bool) -> Row:
     }  # fmt: skip
 
 
+def steps(device: torch.device, small: bool) -> Row:
+    """Decoding steps replayed as a CUDA graph beside the same steps one launch at a time, and stock; the same tokens."""
+    from openmla.integrations.transformers import attach
+
+    batch, s_k, new = (2, 32, 6) if small else (32, 4096, 14)
+    model = v2_lite(device, 1 if small else 27, torch.bfloat16, small)
+    ids = torch.randint(1, 1000, (batch, s_k), device=device)
+    outs: dict[str, torch.Tensor] = {}
+    found: dict[str, Row] = {}
+    for name in ("graph", "eager", "stock"):
+        attached = attach(model, step_graphs=name == "graph") if name != "stock" else None
+        options = {"past_key_values": attached.cache()} if attached else {}
+        outs[name], found[name] = clocked(model, ids, new, device, **options)
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+        if attached:
+            if attached.steps:
+                print(
+                    f"replays: {attached.steps.replays}, kept by {attached.steps.strangers}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            attached.detach()
+        if name == "eager":
+            same = torch.equal(outs["graph"], outs["eager"])
+            print(f"tokens equal bit for bit: {same}", file=sys.stderr, flush=True)
+    ms = {name: each["step_ms"] for name, each in found.items()}
+    return {
+        "what": "transformers_step_graphs", "model": "DeepSeek-V2-Lite sizes, random weights", "batch": batch, "s_k": s_k,
+        "layers": model.config.num_hidden_layers, "dtype": "bf16", "new_tokens": new, "runs": found,
+        "tokens_equal_eager": same, "tokens_per_s": {name: round(1e3 * batch / each, 1) for name, each in ms.items()},
+        "speedup": round(ms["stock"] / ms["graph"], 3), "speedup_over_eager": round(ms["eager"] / ms["graph"], 3),
+    }  # fmt: skip
+
+
 def keep_grouped(model: Any) -> None:
     """Stock, but for the experts: grouped_mm while decoding too."""
     from transformers.integrations import moe
@@ -294,7 +329,7 @@ def experts(device: torch.device, small: bool) -> Row:
     return {"what": "experts", "model": "DeepSeek-V2-Lite sizes", "us_by_pairs": found}
 
 
-SECTIONS = {"prefix": prefix, "layer": layer, "transformers": generate, "experts": experts}
+SECTIONS = {"prefix": prefix, "layer": layer, "transformers": generate, "experts": experts, "steps": steps}
 
 
 def main() -> None:

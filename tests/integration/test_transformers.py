@@ -181,6 +181,49 @@ def test_experts_run_by_the_size_of_the_step(v3, monkeypatch) -> None:
     assert v3.config._experts_implementation == before
 
 
+@pytest.mark.parametrize("batch", [plain, padded])
+def test_captured_steps_keep_the_tokens(v3, batch, monkeypatch) -> None:
+    """With an eager stand-in for the CUDA graph: the host's bookkeeping, growing pages, a second cache, other calls."""
+    from openmla.integrations.transformers import steps
+
+    captured = []
+
+    def fake(step):
+        """A replay runs the step and, like a graph, leaves no trace on the host."""
+        captured.append(step)
+        cache = next(c.cell_contents for c in step.__closure__ if isinstance(c.cell_contents, LatentCache))
+
+        def replay() -> None:
+            counted = [(layer.before, layer.seen) for layer in cache.layers]
+            step()
+            for layer, (before, seen) in zip(cache.layers, counted, strict=True):
+                layer.before, layer.seen = before, seen
+
+        return replay
+
+    monkeypatch.setattr(steps, "_captured", fake)
+    monkeypatch.setattr(steps, "_DEVICES", ("cpu",))
+    want, long = sure_tokens(v3, batch()), tokens(v3, batch(), max_new_tokens=70)
+    attached = attach(v3, step_graphs=True)
+    try:
+        cache = attached.cache()
+        assert tokens(v3, batch(), past_key_values=cache) == want
+        assert attached.steps.replays == NEW - 2  # the prompt gives the first, the second warms up
+        assert cache.get_seq_length() == batch()["input_ids"].shape[1] + NEW - 1
+        assert tokens(v3, batch(), past_key_values=attached.cache(), max_new_tokens=70) == long
+        assert len(captured) == 3  # one page, then two pages per request
+        replays = attached.steps.replays
+        assert tokens(v3, batch(), num_beams=2, past_key_values=attached.cache())
+        assert tokens(v3, batch()) == want
+        assert attached.steps.replays == replays, (
+            "beams reorder their requests at every step; a DynamicCache has no pages"
+        )
+    finally:
+        attached.detach()
+    assert tokens(v3, batch()) == want
+    assert "forward" not in vars(v3)
+
+
 def test_pages_grow_and_hold_no_padding(v3) -> None:
     attached = attach(v3)
     try:

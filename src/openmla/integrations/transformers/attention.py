@@ -31,6 +31,7 @@ from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
 from openmla.integrations.transformers import continuous, experts
 from openmla.integrations.transformers.cache import PAGE_SIZE, LatentCache, PagedLayer
+from openmla.integrations.transformers.steps import StepGraphs
 from openmla.nn import forms
 from openmla.ops import native
 from openmla.ops.prefill import prefill
@@ -41,7 +42,7 @@ NAME = "openmla_attached"  # a name with "flash" in it would be taken for FlashA
 class Attached:
     """What `attach` did to a model; `detach` undoes it."""
 
-    def __init__(self, model: Any, backend: str | None) -> None:
+    def __init__(self, model: Any, backend: str | None, step_graphs: bool) -> None:
         self.model, self.backend = model, backend
         self.modules = [m for m in model.modules() if hasattr(m, "expand_kv") and hasattr(m, "kv_b_proj")]
         why = []
@@ -60,6 +61,7 @@ class Attached:
         continuous.repair(model.config)
         self._stock_experts = experts.choose_by_size(model)
         model.set_attn_implementation(NAME)
+        self.steps = StepGraphs(model) if step_graphs else None
 
     def cache(self, layout: KVLayout | str | None = None) -> LatentCache:
         """A new cache of pages for one `generate()`: `past_key_values=attached.cache("fp8_656")`."""
@@ -67,6 +69,8 @@ class Attached:
 
     def detach(self) -> None:
         """Give the model its own attention back."""
+        if self.steps is not None:
+            self.steps.close()
         for module in self.modules:
             module.openmla_seam.hook.remove()
             del module.openmla_seam, module.expand_kv  # the class's own comes to light again
@@ -76,19 +80,20 @@ class Attached:
         self.model.set_attn_implementation(self._stock_name)
 
 
-def attach(model: Any, *, backend: str | None = None) -> Attached:
+def attach(model: Any, *, backend: str | None = None, step_graphs: bool = False) -> Attached:
     """Let a transformers model compute its attention with OpenMLA; `generate()` and all else stay as they are.
 
     Args:
         model: any MLA family (DeepSeek-V2, V3, V3.2, Kimi, GLM, LongCat, MiniCPM3, ...), transformers >= 5.16.
         backend: of the operators; default OPENMLA_BACKEND.
+        step_graphs: replay decoding steps over an `attached.cache()` as a CUDA graph, see `steps`.
 
     Raises:
         UnsupportedError: not an MLA model, or attached already.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
-    return Attached(model, backend)
+    return Attached(model, backend, step_graphs)
 
 
 class _Seam:

@@ -33,6 +33,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = 0  # tokens that went through `update`, padding included
         self.before = 0  # the same, before the last `update`
         self.keeps_padding = False
+        self.places = 0  # how often its tensors moved: what was captured with the old ones is of no use
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take sizes, dtype and device from the first latent [batch, 1, s, d_latent] and RoPE [batch, 1, s, d_rope]."""
@@ -61,11 +62,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Make room; returns the new tokens as they are."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.make_room(key_states.shape[-2])
         self.before = self.seen
         self.seen += key_states.shape[-2]
-        if self.seen > self.pages_each * PAGE_SIZE:
-            self._grow(max(2 * self.pages_each, -(-self.seen // PAGE_SIZE)))
         return key_states, value_states
+
+    def make_room(self, count: int) -> None:
+        """Pages for so many more tokens; twice as many pages as there are, where there are too few."""
+        if self.seen + count > self.pages_each * PAGE_SIZE:
+            self._grow(max(2 * self.pages_each, -(-(self.seen + count) // PAGE_SIZE)))
 
     def write(self, rows: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """Append rows [batch, s, d_qk], of which `valid` [batch, s] are stored.
@@ -80,7 +85,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             counts = self.lengths[:, None] + new.cumsum(1, dtype=torch.int32)
             slots = self._begins[:, None] + counts
             self._store(torch.where(valid.bool(), slots, -1), rows)
-        self.lengths = counts[:, -1].contiguous()
+        self.lengths.copy_(counts[:, -1])  # in place: a captured step goes on with this very tensor
         return counts
 
     def _store(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
@@ -98,6 +103,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _lay_out(self) -> None:
         """What follows from batch and pages_each: the table, and per request the slot before its first."""
+        self.places += 1
         pages = torch.arange(self.batch * self.pages_each, dtype=torch.int32, device=self.device)
         self.block_table = pages.view(self.batch, self.pages_each)
         self._begins = torch.arange(self.batch, device=self.device) * (self.pages_each * PAGE_SIZE) - 1
