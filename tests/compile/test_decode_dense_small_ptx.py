@@ -34,7 +34,8 @@ class Call:
     """One problem with everything in it that must not matter poisoned, and a launch of it."""
 
     def __init__(
-        self, lengths, *, h_q=16, s_q=1, page=64, parts=3, chunk=0, causal=False, sink=False, window=0, offsets=()
+        self, lengths, *, h_q=16, s_q=1, page=64, parts=3, chunk=0, causal=False, sink=False, window=0, offsets=(),
+        ranges=None,
     ) -> None:  # fmt: skip
         gen = torch.Generator().manual_seed(0)
         self.options = {"is_causal": causal, "window": window}
@@ -57,9 +58,11 @@ class Call:
         self.sink = torch.randn(h_q, generator=gen) if sink else None
         reach = [min(n, window + (self.max_s_q or s_q) + 62) if window else n for n in lengths]
         plan = plan_decode(
-            reach, parts, policy="batch_invariant" if chunk else "balanced", overhead_blocks=1, chunk_tokens=chunk or 64
-        )
-        self.metadata, self.num_splits = plan.tile_scheduler_metadata(), plan.num_splits_tensor()
+            reach, parts, policy="batch_invariant" if chunk else "balanced", overhead_blocks=1, chunk_tokens=chunk or 64,
+            ranges=ranges,
+        )  # fmt: skip
+        self.metadata = plan.tile_scheduler_metadata().view(plan.ranges, parts, 8)
+        self.num_splits = plan.num_splits_tensor()
         self.exchange = torch.full((1, plan.num_pieces, 16 * 576), 0x7FC00001, dtype=torch.int32)
         self.exchange[..., ::4] = small.UNWRITTEN
         self.out, self.lse = torch.empty(*lead, h_q, 512).bfloat16(), torch.empty(lead[0], h_q, lead[1])
@@ -84,7 +87,7 @@ class Call:
         params = [
             boxes, np.array([self.page, 1, kv.shape[0]], np.int32).tobytes(), free(self.q, (3,), (3,)),
             free(kv, (3,), (3,)), free(self.table, (), (1,)), free(self.lengths, (), (0,)),
-            free(self.metadata, (1,), (0, 1)), free(self.num_splits, (), (0,)), free(self.out, (3,), (3,)),
+            free(self.metadata, (2,), (1, 2)), free(self.num_splits, (), (0,)), free(self.out, (3,), (3,)),
             free(self.lse), free(self.exchange, (2,), (1, 2)), free(sink, (), (0,)), free(self.offsets, (), (0,)),
             free(self.fault, (0,), (0,)), np.float32(576**-0.5 * LOG2_E).tobytes(),
             *(np.int32(x).tobytes() for x in (
@@ -119,6 +122,7 @@ class Call:
             {"lengths": (300, 70, 9), "h_q": 8, "offsets": (1, 2, 4, 4), "parts": 5, "causal": True}, id="varlen"
         ),
         pytest.param({"lengths": (640,), "h_q": 4, "chunk": 64, "parts": 5}, id="teams-of-2"),
+        pytest.param({"lengths": (300, 70, 0), "h_q": 4, "chunk": 64, "parts": 3, "ranges": 3}, id="lists-of-ranges"),
     ],
 )
 def test_the_machine_code_computes_attention(options):

@@ -31,7 +31,7 @@ import torch
 
 from openmla.backends.base import DecodeOperands
 from openmla.backends.cute.decode_dense.launch import launch, launch_merge
-from openmla.split.schedule import SplitPlan, plan_decode
+from openmla.split.schedule import SplitPlan, plan_decode, ranges_needed
 
 SECONDS = 60
 CUDA = "cuda"
@@ -40,9 +40,9 @@ CUDA = "cuda"
 def case(
     name, lengths, *, s_q=1, heads=128, h_kv=1, parts=None, causal=False, data="randn", policy="balanced", varlen=None,
     hostile=True, dtype=torch.bfloat16, seed=0, chunk_tokens=256, page_size=64, cluster=2, d_qk=576, window=0, sink=False,
-    interleaved_heads=False,
+    interleaved_heads=False, dealt=False, merge_blocks=None,
 ):  # fmt: skip
-    """Inputs, plan and poisoned outputs of one problem."""
+    """Inputs, plan and poisoned outputs of one problem. `dealt`: parts are lists of ranges."""
     g = torch.Generator(CUDA).manual_seed(seed)
     batch = len(lengths)
     h_q = heads * h_kv
@@ -88,7 +88,13 @@ def case(
     m_blocks = -(-s_q * heads // 64)
     m_blocks += m_blocks % cluster
     parts = parts or max(torch.cuda.get_device_properties(0).multi_processor_count // (m_blocks * h_kv), 1)
-    plan = plan_decode(lengths, parts, policy=policy, chunk_tokens=chunk_tokens)
+    ranges = None
+    if dealt:
+        chunks = sum(max(-(-length // chunk_tokens), 1) for length in lengths)
+        ranges = ranges_needed(batch, parts) if policy == "balanced" else -(-chunks // parts)
+    plan = plan_decode(
+        lengths, parts, policy=policy, chunk_tokens=chunk_tokens, ranges=ranges, merge_blocks=merge_blocks
+    )
     cu = None
     shape, lse_shape = (batch, s_q, h_q), (batch, h_q, s_q)
     if varlen is not None:
@@ -104,13 +110,18 @@ def case(
     )  # fmt: skip
     blocks = h_kv * m_blocks
     return SimpleNamespace(
-        name=name, operands=operands, plan=plan, metadata=plan.tile_scheduler_metadata(CUDA),
+        name=name, operands=operands, plan=plan, metadata=metadata_of(plan),
         num_splits=plan.num_splits_tensor(CUDA), s_q=s_q, heads=heads, h_kv=h_kv, causal=causal or window > 0, lengths=lengths,
         window=window,
         q_tokens=q_tokens, page_size=page_size, num_pages=num_pages,
         blocks=blocks, out_accum=torch.full((plan.num_pieces, blocks, 64 * 512), nan, device=CUDA),
         lse2_accum=torch.full((plan.num_pieces, blocks * 64), nan, device=CUDA),
     )  # fmt: skip
+
+
+def metadata_of(plan):
+    """The plan's rows on the device, [ranges, num_parts, 8]."""
+    return plan.tile_scheduler_metadata(CUDA).view(plan.ranges, -1, 8)
 
 
 def operator(module, name, c):
@@ -125,7 +136,7 @@ def operator(module, name, c):
         if end == "whole":
             plan = whole_requests(c)
             new = {
-                "plan": plan, "metadata": plan.tile_scheduler_metadata(CUDA), "num_splits": plan.num_splits_tensor(CUDA)
+                "plan": plan, "metadata": metadata_of(plan), "num_splits": plan.num_splits_tensor(CUDA)
             }  # fmt: skip
             c = SimpleNamespace(**{**vars(c), **new})
         elif end.startswith("p"):
@@ -284,6 +295,9 @@ def cases(name):
         make("window of 1, s_q 2, sink", [300, 64, 1000, 1], window=1, s_q=2, sink=True, parts=5),
         make("window, varlen, chunks", [1500, 700, 64], window=130, varlen=[2, 4, 1], s_q=4, policy="batch_invariant"),
         make("many requests", long, s_q=2, causal=True),
+        make("many requests dealt", long, s_q=2, causal=True, dealt=True, parts=13),
+        make("dealt, cut where long", [3000, 100, 0, 64, 700, 1500, 1], dealt=True, parts=4),
+        make("chunks dealt", [1000, 64, 1, 0, 2049, 256, 257], dealt=True, parts=3, policy="batch_invariant"),
     ]
 
 
@@ -345,7 +359,10 @@ def bad_values(module, name):
             flush=True,
         )
     c.operands.block_table[1, 2] = 0
-    for length, bit in ((-7, 2), (2**30, 4)):
+    # Cut to the table, a length of 2^30 makes the plan's five blocks full: of small pages they take one more than 300
+    # tokens have, whose id is a random integer.
+    beyond = -(-320 // page) > -(-300 // page)
+    for length, bit in ((-7, 2), (2**30, 4 | beyond)):
         c.operands.cache_seqlens[1] = length
         c.operands.fault_word.zero_()
         call()
@@ -474,7 +491,7 @@ def replanned(c, parts):
     """The same problem cut for another number of parts."""
     plan = plan_decode(c.lengths, parts)
     new = {
-        "plan": plan, "metadata": plan.tile_scheduler_metadata(CUDA), "num_splits": plan.num_splits_tensor(CUDA),
+        "plan": plan, "metadata": metadata_of(plan), "num_splits": plan.num_splits_tensor(CUDA),
         "out_accum": torch.empty(plan.num_pieces, c.blocks, 64 * 512, device=CUDA),
         "lse2_accum": torch.empty(plan.num_pieces, c.blocks * 64, device=CUDA),
     }  # fmt: skip

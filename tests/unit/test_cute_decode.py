@@ -36,11 +36,11 @@ def _plan_function(
 ) -> None:  # fmt: skip
     lengths = [min(max(n, 0), capacity) for n in cache_seqlens.tolist()]
     plan = plan_decode(
-        lengths, metadata.shape[0], policy="batch_invariant" if chunk_blocks else "balanced", block_tokens=block_tokens,
+        lengths, metadata.shape[1], policy="batch_invariant" if chunk_blocks else "balanced", block_tokens=block_tokens,
         overhead_blocks=overhead, merge_blocks=merge, min_share_blocks=min_share,
-        chunk_tokens=(chunk_blocks or 64) * block_tokens,
+        chunk_tokens=(chunk_blocks or 64) * block_tokens, ranges=metadata.shape[0],
     )  # fmt: skip
-    metadata.copy_(plan.tile_scheduler_metadata())
+    metadata.copy_(plan.tile_scheduler_metadata().view(metadata.shape))
     num_splits.copy_(plan.num_splits_tensor())
 
 
@@ -150,7 +150,7 @@ def test_a_call_reaches_the_kernel_whole(kernel: decode.FewRows, policy: str, si
     assert kernel.supports(problem, H100)
     compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
     plan = kernel.plan(compiled, problem, operands.cache_seqlens, policy)
-    assert plan.tile_scheduler_metadata.shape == (128, 8)
+    assert plan.tile_scheduler_metadata.shape == (2 if policy == "balanced" else 1, 128, 8)
     assert (plan.chunk_blocks > 0) == (policy == "batch_invariant")
     workspace = torch.empty(kernel.workspace_bytes(compiled, problem, policy), dtype=torch.uint8)
     kernel.launch(compiled, problem, operands._replace(workspace=workspace), plan)
@@ -172,7 +172,7 @@ def test_many_rows_are_split_and_merged(kernel: decode.FewRows, policy: str) -> 
     assert many.supports(problem, H100), many.supports(problem, H100).reasons
     compiled = many.compile(problem, many.configs(problem, H100)[0], H100)
     plan = many.plan(compiled, problem, operands.cache_seqlens, policy)
-    assert plan.tile_scheduler_metadata.shape == (66, 8)
+    assert plan.tile_scheduler_metadata.shape == (2 if policy == "balanced" else 1, 66, 8)
     assert policy == "batch_invariant" or int(plan.num_splits[-1]) > 3, "the case must split a request"
     workspace = torch.empty(many.workspace_bytes(compiled, problem, policy), dtype=torch.uint8)
     many.launch(compiled, problem, operands._replace(workspace=workspace), plan)
@@ -238,7 +238,7 @@ def test_packed_queries_windows_and_odd_pages_reach_the_kernel(kernel: decode.Fe
     plan = kernel.plan(compiled, problem, lengths, "balanced")
     if window == 100:  # 100 + 2 - 1 tokens, and up to 63 before them in their tile: three blocks
         blocks = plan.tile_scheduler_metadata
-        assert int(blocks[:, 3].max()) <= 3, "the plan must not share out tiles that nobody reads"
+        assert int(blocks[..., 3].max()) <= 3, "the plan must not share out tiles that nobody reads"
     out, lse = torch.full((7, 8, 512), torch.nan, dtype=q.dtype), torch.full((8, 7), torch.nan)
     operands = DecodeOperands(q, kv, table, lengths, 0.05, out, lse, fault_word(q.device), starts)
     kernel.launch(compiled, problem, operands, plan)
@@ -259,7 +259,7 @@ def test_many_rows_over_few_keys_become_groups(kernel: decode.FewRows) -> None:
     compiled = kernel.compile(problem, kernel.configs(problem, H100)[0], H100)
     assert compiled.config.rows == 16
     plan = kernel.plan(compiled, problem, lengths, "balanced")
-    assert plan.tile_scheduler_metadata.shape == (132 // 8, 8)
+    assert plan.tile_scheduler_metadata.shape == (2, 132 // 8, 8)
     workspace = torch.empty(kernel.workspace_bytes(compiled, problem, "balanced"), dtype=torch.uint8)
     out, lse = torch.full((2, 1, 128, 512), torch.nan, dtype=q.dtype), torch.full((2, 128, 1), torch.nan)
     operands = DecodeOperands(q, kv, table, lengths, 0.05, out, lse, fault_word(q.device), workspace=workspace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,27 +11,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmla.core.errors import ProblemError
-from openmla.split.schedule import POLICIES, SplitPlan, plan_decode
+from openmla.split.schedule import POLICIES, SplitPlan, plan_decode, ranges_needed
 
 CHUNKS, PER_CHUNK = 4, 5500
 CTA_PARTS = (1, 2, 3, 4, 8, 13, 33, 66, 78, 132)
 
 
-def check_plan(plan: SplitPlan, lengths: list[int], num_parts: int, block_tokens: int) -> None:
+def check_plan(
+    plan: SplitPlan, lengths: list[int], num_parts: int, block_tokens: int, *, is_list: bool = False
+) -> None:
     """The invariants that every formulation of a plan must keep."""
     blocks = [-(-max(length, 0) // block_tokens) for length in lengths]
-    assert list(plan.blocks) == blocks and len(plan.parts) == num_parts
+    assert list(plan.blocks) == blocks and len(plan.parts) == num_parts * plan.ranges
     assert len(plan.num_splits) == len(lengths) + 1 and plan.num_splits[0] == 0
 
     next_block, next_split, last_part = [0] * len(lengths), [0] * len(lengths), -1
     line = (0, 0)  # (request, block): pieces follow one another along the line of work
-    for piece in plan.pieces():
+    pieces = list(plan.pieces())
+    if is_list:
+        pieces.sort(key=lambda piece: (piece.request, piece.split))
+        for part in range(num_parts):  # a kernel stops at the first empty range
+            has_work = [begin <= end for begin, end, *_ in plan.parts[part::num_parts]]
+            assert has_work == sorted(has_work, reverse=True)
+    for piece in pieces:
         # The pieces of a request come in order, without gap or overlap, numbered from 0.
         assert piece.begin_block == next_block[piece.request], piece
         assert piece.split == next_split[piece.request], piece
         # Empty pieces exist for empty requests only.
         assert piece.end_block > piece.begin_block or blocks[piece.request] == 0, piece
-        assert last_part <= piece.part < num_parts
+        assert (0 if is_list else last_part) <= piece.part < num_parts
         assert (piece.request, piece.begin_block) >= line
         next_block[piece.request], line = piece.end_block, (piece.request, piece.end_block)
         next_split[piece.request] += 1
@@ -60,6 +69,13 @@ def draw(pick: random.Random) -> tuple[list[int], int, dict[str, int]]:
     return lengths, pick.choice(CTA_PARTS), options
 
 
+def list_length(lengths: list[int], num_parts: int, chunk_tokens: int | None = None) -> int:
+    """Ranges per part that hold every piece."""
+    if chunk_tokens is None:
+        return ranges_needed(len(lengths), num_parts)
+    return max(-(-sum(max(-(-length // chunk_tokens), 1) for length in lengths) // num_parts), 1)
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_block_exactly_once(chunk, seeds_of):
     for seed in seeds_of(chunk, PER_CHUNK):
@@ -71,9 +87,11 @@ def test_every_block_exactly_once(chunk, seeds_of):
             options["chunk_tokens"] = options["block_tokens"] * (pick.choice((1, 2, 64)) if longest < 10**6 else 4096)
         else:
             options["min_share_blocks"] = pick.choice((1, 1, 2, 8))
+        if is_list := pick.random() < 0.25:
+            options["ranges"] = list_length(lengths, num_parts, options.get("chunk_tokens"))
         plan = plan_decode(lengths, num_parts, policy=policy, **options)
         try:
-            check_plan(plan, lengths, num_parts, options["block_tokens"])
+            check_plan(plan, lengths, num_parts, options["block_tokens"], is_list=is_list)
             assert plan == plan_decode(tuple(lengths), num_parts, policy=policy, **options)
         except AssertionError as error:
             raise AssertionError(
@@ -105,12 +123,13 @@ def test_parts_cost_about_the_same(chunk, seeds_of):
 def test_batch_invariant_pieces_depend_on_own_length_only(lengths, parts_a, parts_b, data):
     request = data.draw(st.integers(0, len(lengths) - 1))
 
-    def cuts(all_lengths: list[int], num_parts: int, which: int) -> list[tuple[int, int]]:
-        plan = plan_decode(all_lengths, num_parts, policy="batch_invariant")
-        return [(piece.begin_block, piece.end_block) for piece in plan.pieces() if piece.request == which]
+    def cuts(all_lengths: list[int], num_parts: int, which: int, ranges: int | None = None) -> list[tuple[int, int]]:
+        plan = plan_decode(all_lengths, num_parts, policy="batch_invariant", ranges=ranges)
+        return sorted((piece.begin_block, piece.end_block) for piece in plan.pieces() if piece.request == which)
 
     alone = cuts([lengths[request]], parts_a, 0)
     assert cuts(lengths, parts_b, request) == alone
+    assert cuts(lengths, parts_b, request, list_length(lengths, parts_b, 4096)) == alone
     assert all(begin % 64 == 0 for begin, _ in alone)  # chunk_tokens 4096 = 64 blocks
 
 
@@ -173,6 +192,53 @@ def test_the_cheaper_of_whole_requests_and_even_cuts_is_chosen(
     assert (round(sum(evens) / len(evens)), round(sum(wholes) / len(wholes)), chosen) == (even, whole, times_whole)
 
 
+def modelled(plan: SplitPlan, num_parts: int, overhead: int, merge: int) -> float:
+    """Blocks of the busiest part, and its share of a merge that costs `merge` with a piece per request and part."""
+    load = [0] * num_parts
+    for piece in plan.pieces():
+        load[piece.part] += overhead + piece.end_block - piece.begin_block
+    counts = [end - begin for begin, end in pairwise(plan.num_splits)]
+    return max(load) + merge * sum(count for count in counts if count > 1) / (plan.batch + num_parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "merge", "tokens", "stretch", "ranges"),
+    [
+        (66, 20, 4096, 152, 141),
+        (66, 20, 8192, 277, 271),
+        (33, 40, 4096, 289, 277),
+        (33, 40, 8192, 539, 533),
+        (132, 10, 4096, 77, 75),
+    ],
+)
+def test_lists_of_ranges_even_out_varying_lengths(parts, merge, tokens, stretch, ranges):
+    """The table of the module's docstring."""
+    pick, found = random.Random(1), []
+    for _ in range(10):
+        lengths = [min(max(1, int(pick.gauss(tokens, tokens / 2))), 2 * tokens) for _ in range(128)]
+        plans = [
+            plan_decode(lengths, parts, merge_blocks=merge, ranges=each) for each in (None, ranges_needed(128, parts))
+        ]
+        found.append([modelled(plan, parts, 5, merge if parts < 128 else 5) for plan in plans])
+    assert [round(sum(each) / len(each)) for each in zip(*found, strict=True)] == [stretch, ranges]
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_lists_of_ranges_fit_their_rows_and_slots(chunk, seeds_of):
+    kinds = set()
+    for seed in seeds_of(chunk, 1000):
+        lengths, num_parts, options = draw(random.Random(seed))
+        if not lengths:
+            continue
+        plan = plan_decode(lengths, num_parts, ranges=ranges_needed(len(lengths), num_parts), **options)
+        check_plan(plan, lengths, num_parts, options["block_tokens"], is_list=True)
+        # As many partials as even cuts have at most, so that one workspace serves every length.
+        assert plan.num_pieces <= len(lengths) + num_parts, f"--case-seed={seed}"
+        spread = any(begin <= end for begin, end, *_ in plan.parts[num_parts:])
+        kinds.add((spread, plan.num_pieces > plan.batch))
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}, "every kind of plan was drawn"
+
+
 def test_few_requests_are_split_whatever_a_merge_costs():
     plan = plan_decode([4096] * 4, 66, merge_blocks=10**6)
     assert len({piece.part for piece in plan.pieces()}) > 60
@@ -195,12 +261,14 @@ def test_whole_requests_give_every_part_a_request_where_they_are_equal():
         ({"num_parts": 1, "merge_blocks": -1}, "merge_blocks"),
         ({"num_parts": 1, "chunk_tokens": 100}, "chunk_tokens"),
         ({"num_parts": 1, "chunk_tokens": 32}, "chunk_tokens"),
+        ({"num_parts": 1, "ranges": 0}, "ranges"),
+        ({"num_parts": 1, "ranges": 1, "policy": "batch_invariant", "chunk_tokens": 64}, "2 pieces"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
 )
 def test_misuse_is_refused(arguments, rule):
     with pytest.raises(ProblemError, match=rule):
-        plan_decode([64], **arguments)
+        plan_decode([65], **arguments)
 
 
 def test_all_violations_at_once():

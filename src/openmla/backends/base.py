@@ -37,7 +37,7 @@ def require(*rules: tuple[bool, str]) -> Verdict:
 class DecodePlan(NamedTuple):
     """How a batch is cut, on the device that runs it; the form is described in `openmla.split.schedule`."""
 
-    tile_scheduler_metadata: torch.Tensor  # [num_parts, 8] int32
+    tile_scheduler_metadata: torch.Tensor  # int32 [num_parts, 8], or [ranges, num_parts, 8]
     num_splits: torch.Tensor  # [batch + 1] int32
     chunk_blocks: int  # 0: pieces end only where parts end
     partials: tuple[torch.Tensor, ...] | None = None  # scratch that stays here, so a plan serves one stream at a time

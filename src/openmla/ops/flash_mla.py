@@ -74,7 +74,7 @@ class FlashMLASchedMeta:
 
     have_initialized: bool = False
     config: Config | None = None
-    tile_scheduler_metadata: torch.Tensor | None = None  # [num_sm_parts, 8] int32
+    tile_scheduler_metadata: torch.Tensor | None = None  # [num_sm_parts, 8] int32, or a multiple of num_sm_parts rows
     num_splits: torch.Tensor | None = None  # [batch + 1] int32
     plan: native.Plan | None = None
 

@@ -53,8 +53,8 @@ class Plan:
 
     @property
     def tile_scheduler_metadata(self) -> torch.Tensor:
-        """[num_parts, 8] int32."""
-        return self.pieces.tile_scheduler_metadata
+        """[num_parts, 8] int32; [ranges * num_parts, 8] where the parts are lists of ranges."""
+        return self.pieces.tile_scheduler_metadata.flatten(0, -2)
 
     @property
     def num_splits(self) -> torch.Tensor:

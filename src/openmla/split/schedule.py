@@ -1,8 +1,8 @@
 """Plans of dense decode: which part computes which KV blocks of which request.
 
 Work is a line: the KV blocks of request 0, then of request 1, and so on. A *part* (a CTA group on a GPU, a
-task group on a CPU) takes one contiguous stretch of that line; where a stretch boundary falls inside a request,
-the request is split and its pieces are merged by `openmla.split.combine`.
+task group on a CPU) takes one contiguous stretch of that line, or a list of ranges of it; where a boundary falls inside a
+request, the request is split and its pieces are merged by `openmla.split.combine`.
 
 The plan's device form is the one that FlashMLA introduced, so that code which stores or copies it keeps working:
 
@@ -10,6 +10,9 @@ The plan's device form is the one that FlashMLA introduced, so that code which s
                              of end_req), begin_split (index of the first piece within its request), 0, 0, 0.
                              An empty part has begin_req > end_req; it may stand anywhere.
     num_splits               int32 [batch + 1]     prefix sum of the number of pieces of each request
+
+With lists of ranges it has `ranges * num_parts` rows: part p works on the rows p, p + num_parts, p + 2 num_parts, ... up to
+its first empty one.
 
 A request of length 0 has one piece, of zero blocks, so that its output rows are written by somebody.
 
@@ -26,17 +29,30 @@ mixed: the best plan that splits some requests only, its merge in proportion, fo
      256     33  16384  fixed        1018 + 40   1044   1044  whole
      256     33   4096  varlen        277 + 40    346    303  even (whole in 1 draw of 20)
 
-Mixed plans would gain 2 to 4 % at 4096 varlen and at most 1 % from 8192 on, but their cuts depend on one another: a
-serial pass. There are none. Whole requests sorted by length would give 153 and 286 at 4096 varlen, but a part is
-a stretch of consecutive requests.
+Lists of ranges even out what stretches cannot. Requests are cut at multiples of one length or not at all; the whole chunks
+as they come, then the last pieces of all requests, longest first, go over the parts there and back again. Every piece has
+its seat by its rank alone, so a GPU deals all at once. T with the merge in proportion to the pieces that need one (varlen
+cut to 2 s, mean of 10 draws):
+
+    rows  parts  s      stretches  lists
+     128     66   4096        152    141
+     128     66   8192        277    271
+     256     33   4096        289    277
+     256     33   8192        539    533
+      64    132   4096         77     75
+
+Giving each piece to the least busy part instead, one after the other, is no better: 141, 271, 285, 548 and 74. From 16384
+on even cuts are as good as lists.
 
 Policies
-    balanced         cost of a part = blocks + `overhead_blocks` per piece (pipeline fill and epilogue). Whole requests
-                     where the busiest part then costs at most `merge_blocks` more than an even one (`overhead_blocks`
-                     where there are no more requests than parts: parts would idle, and little is merged); else even
-                     cuts.
+    balanced         cost of a part = blocks + `overhead_blocks` per piece (pipeline fill and epilogue). Stretches: whole
+                     requests where the busiest part then costs at most `merge_blocks` more than an even one
+                     (`overhead_blocks` where there are no more requests than parts: parts would idle, and little is
+                     merged); else even cuts. Lists: the cheapest of even cuts, whole requests dealt, and requests cut at
+                     1, 1.05 and 1.1 times an even share (or that fraction of it which is nearest to two mean requests).
     batch_invariant  requests are cut at multiples of `chunk_blocks` and nowhere else: which pieces a request has
-                     depends on its own length only, so a row's bits do not depend on its batch mates.
+                     depends on its own length only, so a row's bits do not depend on its batch mates. Lists deal them
+                     longest first; stretches take about equally many each.
 """
 
 from __future__ import annotations
@@ -53,6 +69,7 @@ from openmla.core.errors import ProblemError
 
 Policy = Literal["balanced", "batch_invariant"]
 POLICIES: tuple[str, ...] = get_args(Policy)
+LONGEST_SORTED = 2**19 - 1  # blocks; longer pieces count as equal, so that a length and a request fit 32 bits
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,7 @@ class SplitPlan:
     blocks: tuple[int, ...]  # KV blocks per request
     parts: tuple[tuple[int, int, int, int, int], ...]
     num_splits: tuple[int, ...]  # prefix sum, batch + 1 entries
+    ranges: int = 1  # rows of a part: `parts` holds the first of every part, then the second of every part, ...
 
     @property
     def batch(self) -> int:
@@ -88,7 +106,8 @@ class SplitPlan:
         return self.num_splits[-1]
 
     def pieces(self) -> Iterator[Piece]:
-        """Every piece, in the order of the line."""
+        """Every piece, row by row: in the order of the line where parts are single stretches."""
+        num_parts = len(self.parts) // self.ranges
         for index, (begin_req, end_req, begin_block, end_block, begin_split) in enumerate(self.parts):
             for request in range(begin_req, end_req + 1):
                 begin = begin_block if request == begin_req else 0
@@ -96,11 +115,11 @@ class SplitPlan:
                 split = begin_split if request == begin_req else 0
                 step = self.chunk_blocks or max(end - begin, 1)
                 for start in range(begin, max(end, begin + 1), step):
-                    yield Piece(index, request, split, start, min(start + step, end))
+                    yield Piece(index % num_parts, request, split, start, min(start + step, end))
                     split += 1
 
     def tile_scheduler_metadata(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The parts as int32 [num_parts, 8]."""
+        """The parts as int32 [ranges * num_parts, 8]."""
         return torch.tensor([[*part, 0, 0, 0] for part in self.parts], dtype=torch.int32, device=device).view(-1, 8)
 
     def num_splits_tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -121,8 +140,9 @@ def plan_decode(
     merge_blocks: int | None = None,
     min_share_blocks: int = 1,
     chunk_tokens: int = 4096,
+    ranges: int | None = None,
 ) -> SplitPlan:
-    """Cut the KV blocks of a batch into `num_parts` stretches of about equal cost. A pure function.
+    """Give the KV blocks of a batch to `num_parts` parts of about equal cost. A pure function.
 
     Args:
         cache_seqlens: tokens of each request; negative counts as 0.
@@ -134,6 +154,7 @@ def plan_decode(
             busiest part then costs at most this much more than an even one. None: overhead_blocks.
         min_share_blocks: use fewer parts rather than giving one less than this on average (`balanced`).
         chunk_tokens: piece length of `batch_invariant`, a multiple of block_tokens.
+        ranges: rows per part, see `ranges_needed`. None: a part is one stretch of the line.
 
     Raises:
         ProblemError: an argument is out of range.
@@ -153,13 +174,116 @@ def plan_decode(
         wrong.append(f"merge_blocks must be at least 0, got {merge_blocks}")
     if min_share_blocks < 1:
         wrong.append(f"min_share_blocks must be at least 1, got {min_share_blocks}")
+    if ranges is not None and ranges * num_parts < len(cache_seqlens):
+        wrong.append(f"ranges * num_parts must be at least batch={len(cache_seqlens)}, got {ranges} * {num_parts}")
     if wrong:
         raise ProblemError("plan_decode", wrong)
     blocks = tuple(-(-max(int(length), 0) // block_tokens) for length in cache_seqlens)
-    if policy == "batch_invariant":
-        return _fixed_chunks(blocks, num_parts, block_tokens, chunk_tokens // block_tokens)
     merge = overhead_blocks if merge_blocks is None else merge_blocks
+    if policy == "batch_invariant":
+        chunk = chunk_tokens // block_tokens
+        if ranges is None:
+            return _fixed_chunks(blocks, num_parts, block_tokens, chunk)
+        pieces = sum(max(-(-count // chunk), 1) for count in blocks)
+        if pieces > ranges * num_parts:
+            raise ProblemError(
+                "plan_decode", [f"ranges * num_parts must hold {pieces} pieces, got {ranges} * {num_parts}"]
+            )
+        return _deal(policy, blocks, num_parts, ranges, block_tokens, chunk)
+    if ranges is not None:
+        return _balanced_ranges(blocks, num_parts, ranges, block_tokens, overhead_blocks, merge, min_share_blocks)
     return _balanced(blocks, num_parts, block_tokens, overhead_blocks, merge, min_share_blocks)
+
+
+def ranges_needed(batch: int, num_parts: int) -> int:
+    """Rows per part that `balanced` plans of a batch can use: as many pieces as even cuts make."""
+    return -(-batch // num_parts) + 1
+
+
+def _balanced_ranges(
+    blocks: tuple[int, ...], num_parts: int, ranges: int, block_tokens: int, overhead: int, merge: int, min_share: int
+) -> SplitPlan:
+    """The cheapest of: whole requests dealt, requests cut at multiples of three lengths dealt, even cuts of the line."""
+    batch, spare = len(blocks), (_EMPTY_PART,) * ((ranges - 1) * num_parts)
+    if not blocks:
+        return SplitPlan("balanced", block_tokens, 0, blocks, (_EMPTY_PART,) * (ranges * num_parts), (0,), ranges)
+    ends = list(accumulate(max(count + overhead, 1) for count in blocks))
+    line = ends[-1] - overhead
+    cuts = min(num_parts, max(line // min_share, 1))
+    # Costs are in units of 1 / pieces of a block; even cuts make batch + num_parts - 1 pieces and pay for all.
+    most = batch + num_parts
+    merge = merge if batch > num_parts else overhead
+    least, chosen = (-(-line // cuts) + overhead + merge) * most, 0
+    for chunk in _chunks_to_try(blocks, ends[-1], num_parts, overhead):
+        whole = [max(count - 1, 0) // chunk for count in blocks]
+        if batch + sum(whole) > min(most, ranges * num_parts):
+            continue
+        split = sum(count + 1 for count in whole if count)
+        cost = _busiest(blocks, whole, chunk, num_parts, overhead) * most + merge * split
+        if cost < least or (cost == least and not chosen):
+            least, chosen = cost, chunk
+    if chosen:
+        return _deal("balanced", blocks, num_parts, ranges, block_tokens, chosen)
+    parts, pieces = _even_cuts(blocks, ends, cuts, overhead)
+    rows = (*parts, *(_EMPTY_PART,) * (num_parts - cuts), *spare)
+    return SplitPlan("balanced", block_tokens, 0, blocks, rows, (0, *accumulate(pieces)), ranges)
+
+
+def _chunks_to_try(blocks: Sequence[int], work: int, num_parts: int, overhead: int) -> list[int]:
+    """Lengths at whose multiples requests may be cut: none of them, then about two mean requests or an even share."""
+    batch, chunks = len(blocks), [max(*blocks, 1)]
+    if 2 * batch >= num_parts:
+        each = max((batch + num_parts) // (2 * num_parts), 1)  # pieces of that length in an even share
+        share = -(-work // num_parts)
+        chunks += [max(share * (20 + extra) // (20 * each) - overhead, 1) for extra in (0, 1, 2)]
+    return chunks
+
+
+def _by_length(blocks: Sequence[int], chunk: int) -> list[int]:
+    """Requests in the order of their last pieces, longest first, then as they come."""
+    last = [count - max(count - 1, 0) // chunk * chunk for count in blocks]
+    return sorted(range(len(blocks)), key=lambda request: (-min(last[request], LONGEST_SORTED), request))
+
+
+def _seat(rank: int, num_parts: int) -> tuple[int, int]:
+    """(row, part) of the piece that comes as number `rank`: there and back again over the parts."""
+    row, place = divmod(rank, num_parts)
+    return row, num_parts - 1 - place if row % 2 else place
+
+
+def _busiest(blocks: Sequence[int], whole: Sequence[int], chunk: int, num_parts: int, overhead: int) -> int:
+    """Cost of the busiest part when whole chunks and then the last pieces of requests are dealt."""
+    dealt = sum(whole)
+    rows = dealt // num_parts
+    load = [rows * (chunk + overhead)] * num_parts
+    for rank in range(rows * num_parts, dealt):
+        load[_seat(rank, num_parts)[1]] += chunk + overhead
+    for rank, request in enumerate(_by_length(blocks, chunk), dealt):
+        load[_seat(rank, num_parts)[1]] += blocks[request] - whole[request] * chunk + overhead
+    return max(load)
+
+
+def _deal(
+    policy: Policy, blocks: tuple[int, ...], num_parts: int, ranges: int, block_tokens: int, chunk: int
+) -> SplitPlan:
+    """Cut requests at multiples of `chunk`; deal whole chunks as they come, then the last pieces, longest first."""
+    rows = [_EMPTY_PART] * (ranges * num_parts)
+    rank = 0
+
+    def put(request: int, begin: int, end: int) -> None:
+        row, part = _seat(rank, num_parts)
+        rows[row * num_parts + part] = (request, request, begin, end, begin // chunk)
+
+    whole = [max(count - 1, 0) // chunk for count in blocks]
+    for request, count in enumerate(whole):
+        for index in range(count):
+            put(request, index * chunk, (index + 1) * chunk)
+            rank += 1
+    for request in _by_length(blocks, chunk):
+        put(request, whole[request] * chunk, blocks[request])
+        rank += 1
+    splits = (0, *accumulate(count + 1 for count in whole))
+    return SplitPlan(policy, block_tokens, chunk * (policy != "balanced"), blocks, tuple(rows), splits, ranges)
 
 
 def _balanced(

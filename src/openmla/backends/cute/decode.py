@@ -30,7 +30,6 @@ from openmla.core.target import Target
 from openmla.split.schedule import Policy
 
 PLAN_SCRATCH = 64 << 20  # bytes of partials that may stay with a plan, so that no layer allocates and carves its own
-CHUNK_TOKENS = 4096  # piece length of batch_invariant: partials are then 2.8 % of the KV bytes at 128 heads
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,7 @@ class PlanOptions(NamedTuple):
     overhead_blocks: int
     merge_blocks: int
     min_share_blocks: int
+    chunk_tokens: int  # piece length of batch_invariant
 
 
 @dataclass(frozen=True)
@@ -175,14 +175,15 @@ class FewRows:
     def compile(self, problem: DecodeProblem, config: small.Config, target: Target) -> Compiled:
         """Load both functions, compiling what neither bundle nor cache has."""
         overhead = small.OVERHEAD_BLOCKS  # also of the merge, which this kernel does itself
-        options = PlanOptions(small.num_parts(problem, target), small.BLOCK_TOKENS, overhead, overhead, 1)
+        parts = small.num_parts(problem, target)
+        options = PlanOptions(parts, small.BLOCK_TOKENS, overhead, overhead, 1, small.CHUNK_TOKENS)
         return Compiled(config, options, _serve(small.FAMILY, config), _serve("schedule", ScheduleVariant()))
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Plan on the device. The exchange of partials stays with the plan: every launch leaves it as it found it."""
         shape = self._workspace(compiled, problem, policy).exchange
         exchange = torch.full(shape, small.UNWRITTEN, dtype=torch.int32, device=cache_seqlens.device)
-        pieces = plan_on_device(compiled, problem, small.planned_lengths(problem, cache_seqlens), policy)
+        pieces = plan_on_device(compiled, problem, small.planned_lengths(problem, cache_seqlens), policy, shape[1])
         return pieces._replace(partials=(exchange,))
 
     def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
@@ -194,7 +195,7 @@ class FewRows:
         found = compiled.scratch.get(policy)
         if found is None:
             parts = compiled.options.num_parts
-            found = small.workspace(problem, compiled.config, parts, cast(Policy, policy), CHUNK_TOKENS)
+            found = small.workspace(problem, compiled.config, parts, cast(Policy, policy), small.CHUNK_TOKENS)
             compiled.scratch[policy] = found
         return cast(small.Workspace, found)
 
@@ -239,15 +240,16 @@ class ManyRows:
     def compile(self, problem: DecodeProblem, config: large.Config, target: Target) -> Compiled:
         """Load the three functions, compiling what neither bundle nor cache has."""
         parts, splitting = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
-        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, 1)
+        chunk = large.chunk_tokens(problem)
+        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, 1, chunk)
         merge = _serve(large.MERGE_FAMILY, large.merge_config(problem))
         schedule = _serve("schedule", ScheduleVariant())
         return Compiled(config, options, _serve(large.FAMILY, config), schedule, merge)
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Plan on the device."""
-        pieces = plan_on_device(compiled, problem, cache_seqlens, policy)
         shapes = self._partials(compiled, problem, policy == "batch_invariant")
+        pieces = plan_on_device(compiled, problem, cache_seqlens, policy, shapes[0][0])
         return pieces._replace(partials=partials(cache_seqlens.device, *shapes))
 
     def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
@@ -259,7 +261,7 @@ class ManyRows:
     ) -> tuple[tuple[int, int, int], tuple[int, int]]:
         slots = problem.batch + compiled.options.num_parts
         if has_chunks:
-            slots = problem.batch * max(-(-problem.max_pages * problem.page_size // CHUNK_TOKENS), 1)
+            slots = problem.batch * max(-(-problem.max_pages * problem.page_size // compiled.options.chunk_tokens), 1)
         blocks = problem.h_kv * large.row_blocks(problem)
         return (slots, blocks, large.BLOCK_ROWS * large.D_V), (slots, blocks * large.BLOCK_ROWS)
 
@@ -282,12 +284,17 @@ def _available(*needed: tuple[str, Any]) -> Verdict:
     return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
 
 
-def plan_on_device(compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
-    """Launch the plan kernel; its result is that of `plan_decode`, without waiting for the device."""
+def plan_on_device(
+    compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str, slots: int
+) -> DecodePlan:
+    """Launch the plan kernel; its result is that of `plan_decode` with a range for each of `slots` pieces, without
+    waiting for the device.
+    """
     options, device = compiled.options, cache_seqlens.device
-    metadata = torch.empty((options.num_parts, 8), dtype=torch.int32, device=device)
+    ranges = -(-slots // options.num_parts)
+    metadata = torch.empty((ranges, options.num_parts, 8), dtype=torch.int32, device=device)
     num_splits = torch.empty(problem.batch + 1, dtype=torch.int32, device=device)
-    chunk_blocks = CHUNK_TOKENS // options.block_tokens if policy == "batch_invariant" else 0
+    chunk_blocks = options.chunk_tokens // options.block_tokens if policy == "batch_invariant" else 0
     compiled.schedule(
         cache_seqlens, metadata, num_splits, fault_word(device), problem.max_pages * problem.page_size,
         options.block_tokens, options.overhead_blocks, options.merge_blocks,

@@ -1,16 +1,16 @@
 """`openmla.split.schedule.plan_decode` on the device: one CTA, no host sync, safe inside a CUDA graph.
 
-The plan of the Python function has a closed form for every part once each request knows where it ends on the line, so
-the work here is one prefix sum over requests and two binary searches per part. Results are identical, field by field:
+The work is prefix sums over requests, a sort and a closed form per part. Results are identical, field by field:
 
     1. lengths -> blocks (clamped to the capacity of the block table, faults reported), widths, their prefix sum and
        maximum: a scan over warps, 512 requests at a time, kept in shared memory (at most `MAX_BATCH` requests);
-    2. whether requests stay whole: the busiest part if they do, by one binary search per cut and a maximum;
-    3. pieces per request in closed form, their prefix sum -> num_splits;
-    4. one thread per part: its two cuts, the requests that hold them, its first split.
+    2. what dealing whole requests, and requests cut at three lengths, would cost: last pieces sorted by length, then one
+       thread per part adds up what it would get;
+    3. the cheapest: pieces per request and their prefix sum -> num_splits; one thread per piece or, for even cuts, one
+       thread per part with its two cuts, the requests that hold them, its first split.
 
-Outputs are read by the kernels of every layer until the lengths change: `metadata` int32 [num_parts, 8] and `num_splits`
-int32 [batch + 1], as in `openmla.split.schedule`.
+Outputs are read by the kernels of every layer until the lengths change: `metadata` int32 [ranges, num_parts, 8] and
+`num_splits` int32 [batch + 1], as in `openmla.split.schedule` with `ranges`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from cutlass import Int32, Int64
 
 THREADS = 512
 WARPS = THREADS // 32
-MAX_BATCH = 4096  # two int32 arrays of it in shared memory, below the 48 KB that need no opt-in
+MAX_BATCH, BATCH_LOG2 = 4096, 12  # three int32 arrays of it in shared memory; a key of the sort holds a request
+LONGEST_SORTED = 2**19 - 1  # as in the Python function
 
 LENGTH_NEGATIVE = 2
 LENGTH_OVER_CAPACITY = 4
 
 
 class DecodePlan:
-    """The launch. Arguments are those of `plan_decode`; `chunk_blocks` 0 selects `balanced`, else `batch_invariant`."""
+    """The launch. Arguments are those of `plan_decode`; `chunk_blocks` 0 selects `balanced`, else `batch_invariant`.
 
-    smem_bytes = 2 * MAX_BATCH * 4 + 2 * WARPS * 4
+    Parts are at most as many as threads.
+    """
+
+    smem_bytes = 3 * MAX_BATCH * 4 + 2 * WARPS * 4
 
     @cute.jit
     def __call__(
         self,
         cache_seqlens: cute.Tensor,  # int32 [batch]
-        metadata: cute.Tensor,  # int32 [num_parts, 8], written
+        metadata: cute.Tensor,  # int32 [ranges, num_parts, 8], written
         num_splits: cute.Tensor,  # int32 [batch + 1], written
         fault_word: cute.Tensor,  # int32 [1], bits are OR-ed in
         capacity: Int32,  # tokens that the block table can address
@@ -98,20 +102,104 @@ class DecodePlan:
         return end - (count if count > 0 else head)
 
     @cute.jit
-    def whole_before(self, ends: cute.Tensor, batch: Int32, part: Int32, cuts: Int32, line: Int32) -> Int32:
-        """How many requests the parts before `part` take when none is split: those whose middle lies before its cut."""
-        bound = Int64(2 * part) * Int64(line)
-        left = Int32(0)
-        right = batch
-        while left < right:
-            middle = (left + right) // 2
-            end = ends[middle]
-            begin = ends[middle - 1] if middle > 0 else Int32(0)
-            if (Int64(begin) + Int64(end)) * Int64(cuts) < bound:
-                left = middle + 1
-            else:
-                right = middle
-        return left if part < cuts else batch
+    def last_of(self, count: Int32, chunk: Int32) -> Int32:
+        """Blocks of a request's last piece."""
+        whole = (count - 1) // chunk if count > 0 else Int32(0)
+        return count - whole * chunk
+
+    @cute.jit
+    def pieces_of(self, blocks: cute.Tensor, batch: Int32, chunk: Int32, totals: cute.Tensor):
+        """(pieces before the last ones, pieces of requests with several) of a batch cut at multiples of `chunk`."""
+        whole, split = Int32(0), Int32(0)
+        for index in cutlass.range(cute.arch.thread_idx()[0], batch, THREADS, unroll=1):
+            count = blocks[index]
+            mine = (count - 1) // chunk if count > 0 else Int32(0)
+            whole += mine
+            split += mine + 1 if mine > 0 else Int32(0)
+        self.scan(whole, totals)
+        whole = self.sum_of(totals)
+        self.scan(split, totals)
+        return whole, self.sum_of(totals)
+
+    @cute.jit
+    def sum_of(self, totals: cute.Tensor) -> Int32:
+        """The sum of what a scan left per warp."""
+        value = Int32(0)
+        for w in cutlass.range_constexpr(WARPS):
+            value += totals[w]
+        return value
+
+    @cute.jit
+    def sort(self, blocks: cute.Tensor, keys: cute.Tensor, batch: Int32, chunk: Int32):
+        """Requests by their last pieces, longest first, then as they come: a bitonic sort of (length, request)."""
+        tid, _, _ = cute.arch.thread_idx()
+        size = Int32(1)
+        while size < batch:
+            size *= 2
+        cute.arch.sync_threads()  # everybody is done with the sort before
+        for index in cutlass.range(tid, size, THREADS, unroll=1):
+            key = Int32(-1)
+            if index < batch:
+                last = self.last_of(blocks[index], chunk)
+                last = last if last < LONGEST_SORTED else Int32(LONGEST_SORTED)
+                key = (last << BATCH_LOG2) | (MAX_BATCH - 1 - index)
+            keys[index] = key
+        cute.arch.sync_threads()
+        width = Int32(2)
+        while width <= size:
+            step = width // 2
+            while step > 0:
+                for index in cutlass.range(tid, size // 2, THREADS, unroll=1):
+                    low = (index & ~(step - 1)) * 2 + (index & step - 1)
+                    one, other = keys[low], keys[low + step]
+                    if (one < other) == ((low & width) == 0):
+                        keys[low] = other
+                        keys[low + step] = one
+                cute.arch.sync_threads()
+                step = step // 2
+            width = width * 2
+
+    @cute.jit
+    def seat(self, rank: Int32, num_parts: Int32):
+        """(row, part) of the piece that comes as number `rank`: there and back again over the parts."""
+        row = rank // num_parts
+        place = rank - row * num_parts
+        return row, num_parts - 1 - place if row & 1 != 0 else place
+
+    @cute.jit
+    def busiest(
+        self, blocks: cute.Tensor, keys: cute.Tensor, batch: Int32, whole: Int32, chunk: Int32, num_parts: Int32,
+        overhead: Int32, totals: cute.Tensor,
+    ) -> Int32:  # fmt: skip
+        """Cost of the busiest part when `whole` chunks and then the last pieces of requests are dealt."""
+        tid, _, _ = cute.arch.thread_idx()
+        load = Int32(0)
+        if tid < num_parts:
+            row = whole // num_parts
+            load = row * (chunk + overhead)
+            rank = Int32(0)
+            while rank < whole + batch:
+                _, place = self.seat(row * num_parts + tid, num_parts)  # its own inverse within a row
+                rank = row * num_parts + place
+                if rank < whole:
+                    load += chunk + overhead
+                elif rank < whole + batch:
+                    request = MAX_BATCH - 1 - (keys[rank - whole] & MAX_BATCH - 1)
+                    load += self.last_of(blocks[request], chunk) + overhead
+                row += 1
+                rank = row * num_parts
+        return self.largest(load, totals)
+
+    @cute.jit
+    def write(
+        self, metadata: cute.Tensor, row: Int32, part: Int32, begin_request: Int32, end_request: Int32, begin: Int32,
+        end: Int32, split: Int32,
+    ):  # fmt: skip
+        """One range."""
+        line = metadata[row, part, None]
+        line[0], line[1], line[2], line[3], line[4] = begin_request, end_request, begin, end, split
+        for spare in (5, 6, 7):
+            line[spare] = Int32(0)
 
     @cute.kernel
     def kernel(
@@ -127,17 +215,18 @@ class DecodePlan:
         min_share: Int32,
         chunk_blocks: Int32,
     ):
-        """The four steps of the module docstring, one after the other."""
+        """The steps of the module docstring, one after the other."""
         tid, _, _ = cute.arch.thread_idx()
         batch = cute.size(cache_seqlens)
-        num_parts = metadata.shape[0]
+        ranges, num_parts = metadata.shape[0], metadata.shape[1]
         smem = cutlass.memory.SmemAllocator()
         ends = smem.allocate_tensor(Int32, cute.make_layout(MAX_BATCH), 16)
         blocks = smem.allocate_tensor(Int32, cute.make_layout(MAX_BATCH), 16)
+        keys = smem.allocate_tensor(Int32, cute.make_layout(MAX_BATCH), 16)
         totals = smem.allocate_tensor(Int32, cute.make_layout(WARPS), 16)
         carry_box = smem.allocate_tensor(Int32, cute.make_layout(1), 16)
 
-        # 1. blocks and line ends. In batch_invariant plans the line counts chunks instead of blocks.
+        # 1. blocks and line ends
         carry = Int32(0)
         longest = Int32(0)
         faults = Int32(0)
@@ -155,8 +244,6 @@ class DecodePlan:
             count = (length + block_tokens - 1) // block_tokens
             longest = count if count > longest else longest
             width = count + overhead
-            if chunk_blocks > 0:
-                width = (count + chunk_blocks - 1) // chunk_blocks
             width = width if width > 1 else Int32(1)
             width = width if index < batch else Int32(0)
             end = self.scan(width, totals) + carry
@@ -172,96 +259,135 @@ class DecodePlan:
         longest = self.largest(longest, totals)
         cute.arch.sync_threads()
 
+        # 2. the cheapest chunk to deal, or none; costs in units of 1 / pieces of a block, as even cuts make `most`
         line = carry - overhead  # without the first head
         wanted = line // min_share
         wanted = wanted if wanted > 1 else Int32(1)
         cuts = wanted if wanted < num_parts else num_parts
-        share = (line + cuts - 1) // cuts
+        chunk = chunk_blocks
+        if chunk_blocks == 0:
+            most = batch + num_parts
+            merging = merge if batch > num_parts else overhead
+            each = most // (2 * num_parts)
+            each = each if each > 1 else Int32(1)
+            share = (carry + num_parts - 1) // num_parts
+            least = Int64((line + cuts - 1) // cuts + overhead + merging) * Int64(most)
+            room = most if most < ranges * num_parts else ranges * num_parts
+            tries = Int32(4) if 2 * batch >= num_parts else Int32(1)
+            for attempt in cutlass.range(tries, unroll=1):
+                tried = longest
+                if attempt > 0:
+                    tried = share * (19 + attempt) // (20 * each) - overhead
+                tried = tried if tried > 1 else Int32(1)
+                whole, split = self.pieces_of(blocks, batch, tried, totals)
+                if batch + whole <= room:
+                    self.sort(blocks, keys, batch, tried)
+                    load = self.busiest(blocks, keys, batch, whole, tried, num_parts, overhead, totals)
+                    cost = Int64(load) * Int64(most) + Int64(merging) * Int64(split)
+                    if (cost < least) | ((cost == least) & (chunk == 0)):
+                        least = cost
+                        chunk = tried
 
-        # 2. one request per part where they suffice; else deal them only if the longest alone does not forbid it
-        is_one_each = batch <= num_parts
-        slack = overhead if is_one_each else merge
-        is_whole = (chunk_blocks == 0) & (longest <= share + slack)
-        if is_whole and not is_one_each:
-            busiest = Int32(0)
-            for part in cutlass.range(tid, cuts, THREADS, unroll=1):
-                begin = self.whole_before(ends, batch, part, cuts, carry)
-                end = self.whole_before(ends, batch, part + 1, cuts, carry)
-                if begin < end:
-                    low = ends[begin - 1] if begin > 0 else Int32(0)
-                    load = ends[end - 1] - low
-                    busiest = load if load > busiest else busiest
-            busiest = self.largest(busiest, totals)
-            is_whole = busiest <= share + overhead + merge
-
-        # 3. pieces of each request
+        # 3. the plan
         if tid == 0:
             num_splits[0] = Int32(0)
-        if chunk_blocks > 0 or is_whole:
-            for index in cutlass.range(tid, batch, THREADS, unroll=1):
-                num_splits[index + 1] = index + 1 if is_whole else ends[index]
+        if chunk > 0:
+            self.deal(blocks, keys, totals, carry_box, metadata, num_splits, batch, chunk)
         else:
-            total = Int32(0)
-            for base in cutlass.range(0, batch, THREADS, unroll=1):
-                index = base + tid
-                pieces = Int32(0)
-                if index < batch:
-                    pieces = Int32(1)
-                    count = blocks[index]
-                    if count > 0:
-                        begin = ends[index] - count
-                        pieces = (
-                            self.cuts_before(begin + count, overhead, cuts, line)
-                            - self.cuts_before(begin + 1, overhead, cuts, line)
-                            + 1
-                        )
-                running = self.scan(pieces, totals) + total
-                if index < batch:
-                    num_splits[index + 1] = running
-                if tid == THREADS - 1:
-                    carry_box[0] = running
-                cute.arch.sync_threads()
-                total = carry_box[0]
+            self.cut_evenly(blocks, ends, totals, carry_box, metadata, num_splits, batch, overhead, cuts, line)
 
-        # 4. the parts
+    @cute.jit
+    def deal(
+        self, blocks: cute.Tensor, keys: cute.Tensor, totals: cute.Tensor, carry_box: cute.Tensor, metadata: cute.Tensor,
+        num_splits: cute.Tensor, batch: Int32, chunk: Int32,
+    ):  # fmt: skip
+        """Whole chunks as they come, then the last pieces, longest first."""
+        tid, _, _ = cute.arch.thread_idx()
+        ranges, num_parts = metadata.shape[0], metadata.shape[1]
+        seats = ranges * num_parts
+        total = Int32(0)
+        for base in cutlass.range(0, batch, THREADS, unroll=1):
+            index = base + tid
+            count, whole, pieces = Int32(0), Int32(0), Int32(0)
+            if index < batch:
+                count = blocks[index]
+                whole = (count - 1) // chunk if count > 0 else Int32(0)
+                pieces = whole + 1
+            running = self.scan(pieces, totals) + total
+            if index < batch:
+                num_splits[index + 1] = running
+                for i in cutlass.range(whole, unroll=1):
+                    rank = running - pieces - index + i  # every request before has one piece that comes later
+                    if rank < seats:
+                        row, part = self.seat(rank, num_parts)
+                        self.write(metadata, row, part, index, index, i * chunk, (i + 1) * chunk, i)
+            if tid == THREADS - 1:
+                carry_box[0] = running
+            cute.arch.sync_threads()
+            total = carry_box[0]
+        self.sort(blocks, keys, batch, chunk)
+        for index in cutlass.range(tid, batch, THREADS, unroll=1):
+            request = MAX_BATCH - 1 - (keys[index] & MAX_BATCH - 1)
+            count = blocks[request]
+            split = (count - 1) // chunk if count > 0 else Int32(0)
+            rank = total - batch + index
+            if rank < seats:
+                row, part = self.seat(rank, num_parts)
+                self.write(metadata, row, part, request, request, split * chunk, count, split)
+        for rank in cutlass.range(total + tid, seats, THREADS, unroll=1):
+            row, part = self.seat(rank, num_parts)
+            self.write(metadata, row, part, Int32(0), Int32(-1), Int32(0), Int32(0), Int32(0))
+
+    @cute.jit
+    def cut_evenly(
+        self, blocks: cute.Tensor, ends: cute.Tensor, totals: cute.Tensor, carry_box: cute.Tensor, metadata: cute.Tensor,
+        num_splits: cute.Tensor, batch: Int32, overhead: Int32, cuts: Int32, line: Int32,
+    ):  # fmt: skip
+        """One stretch of the line per part."""
+        tid, _, _ = cute.arch.thread_idx()
+        num_parts = metadata.shape[1]
+        total = Int32(0)
+        for base in cutlass.range(0, batch, THREADS, unroll=1):
+            index = base + tid
+            pieces = Int32(0)
+            if index < batch:
+                pieces = Int32(1)
+                count = blocks[index]
+                if count > 0:
+                    begin = ends[index] - count
+                    pieces = (
+                        self.cuts_before(begin + count, overhead, cuts, line)
+                        - self.cuts_before(begin + 1, overhead, cuts, line)
+                        + 1
+                    )
+            running = self.scan(pieces, totals) + total
+            if index < batch:
+                num_splits[index + 1] = running
+            if tid == THREADS - 1:
+                carry_box[0] = running
+            cute.arch.sync_threads()
+            total = carry_box[0]
+        for seat in cutlass.range(num_parts + tid, metadata.shape[0] * num_parts, THREADS, unroll=1):
+            row = seat // num_parts
+            self.write(
+                metadata, row, seat - row * num_parts, Int32(0), Int32(-1), Int32(0), Int32(0), Int32(0)
+            )  # fmt: skip
         for part in cutlass.range(tid, num_parts, THREADS, unroll=1):
-            begin_request = Int32(0)
-            end_request = Int32(-1)
-            begin_block = Int32(0)
-            end_block = Int32(0)
-            begin_split = Int32(0)
-            if is_whole:
-                begin = part
-                end = part + 1 if part < batch else batch
-                if not is_one_each:
-                    begin = self.whole_before(ends, batch, part, cuts, carry)
-                    end = self.whole_before(ends, batch, part + 1, cuts, carry)
-                if begin < end:
-                    begin_request = begin
-                    end_request = end - 1
-                    end_block = blocks[end_request]
-            else:
-                low = Int32(0)
-                high = Int32(0)
-                if chunk_blocks > 0:
-                    low = Int32(Int64(part) * Int64(carry) // Int64(num_parts))
-                    high = Int32(Int64(part + 1) * Int64(carry) // Int64(num_parts))
-                elif part < cuts:
-                    low = overhead + Int32(Int64(part) * Int64(line) // Int64(cuts))
-                    low = low if part > 0 else Int32(0)
-                    high = overhead + Int32(Int64(part + 1) * Int64(line) // Int64(cuts))
+            begin_request, end_request = Int32(0), Int32(-1)
+            begin_block, end_block, begin_split = Int32(0), Int32(0), Int32(0)
+            if part < cuts:
+                low = overhead + Int32(Int64(part) * Int64(line) // Int64(cuts))
+                low = low if part > 0 else Int32(0)
+                high = overhead + Int32(Int64(part + 1) * Int64(line) // Int64(cuts))
                 if low < high:
                     # begin: the first request whose last unit is at or behind `low`
                     left = Int32(0)
                     right = batch
                     while left < right:
                         middle = (left + right) // 2
-                        last = ends[middle] - 1
-                        if chunk_blocks == 0:
-                            count = blocks[middle]
-                            width = count if count > 1 else Int32(1)
-                            last = self.first_of(ends[middle], count, overhead) + width - 1
-                        if last < low:
+                        count = blocks[middle]
+                        width = count if count > 1 else Int32(1)
+                        if self.first_of(ends[middle], count, overhead) + width - 1 < low:
                             left = middle + 1
                         else:
                             right = middle
@@ -271,41 +397,23 @@ class DecodePlan:
                     right = batch
                     while left < right:
                         middle = (left + right) // 2
-                        begin = Int32(0)
-                        if chunk_blocks == 0:
-                            begin = self.first_of(ends[middle], blocks[middle], overhead)
-                        elif middle > 0:
-                            begin = ends[middle - 1]
-                        if begin < high:
+                        if self.first_of(ends[middle], blocks[middle], overhead) < high:
                             left = middle + 1
                         else:
                             right = middle
                     end_request = left - 1
                     if begin_request <= end_request:
-                        if chunk_blocks > 0:
-                            base = ends[begin_request - 1] if begin_request > 0 else Int32(0)
-                            begin_split = low - base
-                            begin_block = begin_split * chunk_blocks
-                            base = ends[end_request - 1] if end_request > 0 else Int32(0)
-                            end_block = (high - base) * chunk_blocks
-                        else:
-                            first = self.first_of(ends[begin_request], blocks[begin_request], overhead)
-                            if low > first:
-                                begin_block = low - first
-                                begin_split = part - self.cuts_before(first + 1, overhead, cuts, line) + 1
-                            end_block = high - self.first_of(ends[end_request], blocks[end_request], overhead)
+                        first = self.first_of(ends[begin_request], blocks[begin_request], overhead)
+                        if low > first:
+                            begin_block = low - first
+                            begin_split = part - self.cuts_before(first + 1, overhead, cuts, line) + 1
+                        end_block = high - self.first_of(ends[end_request], blocks[end_request], overhead)
                         count = blocks[end_request]
                         end_block = end_block if end_block < count else count
                     else:
                         begin_request = Int32(0)
                         end_request = Int32(-1)
-            metadata[part, 0] = begin_request
-            metadata[part, 1] = end_request
-            metadata[part, 2] = begin_block
-            metadata[part, 3] = end_block
-            metadata[part, 4] = begin_split
-            for spare in (5, 6, 7):
-                metadata[part, spare] = Int32(0)
+            self.write(metadata, Int32(0), part, begin_request, end_request, begin_block, end_block, begin_split)
 
 
 def fake_arguments() -> list[Any]:
@@ -314,7 +422,7 @@ def fake_arguments() -> list[Any]:
 
     return [
         fake_tensor(Int32, (None,), align=4),
-        fake_tensor(Int32, (None, 8), align=16),
+        fake_tensor(Int32, (None, None, 8), align=16),
         fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (1,), align=4),
         Int32(64), Int32(64), Int32(5), Int32(5), Int32(1), Int32(0),

@@ -156,6 +156,15 @@ def row_blocks(problem: DecodeProblem) -> int:
     return max(-(-problem.s_q * heads_per_kv_head(problem) // BLOCK_ROWS), 1)
 
 
+def chunk_tokens(problem: DecodeProblem) -> int:
+    """Piece length of batch_invariant: 128 tokens per head, at least 4096, so that writing and reading partials moves at
+    most 3 % of the KV bytes of a query token.
+
+    It depends on the heads alone: batch mates can change the number of query tokens that a call counts with.
+    """
+    return min(max(128 * heads_per_kv_head(problem) // 4096, 1), 4) * 4096
+
+
 def supports(problem: DecodeProblem, target: Target) -> Verdict:
     """May this kernel run the problem here? Every reason against it."""
     return require(

@@ -8,8 +8,7 @@ Computes
 Shapes
     q [batch, s_q, h_q, d_qk], kv [num_pages, page_size, h_kv, d_qk], out [batch, s_q, h_q, 512]. The s_q * heads rows that
     share a KV head are packed (token, head) and cut into blocks of 64; any number of heads, the last block may be part
-    empty. A CTA takes one block and one part of the plan: a stretch of the line of 64-key tiles, in pieces of one request
-    each.
+    empty. A CTA takes one block and one part of the plan: a list of ranges of 64-key tiles, in pieces of one request each.
 
 Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     loads (4 warps)         scores (warpgroup 0)                     values left | right (warpgroups 1 | 2)
@@ -114,7 +113,7 @@ class DecodeDense:
         block_table: cute.Tensor,  # int32 [batch, max_pages]
         cache_seqlens: cute.Tensor,  # int32 [batch]
         cu_seqlens_q: cute.Tensor,  # int32 [batch + 1]; read only with is_varlen
-        metadata: cute.Tensor,  # int32 [num_parts, 8]
+        metadata: cute.Tensor,  # int32 [ranges, num_parts, 8]
         num_splits: cute.Tensor,  # int32 [batch + 1]
         out: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, 512]
         lse: cute.Tensor,  # fp32 [batch | 1, h_q, s_q | total_q], natural log
@@ -203,7 +202,7 @@ class DecodeDense:
             Int32(block_table.shape[1] * kv.shape[1]), qk_first, qk_rs, qk_ss, pv,
             ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
-            grid=[m_blocks, kv.shape[2], metadata.shape[0]],
+            grid=[m_blocks, kv.shape[2], metadata.shape[1]],
             block=[THREADS, 1, 1],
             cluster=[cfg.cluster, 1, 1],
             min_blocks_per_mp=1,
@@ -287,7 +286,7 @@ class DecodeDense:
         if warp_idx == 15:
             cute.arch.griddepcontrol_wait()
             for i in cutlass.range_constexpr(5):
-                plan_row[i] = metadata[part, i]
+                plan_row[i] = metadata[0, part, i]
             lane = cute.arch.lane_idx()
             if lane < cache_seqlens.shape[0]:
                 near[0], near[1], near[2] = cache_seqlens[lane], num_splits[lane], num_splits[lane + 1]
@@ -372,11 +371,27 @@ class DecodeDense:
 
     @cute.jit
     def plan(self, c: cutlass.Constexpr, row: cute.Tensor, near: cute.Tensor):
-        """Turn this part's stretch of the line into piece descriptors."""
-        fields = c.piece
+        """Turn this part's ranges, up to the first empty one, into piece descriptors."""
+        fields, ranges, count, number = c.piece, c.metadata.shape[0], Int32(0), Int32(0)
+        while number < ranges:
+            following = cute.make_rmem_tensor(5, Int32)  # on its way while this range is worked on
+            for i in cutlass.range_constexpr(5):
+                following[i] = c.metadata[cutlass.min(number + 1, ranges - 1), c.part, i]
+            number = number + 1 if row[0] <= row[1] else ranges
+            count = self.plan_range(c, row, near, count)
+            for i in cutlass.range_constexpr(5):
+                row[i] = following[i]
+        index = count & PIECES - 1
+        cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
+        if c.lane == 0:
+            fields[TILES, index] = Int32(-1)
+        self.arrive(c.piece_full + index)
+
+    @cute.jit
+    def plan_range(self, c: cutlass.Constexpr, row: cute.Tensor, near: cute.Tensor, count: Int32) -> Int32:
+        """The pieces of one range; `count` came before. Returns how many have come now."""
         req, last = cutlass.max(row[0], 0), cutlass.min(row[1], c.cache_seqlens.shape[0] - 1)
-        block, split = row[2], row[4]
-        count = Int32(0)
+        fields, block, split = c.piece, row[2], row[4]
         while req <= last:
             length, slot, after = (cute.arch.shuffle_sync(near[i], req & 31) for i in range(3))
             if req >= 32:
@@ -394,40 +409,41 @@ class DecodeDense:
                 index = count & PIECES - 1
                 cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
                 if c.lane == 0:
-                    token0, s_q, coord = Int32(0), c.s_q_max, req
-                    if c.is_varlen != 0:
-                        total = c.out.shape[1]
-                        token0, coord = cutlass.min(cutlass.max(c.cu_seqlens_q[req], 0), total), Int32(0)
-                        s_q = cutlass.min(cutlass.min(c.cu_seqlens_q[req + 1], total) - token0, c.s_q_max)
-                    # No row sees a key before `seen`, every row sees the keys [below, above).
-                    seen = cutlass.max(length - s_q + 1 - c.window, 0)
-                    below = cutlass.max(length - c.window, 0)
-                    above = length - s_q + 1 if c.is_causal != 0 else length
-                    first = cutlass.max(block, seen >> 6)
-                    until = cutlass.min(end, block + step)
-                    fields[TILES, index] = cutlass.max(until - first, 1)  # an empty one is all masked
-                    fields[REQUEST, index] = req
-                    fields[FIRST_BLOCK, index] = first
-                    fields[LENGTH, index] = length
-                    fields[STOP, index] = cutlass.min(until * 64, length) if until > first else Int32(0)
+                    self.describe(c, index, req, length, block, cutlass.min(end, block + step))
                     fields[SPLIT_SLOT, index] = slot + split if after - slot > 1 else Int32(-1)
-                    fields[TOKEN0, index] = token0
-                    fields[S_Q, index] = s_q
-                    fields[BATCH_COORD, index] = coord
-                    fields[CLEAR_FROM, index] = (below + 63 >> 6) - first
-                    fields[CLEAR_TO, index] = (above >> 6) - first
-                    fields[HEAD, index] = cutlass.max(seen - first * 64, 0) << HEAD_SHIFT
                 self.arrive(c.piece_full + index)
                 count += 1
                 block += step
                 split += 1
             req += 1
             block, split = Int32(0), Int32(0)
-        index = count & PIECES - 1
-        cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
-        if c.lane == 0:
-            fields[TILES, index] = Int32(-1)
-        self.arrive(c.piece_full + index)
+        return count
+
+    @cute.jit
+    def describe(self, c: cutlass.Constexpr, index: Int32, req: Int32, length: Int32, block: Int32, until: Int32):
+        """The descriptor of the blocks [block, until) of a request, but for the slot of its partial result."""
+        fields = c.piece
+        token0, s_q, coord = Int32(0), c.s_q_max, req
+        if c.is_varlen != 0:
+            total = c.out.shape[1]
+            token0, coord = cutlass.min(cutlass.max(c.cu_seqlens_q[req], 0), total), Int32(0)
+            s_q = cutlass.min(cutlass.min(c.cu_seqlens_q[req + 1], total) - token0, c.s_q_max)
+        # No row sees a key before `seen`, every row sees the keys [below, above).
+        seen = cutlass.max(length - s_q + 1 - c.window, 0)
+        below = cutlass.max(length - c.window, 0)
+        above = length - s_q + 1 if c.is_causal != 0 else length
+        first = cutlass.max(block, seen >> 6)
+        fields[TILES, index] = cutlass.max(until - first, 1)  # an empty one is all masked
+        fields[REQUEST, index] = req
+        fields[FIRST_BLOCK, index] = first
+        fields[LENGTH, index] = length
+        fields[STOP, index] = cutlass.min(until * 64, length) if until > first else Int32(0)
+        fields[TOKEN0, index] = token0
+        fields[S_Q, index] = s_q
+        fields[BATCH_COORD, index] = coord
+        fields[CLEAR_FROM, index] = (below + 63 >> 6) - first
+        fields[CLEAR_TO, index] = (above >> 6) - first
+        fields[HEAD, index] = cutlass.max(seen - first * 64, 0) << HEAD_SHIFT
 
     # ------------------------------------------------------------------ loads
 
@@ -840,9 +856,13 @@ class DecodeDense:
         """P and, when the reference moved, the factors of O, for the value warpgroups."""
         factor, flag = c.factor, c.need
         if need != 0:
-            if (c.lane & 3) == 0:
-                factor[s.row0, buf] = f0
-                factor[s.row0 + 8, buf] = f1
+            # By the lane that arrives: sync_warp leaves no instruction here by which compute-sanitizer would see that the
+            # stores of other lanes come before (log 21).
+            for i in cutlass.range_constexpr(8):
+                g0, g1 = cute.arch.shuffle_sync(f0, 4 * i), cute.arch.shuffle_sync(f1, 4 * i)
+                if c.lane == 0:
+                    factor[c.warp * 16 + i, buf] = g0
+                    factor[c.warp * 16 + i + 8, buf] = g1
         if c.lane == 0:
             flag[c.warp, buf] = need
         # The tensor cores read P through the async proxy.

@@ -40,7 +40,7 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Int32, (None, None), stride=(None, 1), align=4),  # block_table
         ints(None),  # cache_seqlens
         ints(None),  # cu_seqlens_q
-        ints(None, 8),  # metadata
+        ints(None, None, 8),  # metadata
         ints(None),  # num_splits
         fake_tensor(element, (None, None, None, 512), stride=(stride(), stride(), stride(), 1)),  # out
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),  # lse
@@ -111,7 +111,7 @@ def launch(
     Args:
         function: the exported function of a variant.
         operands: checked tensors.
-        metadata, num_splits: the plan (`openmla.split.schedule`).
+        metadata, num_splits: the plan (`openmla.split.schedule`); metadata int32 [ranges, num_parts, 8].
         out_accum: fp32 [pieces, h_kv * row blocks, 64 * 512], a block in the order that `merge` describes.
         lse2_accum: fp32 [pieces, h_kv * row blocks * 64], base 2.
         s_q: query tokens per request, the longest with cu_seqlens_q.

@@ -26,6 +26,7 @@ MAX_GROUPED_TOKENS = 8192  # of all requests; 16384 in four requests are as fast
 BOX = 8  # rows of one bulk load; pages that hold no multiple of it are loaded row by row
 PART_STEP = 16  # parts come in multiples of it: see num_parts
 BLOCK_TOKENS = 64  # of a plan: one tile. Finer blocks (8 to 32 tokens) run and are 1 % slower: partial tiles
+CHUNK_TOKENS = 4096  # piece length of batch_invariant: 16 rows write and read partials of 1.6 % of the KV bytes
 OVERHEAD_BLOCKS = 1  # what a piece costs beside its tiles: filling the ring is hidden, epilogue and merge are not
 MAX_PIECES = 1024  # of one request: shares of a merge are exact in fp32 up to there
 MAX_BATCH = 4096  # what the device plan keeps in shared memory

@@ -136,7 +136,7 @@ class DecodeDenseSmall:
             tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink, cu_seqlens_q, faults,
             scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
-            grid=[metadata.shape[0], kv.shape[2], 1],
+            grid=[metadata.shape[1], kv.shape[2], 1],
             block=[THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
@@ -190,7 +190,7 @@ class DecodeDenseSmall:
                     cute.arch.mbarrier_init(empty + i, 8)
             cpasync.prefetch_descriptor(tma)
         if warp == 1:
-            self.prefetch(table, lengths, metadata.shape[0], part)
+            self.prefetch(table, lengths, metadata.shape[1], part)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -283,61 +283,69 @@ class DecodeDenseSmall:
         )
         boxes_per_page = kv.shape[1] // BOX
         policy = Int64(EVICT_FIRST)
-        begin_request, end_request = metadata[part, 0], metadata[part, 1]
-        begin, last_end = metadata[part, 2] * unit, metadata[part, 3] * unit  # tokens
         stage = Int32(0)
         phase = Int32(1)  # the first lap finds every stage free
         bad = Int32(0)
-        for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-            raw = lengths[request]
-            length = self.clamped(raw, table, kv)
-            unseen = self.unseen(length, window, s_q, max_s_q)
-            bad = bad | self.bad_length(raw, length)
-            begin += unseen
-            end = length
-            if request == end_request:
-                end = unseen + last_end if unseen + last_end < length else length
-            box = begin // BOX + lane
-            entry = self.page_of(box, boxes_per_page, table, request)
-            pages = Int32(-1)
-            for token in cutlass.range(begin, end, M, unroll=1):
-                place = (token - begin) // M % group
-                if place == 0:
-                    pages = entry
-                    if box * BOX >= end:
-                        pages = Int32(-1)
-                    elif (pages < 0) | (pages >= kv.shape[0]):
-                        pages = Int32(-1)
-                        bad = bad | PAGE_OUT_OF_RANGE
-                    box += 32
-                    entry = self.page_of(box, boxes_per_page, table, request)  # of the next four tiles
-                seen = Int32(cute.arch.vote_ballot_sync(pages >= 0)) >> (place * self.boxes)
-                _, row = self.locate(token // BOX, boxes_per_page)
-                boxes = (end - token + BOX - 1) // BOX
-                boxes = boxes if boxes < self.boxes else Int32(self.boxes)
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                with cute.arch.elect_one():
-                    sm_info[0, stage] = self.bytes_of(seen)
-                    sm_info[1, stage] = self.bytes_of(seen >> 4)
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, boxes * self.box_bytes)
-                for i in cutlass.range(boxes, unroll=1):
-                    page = cute.arch.shuffle_sync(pages, place * self.boxes + i)
-                    cute.copy(
-                        tma,
-                        t_kv[None, row, page],
-                        t_ring[None, i, 0, stage],
-                        tma_bar_ptr=full + stage,
-                        cache_policy=policy,
-                    )
-                    row += 1
-                    row = row if row < boxes_per_page else Int32(0)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            begin = Int32(0)
+        number = Int32(0)
+        while number < metadata.shape[0]:
+            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part, unit)
+            number = number + 1 if begin_request <= end_request else Int32(metadata.shape[0])
+            for request in cutlass.range(begin_request, end_request + 1, unroll=1):
+                raw = lengths[request]
+                length = self.clamped(raw, table, kv)
+                unseen = self.unseen(length, window, s_q, max_s_q)
+                bad = bad | self.bad_length(raw, length)
+                begin += unseen
+                end = length
+                if request == end_request:
+                    end = unseen + last_end if unseen + last_end < length else length
+                box = begin // BOX + lane
+                entry = self.page_of(box, boxes_per_page, table, request)
+                pages = Int32(-1)
+                for token in cutlass.range(begin, end, M, unroll=1):
+                    place = (token - begin) // M % group
+                    if place == 0:
+                        pages = entry
+                        if box * BOX >= end:
+                            pages = Int32(-1)
+                        elif (pages < 0) | (pages >= kv.shape[0]):
+                            pages = Int32(-1)
+                            bad = bad | PAGE_OUT_OF_RANGE
+                        box += 32
+                        entry = self.page_of(box, boxes_per_page, table, request)  # of the next four tiles
+                    seen = Int32(cute.arch.vote_ballot_sync(pages >= 0)) >> (place * self.boxes)
+                    _, row = self.locate(token // BOX, boxes_per_page)
+                    boxes = (end - token + BOX - 1) // BOX
+                    boxes = boxes if boxes < self.boxes else Int32(self.boxes)
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    with cute.arch.elect_one():
+                        sm_info[0, stage] = self.bytes_of(seen)
+                        sm_info[1, stage] = self.bytes_of(seen >> 4)
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, boxes * self.box_bytes)
+                    for i in cutlass.range(boxes, unroll=1):
+                        page = cute.arch.shuffle_sync(pages, place * self.boxes + i)
+                        cute.copy(
+                            tma,
+                            t_kv[None, row, page],
+                            t_ring[None, i, 0, stage],
+                            tma_bar_ptr=full + stage,
+                            cache_policy=policy,
+                        )
+                        row += 1
+                        row = row if row < boxes_per_page else Int32(0)
+                    stage += 1
+                    if stage == self.stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                begin = Int32(0)
         if bad != 0:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
+
+    @cute.jit
+    def range_of(self, metadata: cute.Tensor, number: Int32, part: Int32, unit: Int32):
+        """(first request, last request, first token, end in the last request, first split) of a range of a part."""
+        row = metadata[number, part, None]
+        return row[0], row[1], row[2] * unit, row[3] * unit, row[4]
 
     @cute.jit
     def bytes_of(self, bits: Int32) -> Int32:
@@ -388,60 +396,65 @@ class DecodeDenseSmall:
         """
         lane = cute.arch.lane_idx()
         page_size = kv.shape[1]
-        begin_request, end_request = metadata[part, 0], metadata[part, 1]
-        begin, last_end = metadata[part, 2] * unit, metadata[part, 3] * unit  # tokens
         stage = Int32(0)
         phase = Int32(1)
         bad = Int32(0)
         rows = cute.make_rmem_tensor(cute.make_layout(2), Int64)  # addresses of rows lane and lane + 32 of a tile
-        for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-            raw = lengths[request]
-            length = self.clamped(raw, table, kv)
-            unseen = self.unseen(length, window, s_q, max_s_q)
-            bad = bad | self.bad_length(raw, length)
-            begin += unseen
-            end = length
-            if request == end_request:
-                end = unseen + last_end if unseen + last_end < length else length
-            for token in cutlass.range(begin, end, M, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                for half in cutlass.range_constexpr(2):
-                    position = token + lane + half * 32
-                    column = position // page_size
-                    page = Int32(-1)
-                    if position < end:
-                        page = table[request, column]
-                        if (page < 0) | (page >= kv.shape[0]):
-                            page = Int32(-1)
-                            bad = bad | PAGE_OUT_OF_RANGE
-                    seen = Int32(cute.arch.vote_ballot_sync(page >= 0))
-                    if lane == 0:
-                        sm_info[half, stage] = seen
-                    line = kv[page if page >= 0 else Int32(0), position - column * page_size, head_kv, None]
-                    rows[half] = line.iterator.toint() + (0 if page >= 0 else 1)
-                for half in cutlass.range_constexpr(2):
-                    for i in cutlass.range(0, 32, 4, unroll=1):
-                        group = (
-                            ring_base + stage * (M * self.d_qk * 2) + (half * 4 + i // 8) * self.box_bytes + i % 8 * 128
-                        )
-                        for j in cutlass.range_constexpr(4):
-                            source = cute.arch.shuffle_sync(rows[half], i + j)
-                            swizzled = group + j * 128 + ((lane ^ (i + j)) % 8) * 16 + lane // 8 * 1024
-                            self.copy_16(swizzled, source, lane * 16)
-                            self.copy_16(swizzled + 4096, source, lane * 16 + 512)
-                        if const_expr(self.d_qk > D_V):
-                            source = cute.arch.shuffle_sync(rows[half], i + lane // 8)
-                            swizzled = group + 8192 + lane // 8 * 128 + ((lane ^ (i + lane // 8)) % 8) * 16
-                            self.copy_16(swizzled, source, lane % 8 * 16 + 1024)
-                cute.arch.cp_async_commit_group()
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.fence_view_async_shared()
-                cute.arch.mbarrier_arrive(full + stage)
-                stage += 1
-                if stage == self.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            begin = Int32(0)
+        number = Int32(0)
+        while number < metadata.shape[0]:
+            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part, unit)
+            number = number + 1 if begin_request <= end_request else Int32(metadata.shape[0])
+            for request in cutlass.range(begin_request, end_request + 1, unroll=1):
+                raw = lengths[request]
+                length = self.clamped(raw, table, kv)
+                unseen = self.unseen(length, window, s_q, max_s_q)
+                bad = bad | self.bad_length(raw, length)
+                begin += unseen
+                end = length
+                if request == end_request:
+                    end = unseen + last_end if unseen + last_end < length else length
+                for token in cutlass.range(begin, end, M, unroll=1):
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    for half in cutlass.range_constexpr(2):
+                        position = token + lane + half * 32
+                        column = position // page_size
+                        page = Int32(-1)
+                        if position < end:
+                            page = table[request, column]
+                            if (page < 0) | (page >= kv.shape[0]):
+                                page = Int32(-1)
+                                bad = bad | PAGE_OUT_OF_RANGE
+                        seen = Int32(cute.arch.vote_ballot_sync(page >= 0))
+                        if lane == 0:
+                            sm_info[half, stage] = seen
+                        line = kv[page if page >= 0 else Int32(0), position - column * page_size, head_kv, None]
+                        rows[half] = line.iterator.toint() + (0 if page >= 0 else 1)
+                    for half in cutlass.range_constexpr(2):
+                        for i in cutlass.range(0, 32, 4, unroll=1):
+                            group = (
+                                ring_base
+                                + stage * (M * self.d_qk * 2)
+                                + (half * 4 + i // 8) * self.box_bytes
+                                + i % 8 * 128
+                            )
+                            for j in cutlass.range_constexpr(4):
+                                source = cute.arch.shuffle_sync(rows[half], i + j)
+                                swizzled = group + j * 128 + ((lane ^ (i + j)) % 8) * 16 + lane // 8 * 1024
+                                self.copy_16(swizzled, source, lane * 16)
+                                self.copy_16(swizzled + 4096, source, lane * 16 + 512)
+                            if const_expr(self.d_qk > D_V):
+                                source = cute.arch.shuffle_sync(rows[half], i + lane // 8)
+                                swizzled = group + 8192 + lane // 8 * 128 + ((lane ^ (i + lane // 8)) % 8) * 16
+                                self.copy_16(swizzled, source, lane % 8 * 16 + 1024)
+                    cute.arch.cp_async_commit_group()
+                    cute.arch.cp_async_wait_group(0)
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.mbarrier_arrive(full + stage)
+                    stage += 1
+                    if stage == self.stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                begin = Int32(0)
         if bad != 0:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
 
@@ -562,184 +575,214 @@ class DecodeDenseSmall:
         group = q.shape[2] // kv.shape[2]
         # row // group for rows below 32 is (row * per_group) >> 16, and a division is thirty instructions
         per_group = Int32(65536.0 * cute.arch.rcp_approx(Float32(group))) + 1
-        begin_request, end_request = metadata[part, 0], metadata[part, 1]
-        begin, last_end, split = metadata[part, 2] * unit, metadata[part, 3] * unit, metadata[part, 4]
-        begin_at, begin_split = begin, split
+        begin_request, end_request, last_end, begin_at, begin_split = Int32(0), Int32(-1), Int32(0), Int32(0), Int32(0)
+        begin, split = Int32(0), Int32(0)
         # of the last request: what the merge needs, made while the first tile is on its way
         where, first_query, rows, first_slot, pieces = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         begin_unit, end_unit, log_team = Int32(0), Int32(0), Int32(0)
         stage = Int32(0)
         phase = Int32(0)
-        for request in cutlass.range(begin_request, end_request + 1, unroll=1):
-            # every load before the first use of one: each may come from memory
-            # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
-            where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
-            rows = s_q * group
-            self.load_q(q, where, first_query, head_kv, group, per_group, rows, q_base, tid)
-            raw = lengths[request]
-            first_slot = num_splits[request]
-            pieces = num_splits[request + 1] - first_slot
-            length = self.clamped(raw, table, kv)
-            unseen = self.unseen(length, window, q.shape[1], max_s_q)
-            end = length
-            if request == end_request:
-                end = unseen + last_end if unseen + last_end < length else length
-            shortest = length
-            if is_causal != 0:
-                shortest = length - s_q + 1
-            earliest = shortest - window  # the first key that the first query sees
-            cute.arch.cp_async_wait_group(0)
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
-
-            count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
-            begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
-            for piece in cutlass.range(count, unroll=1):
-                start = unseen + begin + piece * chunk_blocks * unit
-                stop = end  # the last piece takes what there is: as many tiles as the producer loads, whatever the plan
-                if piece + 1 < count:
-                    stop = start + chunk_blocks * unit
-                    stop = stop if stop < end else end
-                target = exchange[head_kv, first_slot + split + piece, None].iterator.toint()
-                for i in cutlass.range_constexpr(own):
-                    top[i] = -Float32.inf
-                    total[i] = Float32(0.0)
-                for m in cutlass.range_constexpr(4):
-                    o[m].fill(0.0)
-                for token in cutlass.range(start, stop, M, unroll=1):
-                    # ---- S^T, this warpgroup's share
-                    cute.arch.mbarrier_wait(full + stage, phase)
-                    warpgroup.fence()
-                    for k in cutlass.range_constexpr(2 * self.slices):
-                        at = (half * 2 + k % 2, k // 2)  # 32 of a slice's 64 columns: one copy of the code for both
-                        qk.set(warpgroup.Field.ACCUMULATE, k != 0)
-                        cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
-                    warpgroup.commit_group()
-                    seen_keys = sm_info[0, stage], sm_info[1, stage]
-                    warpgroup.wait_group(0)
-
-                    # ---- X: give the other warpgroup its rows, add what it gives
-                    for i in cutlass.range_constexpr(per):
-                        mine[i] = s[i] if half == 0 else s[i + per]
-                        give[i] = s[i + per] if half == 0 else s[i]
-                    for j in cutlass.range_constexpr(per // 4):
-                        for i in cutlass.range_constexpr(4):
-                            sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
-                    cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-                    for j in cutlass.range_constexpr(per // 4):
-                        for i in cutlass.range_constexpr(4):
-                            mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
-                    if (token + M > stop) | (token < earliest):
-                        # keys that nobody sees may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
-                        # behind X, because every warp must be done with these rows as keys
-                        tile_base = ring_base + stage * self.boxes * self.box_bytes
-                        self.clear_unseen(tile_base, half, wtid, earliest - token, stop - token)
-                    last_seen = stop if stop < shortest else shortest
-                    is_partial = (token + M > last_seen) | (token < length - window)
-                    if is_partial | (seen_keys[0] != -1) | (seen_keys[1] != -1):
-                        mask = (seen_keys[0] if wwarp < 2 else seen_keys[1]) >> (key0 % 32)  # keys key0 and key0 + 8
-                        for i in cutlass.range_constexpr(own):
-                            limit = length
-                            if is_causal != 0:
-                                row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
-                                limit = length - (s_q - 1 - (row * per_group >> 16))
-                            first_seen = limit - window
-                            limit = limit if limit < stop else stop
-                            for j in cutlass.range_constexpr(2):
-                                key = token + key0 + 8 * j
-                                if (key >= limit) | (key < first_seen) | ((mask >> (8 * j)) & 1 == 0):
-                                    mine[(i // 2) * 4 + i % 2 + 2 * j] = -Float32.inf
-
-                    # ---- M: maxima over keys: two in the thread, eight lanes, four warps
-                    peak = []
-                    for i in cutlass.range_constexpr(own):
-                        x = cute.arch.fmax(mine[(i // 2) * 4 + i % 2], mine[(i // 2) * 4 + 2 + i % 2])
-                        for d in (4, 8, 16):
-                            x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, d))
-                        peak.append(x)
-                    if lane < 4:
-                        for i in cutlass.range_constexpr(own):
-                            sm_top[half * (n // 2) + (i // 2) * 8 + pair + i % 2, wwarp] = peak[i]
-                    if half == 0:  # a barrier id that is not a constant makes the assembler reserve all 16
-                        cute.arch.barrier(barrier_id=BAR_M, number_of_threads=128)
-                    else:
-                        cute.arch.barrier(barrier_id=BAR_M + 1, number_of_threads=128)
-                    for i in cutlass.range_constexpr(own):
-                        row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
-                        x = cute.arch.fmax(
-                            cute.arch.fmax(sm_top[row, 0], sm_top[row, 1]),
-                            cute.arch.fmax(sm_top[row, 2], sm_top[row, 3]),
-                        )
-                        x = cute.arch.fmax(x, top[i])
-                        shift = x if x > -Float32.inf else Float32(0.0)
-                        factor = cute.math.exp2(top[i] - shift, fastmath=True)
-                        top[i] = x
-                        p0 = cute.math.exp2(mine[(i // 2) * 4 + i % 2] - shift, fastmath=True)
-                        p1 = cute.math.exp2(mine[(i // 2) * 4 + 2 + i % 2] - shift, fastmath=True)
-                        mine[(i // 2) * 4 + i % 2] = p0
-                        mine[(i // 2) * 4 + 2 + i % 2] = p1
-                        total[i] = total[i] * factor + (p0 + p1)
-                        if wwarp == 0:
-                            if lane < 4:
-                                sm_factor[row] = factor
-                    self.store_p(mine, p_base, half, wwarp, lane)
+        number, used = Int32(0), Int32(0)  # ranges looked at, ranges with work
+        while number < metadata.shape[0]:
+            found, found_end, found_begin, found_last, found_split = self.range_of(metadata, number, part, unit)
+            number = Int32(metadata.shape[0])
+            if found <= found_end:
+                begin_request, end_request, begin, last_end, split = (
+                    found,
+                    found_end,
+                    found_begin,
+                    found_last,
+                    found_split,
+                )
+                begin_at, begin_split = begin, split
+                used += 1
+                number = used
+                for request in cutlass.range(begin_request, end_request + 1, unroll=1):
+                    # every load before the first use of one: each may come from memory
+                    # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
+                    where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
+                    rows = s_q * group
+                    self.load_q(q, where, first_query, head_kv, group, per_group, rows, q_base, tid)
+                    raw = lengths[request]
+                    first_slot = num_splits[request]
+                    pieces = num_splits[request + 1] - first_slot
+                    length = self.clamped(raw, table, kv)
+                    unseen = self.unseen(length, window, q.shape[1], max_s_q)
+                    end = length
+                    if request == end_request:
+                        end = unseen + last_end if unseen + last_end < length else length
+                    shortest = length
+                    if is_causal != 0:
+                        shortest = length - s_q + 1
+                    earliest = shortest - window  # the first key that the first query sees
+                    cute.arch.cp_async_wait_group(0)
                     cute.arch.fence_view_async_shared()
-                    cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
 
-                    # ---- O^T, this warpgroup's rows of V^T
-                    for g in cutlass.range_constexpr(n // 8):
-                        f0, f1 = sm_factor[g * 8 + pair], sm_factor[g * 8 + pair + 1]
+                    count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
+                    begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
+                    for piece in cutlass.range(count, unroll=1):
+                        start = unseen + begin + piece * chunk_blocks * unit
+                        stop = end  # the last piece takes what there is: as many tiles as the producer loads, whatever the plan
+                        if piece + 1 < count:
+                            stop = start + chunk_blocks * unit
+                            stop = stop if stop < end else end
+                        target = exchange[head_kv, first_slot + split + piece, None].iterator.toint()
+                        for i in cutlass.range_constexpr(own):
+                            top[i] = -Float32.inf
+                            total[i] = Float32(0.0)
                         for m in cutlass.range_constexpr(4):
-                            o[m][g * 4] = o[m][g * 4] * f0
-                            o[m][g * 4 + 1] = o[m][g * 4 + 1] * f1
-                            o[m][g * 4 + 2] = o[m][g * 4 + 2] * f0
-                            o[m][g * 4 + 3] = o[m][g * 4 + 3] * f1
-                    warpgroup.fence()
-                    pv.set(warpgroup.Field.ACCUMULATE, True)
-                    for k in cutlass.range_constexpr(M // 16):
-                        for m in cutlass.range_constexpr(4):
-                            cute.gemm(pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m])
-                    warpgroup.commit_group()
-                    if token + M >= stop:
-                        self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
-                    warpgroup.wait_group(0)
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(empty + stage)
-                    stage += 1
-                    if stage == self.stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
+                            o[m].fill(0.0)
+                        for token in cutlass.range(start, stop, M, unroll=1):
+                            # ---- S^T, this warpgroup's share
+                            cute.arch.mbarrier_wait(full + stage, phase)
+                            warpgroup.fence()
+                            for k in cutlass.range_constexpr(2 * self.slices):
+                                at = (
+                                    half * 2 + k % 2,
+                                    k // 2,
+                                )  # 32 of a slice's 64 columns: one copy of the code for both
+                                qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                                cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
+                            warpgroup.commit_group()
+                            seen_keys = sm_info[0, stage], sm_info[1, stage]
+                            warpgroup.wait_group(0)
 
-                if start >= stop:
-                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)  # sums of the piece before are read
-                    self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
+                            # ---- X: give the other warpgroup its rows, add what it gives
+                            for i in cutlass.range_constexpr(per):
+                                mine[i] = s[i] if half == 0 else s[i + per]
+                                give[i] = s[i + per] if half == 0 else s[i]
+                            for j in cutlass.range_constexpr(per // 4):
+                                for i in cutlass.range_constexpr(4):
+                                    sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
+                            cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+                            for j in cutlass.range_constexpr(per // 4):
+                                for i in cutlass.range_constexpr(4):
+                                    mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
+                            if (token + M > stop) | (token < earliest):
+                                # keys that nobody sees may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
+                                # behind X, because every warp must be done with these rows as keys
+                                tile_base = ring_base + stage * self.boxes * self.box_bytes
+                                self.clear_unseen(tile_base, half, wtid, earliest - token, stop - token)
+                            last_seen = stop if stop < shortest else shortest
+                            is_partial = (token + M > last_seen) | (token < length - window)
+                            if is_partial | (seen_keys[0] != -1) | (seen_keys[1] != -1):
+                                mask = (seen_keys[0] if wwarp < 2 else seen_keys[1]) >> (
+                                    key0 % 32
+                                )  # keys key0 and key0 + 8
+                                for i in cutlass.range_constexpr(own):
+                                    limit = length
+                                    if is_causal != 0:
+                                        row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
+                                        limit = length - (s_q - 1 - (row * per_group >> 16))
+                                    first_seen = limit - window
+                                    limit = limit if limit < stop else stop
+                                    for j in cutlass.range_constexpr(2):
+                                        key = token + key0 + 8 * j
+                                        if (key >= limit) | (key < first_seen) | ((mask >> (8 * j)) & 1 == 0):
+                                            mine[(i // 2) * 4 + i % 2 + 2 * j] = -Float32.inf
+
+                            # ---- M: maxima over keys: two in the thread, eight lanes, four warps
+                            peak = []
+                            for i in cutlass.range_constexpr(own):
+                                x = cute.arch.fmax(mine[(i // 2) * 4 + i % 2], mine[(i // 2) * 4 + 2 + i % 2])
+                                for d in (4, 8, 16):
+                                    x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, d))
+                                peak.append(x)
+                            if lane < 4:
+                                for i in cutlass.range_constexpr(own):
+                                    sm_top[half * (n // 2) + (i // 2) * 8 + pair + i % 2, wwarp] = peak[i]
+                            if half == 0:  # a barrier id that is not a constant makes the assembler reserve all 16
+                                cute.arch.barrier(barrier_id=BAR_M, number_of_threads=128)
+                            else:
+                                cute.arch.barrier(barrier_id=BAR_M + 1, number_of_threads=128)
+                            for i in cutlass.range_constexpr(own):
+                                row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
+                                x = cute.arch.fmax(
+                                    cute.arch.fmax(sm_top[row, 0], sm_top[row, 1]),
+                                    cute.arch.fmax(sm_top[row, 2], sm_top[row, 3]),
+                                )
+                                x = cute.arch.fmax(x, top[i])
+                                shift = x if x > -Float32.inf else Float32(0.0)
+                                factor = cute.math.exp2(top[i] - shift, fastmath=True)
+                                top[i] = x
+                                p0 = cute.math.exp2(mine[(i // 2) * 4 + i % 2] - shift, fastmath=True)
+                                p1 = cute.math.exp2(mine[(i // 2) * 4 + 2 + i % 2] - shift, fastmath=True)
+                                mine[(i // 2) * 4 + i % 2] = p0
+                                mine[(i // 2) * 4 + 2 + i % 2] = p1
+                                total[i] = total[i] * factor + (p0 + p1)
+                                if wwarp == 0:
+                                    if lane < 4:
+                                        sm_factor[row] = factor
+                            self.store_p(mine, p_base, half, wwarp, lane)
+                            cute.arch.fence_view_async_shared()
+                            cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+
+                            # ---- O^T, this warpgroup's rows of V^T
+                            for g in cutlass.range_constexpr(n // 8):
+                                f0, f1 = sm_factor[g * 8 + pair], sm_factor[g * 8 + pair + 1]
+                                for m in cutlass.range_constexpr(4):
+                                    o[m][g * 4] = o[m][g * 4] * f0
+                                    o[m][g * 4 + 1] = o[m][g * 4 + 1] * f1
+                                    o[m][g * 4 + 2] = o[m][g * 4 + 2] * f0
+                                    o[m][g * 4 + 3] = o[m][g * 4 + 3] * f1
+                            warpgroup.fence()
+                            pv.set(warpgroup.Field.ACCUMULATE, True)
+                            for k in cutlass.range_constexpr(M // 16):
+                                for m in cutlass.range_constexpr(4):
+                                    cute.gemm(
+                                        pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m]
+                                    )
+                            warpgroup.commit_group()
+                            if token + M >= stop:
+                                self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
+                            warpgroup.wait_group(0)
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive(empty + stage)
+                            stage += 1
+                            if stage == self.stages:
+                                stage = Int32(0)
+                                phase = phase ^ 1
+
+                        if start >= stop:
+                            cute.arch.barrier(
+                                barrier_id=BAR_Q, number_of_threads=256
+                            )  # sums of the piece before are read
+                            self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
+                        if pieces > 1:
+                            self.store_partial(o, target + (half * n * 1024 + wwarp * 512 + lane * 16), rows)
+                        else:
+                            self.finish(
+                                o, sm_top, sm_factor, sm_last, out, lse, sink, has_sink, where, first_query, head_kv, rows, group,
+                                per_group, q_base, half, wwarp, lane, tid,
+                            )  # fmt: skip
+                    begin = Int32(0)
+                    split = Int32(0)
+
+        number = used
+        while number > 0:
+            number -= 1
+            if number + 1 < used:
+                begin_request, end_request, begin_at, last_end, begin_split = self.range_of(
+                    metadata, number, part, unit
+                )
+            for back in cutlass.range(end_request - begin_request + 1, unroll=1):
+                request = end_request - back
+                if (back > 0) | (number + 1 < used):
+                    begin, split = Int32(0), Int32(0)
+                    if request == begin_request:
+                        begin, split = begin_at, begin_split
+                    first_slot = num_splits[request]
+                    pieces = num_splits[request + 1] - first_slot
+                    where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
+                    rows = s_q * group
+                    count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
+                    begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
                 if pieces > 1:
-                    self.store_partial(o, target + (half * n * 1024 + wwarp * 512 + lane * 16), rows)
-                else:
-                    self.finish(
-                        o, sm_top, sm_factor, sm_last, out, lse, sink, has_sink, where, first_query, head_kv, rows, group,
-                        per_group, q_base, half, wwarp, lane, tid,
+                    self.merge(
+                        st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where, first_query,
+                        head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
                     )  # fmt: skip
-            begin = Int32(0)
-            split = Int32(0)
-
-        for back in cutlass.range(end_request - begin_request + 1, unroll=1):
-            request = end_request - back
-            if back > 0:
-                begin, split = Int32(0), Int32(0)
-                if request == begin_request:
-                    begin, split = begin_at, begin_split
-                first_slot = num_splits[request]
-                pieces = num_splits[request + 1] - first_slot
-                where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
-                rows = s_q * group
-                count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
-                begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
-            if pieces > 1:
-                self.merge(
-                    st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where, first_query,
-                    head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
-                )  # fmt: skip
         if max_s_q > 0:
             if part == 0:
                 self.clear_outside(out, lse, cu_seqlens_q, head_kv, group, tid)
@@ -1240,7 +1283,7 @@ def fake_arguments(dtype: Any, rows: int, d_qk: int = 576) -> list[Any]:
         kv,
         fake_tensor(Int32, (None, None), stride=(None, 1), align=4),
         fake_tensor(Int32, (None,), align=4),
-        fake_tensor(Int32, (None, 8), align=16),
+        fake_tensor(Int32, (None, None, 8), align=16),
         fake_tensor(Int32, (None,), align=4),
         make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=16),
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),
