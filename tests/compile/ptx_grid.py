@@ -80,7 +80,12 @@ class GridCta(Cta):
         def run(warp: Warp, mask: np.ndarray) -> None:
             assert mask.all(), "shfl.sync of lanes that are elsewhere"
             segment = clamp(warp) >> 8 & 31
-            source = LANES ^ by(warp) if p[2] == "bfly" else (LANES & segment) | (by(warp) & 31 & ~segment)
+            source = (LANES & segment) | (by(warp) & 31 & ~segment)
+            if p[2] == "bfly":
+                source = LANES ^ by(warp)
+            if p[2] == "up":
+                below = LANES.astype(np.int64) - by(warp)
+                source = np.where(below < 0, LANES, below)
             write(warp, mask, value(warp)[source.astype(np.int64)])
 
         return run

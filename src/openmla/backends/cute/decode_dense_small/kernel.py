@@ -288,7 +288,8 @@ class DecodeDenseSmall:
         bad = Int32(0)
         number = Int32(0)
         while number < metadata.shape[0]:
-            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part, unit)
+            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part)
+            begin, last_end = begin * unit, last_end * unit  # tokens
             number = number + 1 if begin_request <= end_request else Int32(metadata.shape[0])
             for request in cutlass.range(begin_request, end_request + 1, unroll=1):
                 raw = lengths[request]
@@ -342,10 +343,10 @@ class DecodeDenseSmall:
             cute.arch.atomic_or(faults.iterator, bad, sem="relaxed", scope="gpu")
 
     @cute.jit
-    def range_of(self, metadata: cute.Tensor, number: Int32, part: Int32, unit: Int32):
-        """(first request, last request, first token, end in the last request, first split) of a range of a part."""
+    def range_of(self, metadata: cute.Tensor, number: Int32, part: Int32):
+        """(first request, last request, first block, end block in the last request, first split) of a range of a part."""
         row = metadata[number, part, None]
-        return row[0], row[1], row[2] * unit, row[3] * unit, row[4]
+        return row[0], row[1], row[2], row[3], row[4]
 
     @cute.jit
     def bytes_of(self, bits: Int32) -> Int32:
@@ -402,7 +403,8 @@ class DecodeDenseSmall:
         rows = cute.make_rmem_tensor(cute.make_layout(2), Int64)  # addresses of rows lane and lane + 32 of a tile
         number = Int32(0)
         while number < metadata.shape[0]:
-            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part, unit)
+            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part)
+            begin, last_end = begin * unit, last_end * unit  # tokens
             number = number + 1 if begin_request <= end_request else Int32(metadata.shape[0])
             for request in cutlass.range(begin_request, end_request + 1, unroll=1):
                 raw = lengths[request]
@@ -582,21 +584,24 @@ class DecodeDenseSmall:
         begin_unit, end_unit, log_team = Int32(0), Int32(0), Int32(0)
         stage = Int32(0)
         phase = Int32(0)
-        number, used = Int32(0), Int32(0)  # ranges looked at, ranges with work
-        while number < metadata.shape[0]:
-            found, found_end, found_begin, found_last, found_split = self.range_of(metadata, number, part, unit)
-            number = Int32(metadata.shape[0])
-            if found <= found_end:
-                begin_request, end_request, begin, last_end, split = (
-                    found,
-                    found_end,
-                    found_begin,
-                    found_last,
-                    found_split,
-                )
+        ranges, number, used = metadata.shape[0], Int32(0), Int32(0)  # used: ranges with work
+        after, after_end, after_begin, after_last, after_split = self.range_of(metadata, Int32(0), part)
+        while number < ranges:
+            found, found_end = after, after_end
+            found_begin, found_last, found_split = after_begin, after_last, after_split
+            number += 1
+            # of the next range, while this one is worked on: the merge must not wait for it
+            after, after_end, after_begin, after_last, after_split = self.range_of(
+                metadata, number if number < ranges else Int32(0), part
+            )
+            if found > found_end:
+                number = ranges
+            else:
+                begin_request, end_request = found, found_end
+                begin, last_end, split = found_begin, found_last, found_split
+                begin, last_end = begin * unit, last_end * unit  # tokens
                 begin_at, begin_split = begin, split
-                used += 1
-                number = used
+                used = number
                 for request in cutlass.range(begin_request, end_request + 1, unroll=1):
                     # every load before the first use of one: each may come from memory
                     # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
@@ -763,9 +768,8 @@ class DecodeDenseSmall:
         while number > 0:
             number -= 1
             if number + 1 < used:
-                begin_request, end_request, begin_at, last_end, begin_split = self.range_of(
-                    metadata, number, part, unit
-                )
+                begin_request, end_request, begin_at, last_end, begin_split = self.range_of(metadata, number, part)
+                begin_at, last_end = begin_at * unit, last_end * unit
             for back in cutlass.range(end_request - begin_request + 1, unroll=1):
                 request = end_request - back
                 if (back > 0) | (number + 1 < used):
