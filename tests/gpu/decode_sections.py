@@ -262,8 +262,8 @@ def invariance(setup: Setup) -> Made:
 
 
 def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: bool) -> dict[str, Any]:
-    longest = 4999 if h_q < 64 else 16390  # beyond a chunk
-    lengths = (longest, 70, 0, 4096, 4097, 64) if not setup.is_small else (longest, 70, 0)
+    longest = 16390  # several chunks
+    lengths = (longest, 70, 0, 8192, 8193, 64) if not setup.is_small else (longest, 70, 0)
     case = dense(lengths, h_q, s_q=s_q, dtype=dtype)
     given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
     rows = ("q", "block_table", "cache_seqlens")

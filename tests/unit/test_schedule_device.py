@@ -1,7 +1,7 @@
 """The device plan's algorithm, emulated step by step, gives what `plan_decode` gives.
 
 The emulation keeps the kernel's structure: warps of 32 scan by shuffles, 512 requests at a time with a carry, closed
-forms in 64-bit integers, exchanges of a bitonic sort, two binary searches per part. It differs from the kernel in language only.
+forms in 64-bit integers, two binary searches per part. It differs from the kernel in language, and in how it sorts.
 """
 
 from __future__ import annotations
@@ -53,25 +53,6 @@ def search(batch: int, is_before) -> int:
     return left
 
 
-def bitonic(keys: list[int]) -> list[int]:
-    """Descending, by the kernel's exchanges; padded to a power of two with -1."""
-    size = 1
-    while size < len(keys):
-        size *= 2
-    keys = keys + [-1] * (size - len(keys))
-    width = 2
-    while width <= size:
-        step = width // 2
-        while step > 0:
-            for index in range(size // 2):
-                low = (index & ~(step - 1)) * 2 + (index & step - 1)
-                if (keys[low] < keys[low + step]) == ((low & width) == 0):
-                    keys[low], keys[low + step] = keys[low + step], keys[low]
-            step //= 2
-        width *= 2
-    return keys
-
-
 def last_of(count: int, chunk: int) -> int:
     return count - max(count - 1, 0) // chunk * chunk
 
@@ -80,7 +61,7 @@ def sorted_keys(blocks: list[int], chunk: int) -> list[int]:
     """A length and a request in 31 bits."""
     keys = [min(last_of(count, chunk), 2**19 - 1) << 12 | 4095 - index for index, count in enumerate(blocks)]
     assert all(0 <= key < 2**31 for key in keys)
-    return bitonic(keys)
+    return sorted(keys, reverse=True)
 
 
 def seat(rank: int, num_parts: int) -> tuple[int, int]:
@@ -115,12 +96,13 @@ def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts):
     each = max(most // (2 * num_parts), 1)
     share = (carry + num_parts - 1) // num_parts
     least = ((carry - overhead + cuts - 1) // cuts + overhead + merging) * most
-    for attempt in range(4 if 2 * batch >= num_parts else 1):
-        tried = max(blocks) if attempt == 0 else share * (19 + attempt) // (20 * each) - overhead
+    for attempt in range(2 if 2 * batch >= num_parts else 1):
+        tried = max(blocks) if attempt == 0 else share * 43 // (40 * each) - overhead
         tried = max(tried, 1)
         mine = [(count - 1) // tried if count > 0 else 0 for count in blocks]
         whole, split = sum(mine), sum(count + 1 for count in mine if count > 0)
-        if batch + whole <= min(most, ranges * num_parts):
+        some = tried if attempt == 0 or whole > 0 else 0
+        if batch + whole <= min(most, ranges * num_parts) and (some + overhead) * most <= least:
             cost = busiest(blocks, whole, tried, num_parts, overhead) * most + merging * split
             if cost < least or (cost == least and chosen == 0):
                 least, chosen = cost, tried

@@ -4,8 +4,8 @@ The work is prefix sums over requests, a sort and a closed form per part. Result
 
     1. lengths -> blocks (clamped to the capacity of the block table, faults reported), widths, their prefix sum and
        maximum: a scan over warps, 512 requests at a time, kept in shared memory (at most `MAX_BATCH` requests);
-    2. what dealing whole requests, and requests cut at three lengths, would cost: last pieces sorted by length, then one
-       thread per part adds up what it would get;
+    2. what dealing whole requests, and requests cut where they are long, would cost: last pieces sorted by length, then
+       one thread per part adds up what it would get;
     3. the cheapest: pieces per request and their prefix sum -> num_splits; one thread per piece or, for even cuts, one
        thread per part with its two cuts, the requests that hold them, its first split.
 
@@ -20,7 +20,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 
 THREADS = 512
 WARPS = THREADS // 32
@@ -116,24 +116,31 @@ class DecodePlan:
             mine = (count - 1) // chunk if count > 0 else Int32(0)
             whole += mine
             split += mine + 1 if mine > 0 else Int32(0)
-        self.scan(whole, totals)
-        whole = self.sum_of(totals)
-        self.scan(split, totals)
-        return whole, self.sum_of(totals)
+        return self.sum_of(whole, totals), self.sum_of(split, totals)
 
     @cute.jit
-    def sum_of(self, totals: cute.Tensor) -> Int32:
-        """The sum of what a scan left per warp."""
+    def sum_of(self, value: Int32, totals: cute.Tensor) -> Int32:
+        """Sum over the CTA."""
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        for step in (1, 2, 4, 8, 16):
+            value = value + cute.arch.shuffle_sync_bfly(value, step)
+        cute.arch.sync_threads()
+        if lane == 0:
+            totals[warp] = value
+        cute.arch.sync_threads()
         value = Int32(0)
         for w in cutlass.range_constexpr(WARPS):
-            value += totals[w]
+            value = value + totals[w]
         return value
 
     @cute.jit
     def sort(self, blocks: cute.Tensor, keys: cute.Tensor, batch: Int32, chunk: Int32):
-        """Requests by their last pieces, longest first, then as they come: a bitonic sort of (length, request)."""
+        """Requests by their last pieces, longest first, then as they come: a bitonic sort of (length, request).
+
+        Exchanges of less than 32 places are shuffles; the others, six for 1,024 requests, need a barrier each.
+        """
         tid, _, _ = cute.arch.thread_idx()
-        size = Int32(1)
+        size = Int32(32)
         while size < batch:
             size *= 2
         cute.arch.sync_threads()  # everybody is done with the sort before
@@ -143,12 +150,14 @@ class DecodePlan:
                 last = self.last_of(blocks[index], chunk)
                 last = last if last < LONGEST_SORTED else Int32(LONGEST_SORTED)
                 key = (last << BATCH_LOG2) | (MAX_BATCH - 1 - index)
+            for width in (2, 4, 8, 16, 32):
+                key = self.exchange(key, index, width, width // 2)
             keys[index] = key
         cute.arch.sync_threads()
-        width = Int32(2)
+        width = Int32(64)
         while width <= size:
             step = width // 2
-            while step > 0:
+            while step >= 32:
                 for index in cutlass.range(tid, size // 2, THREADS, unroll=1):
                     low = (index & ~(step - 1)) * 2 + (index & step - 1)
                     one, other = keys[low], keys[low + step]
@@ -157,7 +166,20 @@ class DecodePlan:
                         keys[low + step] = one
                 cute.arch.sync_threads()
                 step = step // 2
+            for index in cutlass.range(tid, size, THREADS, unroll=1):
+                keys[index] = self.exchange(keys[index], index, width, 16)
+            cute.arch.sync_threads()
             width = width * 2
+
+    @cute.jit
+    def exchange(self, key: Int32, index: Int32, width: Int32, step: cutlass.Constexpr) -> Int32:
+        """The steps from `step` on of the merge of `width` keys, within a warp."""
+        for distance in (16, 8, 4, 2, 1):
+            if const_expr(distance <= step):
+                other = cute.arch.shuffle_sync_bfly(key, distance)
+                is_larger_wanted = ((index & distance) == 0) == ((index & width) == 0)
+                key = other if (other > key) == is_larger_wanted else key
+        return key
 
     @cute.jit
     def seat(self, rank: Int32, num_parts: Int32):
@@ -264,7 +286,7 @@ class DecodePlan:
         wanted = line // min_share
         wanted = wanted if wanted > 1 else Int32(1)
         cuts = wanted if wanted < num_parts else num_parts
-        chunk = chunk_blocks
+        chunk, sorted_for = chunk_blocks, Int32(0)
         if chunk_blocks == 0:
             most = batch + num_parts
             merging = merge if batch > num_parts else overhead
@@ -273,14 +295,16 @@ class DecodePlan:
             share = (carry + num_parts - 1) // num_parts
             least = Int64((line + cuts - 1) // cuts + overhead + merging) * Int64(most)
             room = most if most < ranges * num_parts else ranges * num_parts
-            tries = Int32(4) if 2 * batch >= num_parts else Int32(1)
+            tries = Int32(2) if 2 * batch >= num_parts else Int32(1)
             for attempt in cutlass.range(tries, unroll=1):
                 tried = longest
                 if attempt > 0:
-                    tried = share * (19 + attempt) // (20 * each) - overhead
+                    tried = share * 43 // (40 * each) - overhead
                 tried = tried if tried > 1 else Int32(1)
                 whole, split = self.pieces_of(blocks, batch, tried, totals)
-                if batch + whole <= room:
+                some = tried if (attempt == 0) | (whole > 0) else Int32(0)  # the longest piece, if it is known
+                if (batch + whole <= room) & (Int64(some + overhead) * Int64(most) <= least):
+                    sorted_for = tried
                     self.sort(blocks, keys, batch, tried)
                     load = self.busiest(blocks, keys, batch, whole, tried, num_parts, overhead, totals)
                     cost = Int64(load) * Int64(most) + Int64(merging) * Int64(split)
@@ -292,6 +316,8 @@ class DecodePlan:
         if tid == 0:
             num_splits[0] = Int32(0)
         if chunk > 0:
+            if sorted_for != chunk:
+                self.sort(blocks, keys, batch, chunk)
             self.deal(blocks, keys, totals, carry_box, metadata, num_splits, batch, chunk)
         else:
             self.cut_evenly(blocks, ends, totals, carry_box, metadata, num_splits, batch, overhead, cuts, line)
@@ -301,7 +327,7 @@ class DecodePlan:
         self, blocks: cute.Tensor, keys: cute.Tensor, totals: cute.Tensor, carry_box: cute.Tensor, metadata: cute.Tensor,
         num_splits: cute.Tensor, batch: Int32, chunk: Int32,
     ):  # fmt: skip
-        """Whole chunks as they come, then the last pieces, longest first."""
+        """Whole chunks as they come, then the last pieces as `keys` has them, longest first."""
         tid, _, _ = cute.arch.thread_idx()
         ranges, num_parts = metadata.shape[0], metadata.shape[1]
         seats = ranges * num_parts
@@ -325,7 +351,6 @@ class DecodePlan:
                 carry_box[0] = running
             cute.arch.sync_threads()
             total = carry_box[0]
-        self.sort(blocks, keys, batch, chunk)
         for index in cutlass.range(tid, batch, THREADS, unroll=1):
             request = MAX_BATCH - 1 - (keys[index] & MAX_BATCH - 1)
             count = blocks[request]
