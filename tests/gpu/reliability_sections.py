@@ -46,8 +46,8 @@ def decode_arguments(batch: int = 4, h_q: int = 16, tokens: int = 300, s_q: int 
 def sparse_arguments(layout: str | None = None, h_q: int = 64, topk: int = 512) -> dict[str, Any]:
     """A sparse decode over 2048 slots."""
     torch.manual_seed(0)
-    latent = torch.randn(32, 64, 576)
-    kv = latent[:, :, None].to(DEVICE, torch.bfloat16)
+    latent = torch.randn(32, 64, 1, 576)
+    kv = latent.to(DEVICE, torch.bfloat16)
     if layout:
         kv = quantise(latent, layout).to(DEVICE)
     q = torch.randn(4, 1, h_q, 576, device=DEVICE, dtype=torch.bfloat16)
@@ -393,6 +393,7 @@ def section_memory() -> None:
     again, _ = openmla.decode(**given)
     assert torch.equal(want, again)
     assert metrics.health()["state"] == "ok", metrics.health()
+    assert incidents.counts()["out_of_memory", "cuda:0"] == 1, incidents.counts()
     say(raised=text[:120], noted={f"{k} {s}": n for (k, s), n in incidents.counts().items()})
 
 

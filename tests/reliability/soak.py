@@ -77,6 +77,7 @@ class Fault:
 
     def __init__(self) -> None:
         self.injected = 0
+        self.wants = lambda: True
 
     def inject(self, pick: random.Random, given: dict[str, Any]) -> None:
         kind = self.injected % 4

@@ -12,8 +12,8 @@ set does not matter; a starved thread compares times that it took itself, so it 
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import itertools
 import logging
 import os
 import sys
@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch
 
 from openmla.backends import aside
-from openmla.core import incidents
 from openmla.core.errors import ConfigError
+from openmla.observe import capture
 from openmla.ops import observers, recovery
 
 _log = logging.getLogger("openmla")
@@ -43,18 +43,33 @@ class Mark(Protocol):
 @dataclass
 class _Pending:
     mark: Mark
-    what: str
+    what: Any  # a Prepared, or words
     since: float
 
 
+def _described(what: Any) -> str:
+    return what if isinstance(what, str) else f"{aside.subject(what.kernel)} {what.config}, {what.problem}"
+
+
+@dataclass
+class _Stream:
+    """The mark that is waited for, and the one behind the newest launch. A busy stream always has work under way: what
+    counts as a hang is that one and the same mark does not pass.
+    """
+
+    waited: _Pending
+    newest: tuple[Mark, str] | None = None
+
+
 class Watchdog:
-    """One thread that watches every device of the process; see the module."""
+    """One thread that watches every stream of the process that launches come on; see the module."""
 
     def __init__(self, seconds: float, exit_code: int | None, poll_seconds: float = 0.25) -> None:
         if not seconds > 0:
             raise ConfigError(f"watchdog: seconds must be > 0, got {seconds!r}")
+        self.wants = itertools.repeat(True).__next__
         self.seconds, self.exit_code, self.poll_seconds = seconds, exit_code, poll_seconds
-        self._pending: dict[str, _Pending] = {}  # device -> the mark under way
+        self._streams: dict[tuple[str, int], _Stream] = {}  # (device, stream)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="openmla-watchdog", daemon=True)
 
@@ -64,21 +79,31 @@ class Watchdog:
         """Nothing: what counts is what was launched."""
 
     def after(self, prepared: Any, operands: Any, plan: Any, begun: Any) -> None:
-        """Mark the stream behind this launch, unless a mark is under way on the device."""
+        """Mark the stream behind this launch."""
         device = operands.out.device
-        if device.type != "cuda" or str(device) in self._pending or torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.mark(device, prepared)
+
+    def mark(self, device: torch.device, what: Any) -> None:
+        """Watch the current stream of `device`; `what` is described only if it hangs."""
+        stream = torch.cuda.current_stream(device)
+        key = (str(device), stream.cuda_stream)
+        known = self._streams.get(key)
+        if known is None:
+            first = torch.cuda.Event()
+            first.record(stream)
+            self._streams[key] = _Stream(_Pending(first, what, time.monotonic()))
             return
-        self.mark(device, f"{aside.subject(prepared.kernel)} {prepared.config}, {prepared.problem}")
+        newest = known.newest
+        event: Any = (
+            newest[0] if newest is not None else torch.cuda.Event()
+        )  # recorded anew: it moves behind this launch
+        event.record(stream)
+        known.newest = (event, what)
 
-    def mark(self, device: torch.device, what: str) -> None:
-        """Watch the current stream of `device`."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-        self.expect(str(device), event, what)
-
-    def expect(self, device: str, mark: Mark, what: str) -> None:
+    def expect(self, device: str, mark: Mark, what: Any) -> None:
         """Watch a mark of any kind."""
-        self._pending.setdefault(device, _Pending(mark, what, time.monotonic()))
+        self._streams[device, 0] = _Stream(_Pending(mark, what, time.monotonic()))
 
     # --- on the watchdog's thread
 
@@ -94,28 +119,33 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        _allow_queries_during_capture()
-        while not self._stop.wait(self.poll_seconds):
-            self.look()
+        with capture.relaxed():
+            while not self._stop.wait(self.poll_seconds):
+                self.look()
 
     def look(self) -> None:
         """Ask once about every mark."""
-        for device, each in list(self._pending.items()):
+        for key, each in list(self._streams.items()):
+            waited = each.waited
             try:
-                is_done = each.mark.query()
+                is_done = waited.mark.query()
             except RuntimeError as error:
-                self._pending.pop(device, None)
+                self._streams.pop(key, None)
                 if recovery.meaning(error) == "lost":
-                    recovery.lose(device, f"{recovery.first_line(error)}; seen by the watchdog behind {each.what}")
+                    reason = f"{recovery.first_line(error)}; seen by the watchdog behind {_described(waited.what)}"
+                    recovery.lose(key[0], reason)
                 continue
-            if is_done:
-                self._pending.pop(device, None)
-            elif time.monotonic() - each.since > self.seconds:
-                self._pending.pop(device, None)
-                self._bark(device, each)
+            if is_done and each.newest is not None:
+                newest, each.newest = each.newest, None
+                each.waited = _Pending(*newest, time.monotonic())
+            elif is_done:
+                self._streams.pop(key, None)
+            elif time.monotonic() - waited.since > self.seconds:
+                self._streams.pop(key, None)
+                self._bark(key[0], waited)
 
     def _bark(self, device: str, each: _Pending) -> None:
-        reason = f"no end after {self.seconds:.0f} s: {each.what}"
+        reason = f"no end after {self.seconds:.0f} s: {_described(each.what)}"
         recovery.lose(device, reason, kind="hung")
         try:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)  # no values of tensors in it
@@ -124,18 +154,6 @@ class Watchdog:
         if self.exit_code is not None:
             logging.shutdown()
             os._exit(self.exit_code)  # a thread that waits for the device never runs its `finally`
-
-
-def _allow_queries_during_capture() -> None:
-    """Let this thread ask about events while another thread captures a CUDA graph, which else would spoil the capture."""
-    if torch.version.cuda is None:
-        return
-    try:
-        runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
-        relaxed = ctypes.c_int(2)  # cudaStreamCaptureModeRelaxed
-        runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
-    except (OSError, AttributeError) as error:
-        incidents.note("monitor_failed", "watchdog", f"captures on other threads may fail beside it: {error}")
 
 
 _running: Watchdog | None = None
@@ -174,8 +192,6 @@ def stop() -> None:
 
 def watch(what: str, device: torch.device | str = "cuda") -> None:
     """Watch what is on the current stream now, such as a replayed CUDA graph; nothing without a running watchdog."""
-    if _running is not None and str(torch.device(device)) not in _running._pending:
+    if _running is not None:
         where = torch.device(device)
-        if where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
-        _running.mark(where, what)
+        _running.mark(torch.device("cuda", torch.cuda.current_device()) if where.index is None else where, what)

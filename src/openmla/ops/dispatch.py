@@ -151,6 +151,11 @@ def plan_pieces(prepared: Prepared, cache_seqlens: torch.Tensor, policy: str) ->
         raise
 
 
+def note_memory(error: Exception, device: torch.device) -> None:
+    """Note that an output or scratch did not fit."""
+    incidents.note("out_of_memory", str(device), recovery.first_line(error))
+
+
 def remembered() -> int:
     """Signatures of calls that go straight to the launch."""
     return len(_prepared)
@@ -168,7 +173,7 @@ def _stands_aside(selection: Selection, error: Exception, device: torch.device) 
             str(device), f"{recovery.first_line(error)}; seen by {aside.subject(selection.kernel)}"
         ) from error
     if meaning == "memory":
-        incidents.note("out_of_memory", str(device), recovery.first_line(error))
+        note_memory(error, device)
     if meaning != "refused":
         return False
     compiling = isinstance(error, (CompileError, ImportError, OSError))

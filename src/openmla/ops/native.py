@@ -297,7 +297,11 @@ def _workspace(
         needed = cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
         prepared.workspace[policy] = needed
     if given is None:
-        return torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
+        try:
+            return torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
+        except torch.OutOfMemoryError as error:
+            dispatch.note_memory(error, device)
+            raise
     if not isinstance(given, torch.Tensor) or given.layout != torch.strided:
         raise ProblemError("decode", [f"workspace must be a strided tensor or None, got {type(given).__name__}"])
     wrong = []
@@ -348,12 +352,16 @@ def _outputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` (the caller's or a new one) and a new lse [batch, h_q, s_q], or [h_q, total_q] for varlen q."""
     *leading, h_q, _ = q.shape
-    if out is None:
-        out = torch.empty((*leading, h_q, prepared.problem.d_v), dtype=q.dtype, device=q.device)
-    else:
+    if out is not None:
         dispatch.check_overlap(prepared, out, inputs)
     heads_first = (leading[0], h_q, leading[1]) if len(leading) == 2 else (h_q, leading[0])
-    return out, torch.empty(heads_first, dtype=torch.float32, device=q.device)
+    try:
+        if out is None:
+            out = torch.empty((*leading, h_q, prepared.problem.d_v), dtype=q.dtype, device=q.device)
+        return out, torch.empty(heads_first, dtype=torch.float32, device=q.device)
+    except torch.OutOfMemoryError as error:
+        dispatch.note_memory(error, q.device)
+        raise
 
 
 def _finish_lse(lse: torch.Tensor, return_lse: bool, base: LseBase) -> torch.Tensor | None:

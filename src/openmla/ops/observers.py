@@ -13,7 +13,9 @@ from openmla.core import incidents
 
 
 class Observer(Protocol):
-    """Sees every launch, on the thread and stream of the call."""
+    """Sees the launches that it wants to see, on the thread and stream of the call."""
+
+    wants: Callable[[], bool]  # asked at every launch; a bound C function such as `itertools.cycle(...).__next__`
 
     def before(self, prepared: Any, operands: Any, plan: Any) -> Any:
         """Called before the launch; what it returns is handed to `after`."""
@@ -42,7 +44,7 @@ def remove(observer: Observer) -> None:
 
 def around(prepared: Any, operands: Any, plan: Any) -> None:
     """The launch, between the two calls of every observer."""
-    watching = tuple(observers)
+    watching = [each for each in observers if each.wants()]
     begun = [_guarded(each.before, prepared, operands, plan) for each in watching]
     prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
     for each, state in zip(watching, begun, strict=True):
