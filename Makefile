@@ -14,7 +14,7 @@ TIERS := $(wildcard tests/unit tests/interpret tests/compile tests/integration)
 VLLM_VENV ?= .venv-vllm
 BENCH_ROWS ?= bench/results/cpu_decode.jsonl
 
-.PHONY: help demo test lint pytest bench-cpu guide test-vllm clean venv-demo venv-test
+.PHONY: help demo test lint pytest reliability break-it test-oldest bench-cpu guide test-vllm clean venv-demo venv-test
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -34,6 +34,25 @@ pytest: venv-test ## the test tiers alone; ARGS="-k name" narrows
 	@gpu=$$($(BIN)/python -c 'import torch; print("tests/gpu" if torch.cuda.is_available() else "")'); \
 	[ -n "$$gpu" ] || echo "tests/gpu: not collected, PyTorch sees no CUDA device here"; \
 	$(BIN)/python -m pytest $(TIERS) $$gpu $(ARGS)
+
+reliability: venv-test ## the CPU reliability suite, at most 12 minutes on 2 cores; record in build/reliability.json
+	@$(BIN)/python tests/reliability/suite.py $(ARGS)
+
+break-it: venv-test ## hostile tensors, killed processes, corrupted caches, a full disk, a lying metrics client
+	@$(BIN)/python tests/reliability/break_it.py $(ARGS)
+
+# The oldest PyTorch of the range; TORCH=2.13.0 where an index no longer has it.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints/oldest.txt)
+OLDEST := .venv-oldest/bin/python
+test-oldest: ## the lower end of every dependency range in an environment of its own; make test is the upper end
+	@$(PYTHON) -m venv .venv-oldest
+	@grep -v '^torch==' constraints/oldest.txt > .venv-oldest/constraints.txt
+	@$(OLDEST) -m pip install -q torch==$(TORCH) -c .venv-oldest/constraints.txt
+	@$(OLDEST) -m pip install -q -e '.[cuda,monitor,triton]' pytest hypothesis pytest-timeout pytest-xdist packaging \
+		-c .venv-oldest/constraints.txt torch==$(TORCH)
+	@$(OLDEST) -m pip list 2>/dev/null | grep -iE 'torch|triton|tvm|cutlass-dsl |prometheus|nvidia-ml'
+	@$(OLDEST) -m pytest -q -n 2 tests/interpret $(foreach t,native flash_mla kv schedule combine quant torch_backend \
+		cute_decode diskcache faults_kernels monitor checks rollout library,tests/unit/test_$(t).py) $(ARGS)
 
 bench-cpu: venv-test ## the CPU decode beside gather + SDPA and the bare GEMMs; appends rows to bench/results
 	$(BIN)/openmla bench --suite cpu_decode --peer sdpa --peer matmul --peer eager --out $(BENCH_ROWS) $(ARGS)

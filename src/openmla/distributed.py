@@ -34,6 +34,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from openmla.core import incidents
 from openmla.core.errors import OpenMLAError, ProblemError
 from openmla.core.layout import KVLayout
 from openmla.ops import native, parts
@@ -334,6 +335,7 @@ class ContextParallel:
 
     def _roll_call(self, what: str, cause: str) -> DeadRankError:
         """Everybody who is alive comes here too, once their own collective fails: whoever does not is named."""
+        incidents.note("rank_lost", "distributed", f"rank {self.rank}: {what}: {cause}")
         answers: dict[int, None] = {self.rank: None}
         store_failed: list[str] = []
 

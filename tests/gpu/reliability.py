@@ -62,6 +62,11 @@ def main() -> int:
             note(together[each], each.result())
     for name in (each for each in wanted if each in ALONE):
         note(name, run(name))
+    from openmla.core.target import Target
+    from openmla.lab import store
+
+    row = {"kind": "gpu_suite", "utc": store.now(), "environment": store.environment(Target.detect("cuda"))}
+    options.out.with_suffix(".jsonl").write_text(json.dumps(row | {"sections": record}) + "\n")
     return 0 if record and all(each["passed"] for each in record.values()) else 1
 
 

@@ -83,3 +83,17 @@ def test_readme_and_ci_say_the_same():
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     assert commands[-1] == "exec make test"
+
+
+def test_the_oldest_versions_are_the_lower_ends_of_the_ranges():
+    extras = PROJECT["optional-dependencies"]
+    ranges = [*PROJECT["dependencies"], *extras["cuda"], *extras["monitor"], *extras["triton"], *extras["test"]]
+    lower = {}
+    for each in map(Requirement, ranges):
+        ends = [spec.version for spec in each.specifier if spec.operator == ">="]
+        lower.setdefault(re.sub(r"[-_.]+", "-", each.name).lower(), ends[0] if ends else None)
+    lines = (ROOT / "constraints" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    for name, version in (line.split("==") for line in lines if not line.startswith("#")):
+        assert version == lower[name] or version.startswith(f"{lower[name]}."), (
+            f"{name}: {version}, range {lower[name]}"
+        )
