@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LIMITS = {"canary": 90, "values": 60, "modes": 60, "replays": 60, "watchdog": 40, "hang": 40, "sticky": 40,
+LIMITS = {"canary": 90, "portable_canary": 90, "values": 60, "modes": 60, "replays": 60, "watchdog": 40, "hang": 40, "sticky": 40,
           "foreign": 40, "memory": 40, "outgrown": 40, "soak": 60}  # fmt: skip
 EXPECTED_STATUS = {"hang": 70}
 
