@@ -105,7 +105,7 @@ def device_us(call: Callable[[], Any], count: int = 200) -> float:
 def _sung(backend: str, calls: list[tuple[str, Callable[[str], Any]]]) -> None:
     """Make the calls; no canary may fail. Says how long each kernel's took: fastest, slowest, how many."""
     sung: dict[str, list[float]] = {}
-    real = canary.sing
+    real = canary.try_out
 
     def timed(*arguments: Any) -> str:
         begin = time.perf_counter()
@@ -113,7 +113,7 @@ def _sung(backend: str, calls: list[tuple[str, Callable[[str], Any]]]) -> None:
         sung.setdefault(aside.subject(arguments[0]), []).append(1e3 * (time.perf_counter() - begin))
         return found
 
-    canary.sing = timed
+    canary.try_out = timed
     unsupported = 0
     for name, call in calls:
         try:
@@ -123,7 +123,7 @@ def _sung(backend: str, calls: list[tuple[str, Callable[[str], Any]]]) -> None:
         except Exception as error:
             raise AssertionError(f"{backend} {name}: {type(error).__name__}: {error}") from error
     torch.cuda.synchronize()
-    canary.sing = real
+    canary.try_out = real
     assert not any(kind == "canary_failed" for kind, _ in incidents.counts()), incidents.counts()
     say(unsupported=unsupported, canary_ms={k: [round(min(v), 1), round(max(v), 1), len(v)] for k, v in sung.items()})
 

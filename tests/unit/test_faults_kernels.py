@@ -346,7 +346,7 @@ def test_f33_every_operation_has_a_canary(monkeypatch, op):
     problem = backends.typical_problem(op)
     kernel = backends.select(problem, target, "torch").kernel
     config = kernel.configs(problem, target)[0]
-    assert canary.sing(kernel, config, problem, target, device) == ""
+    assert canary.try_out(kernel, config, problem, target, device) == ""
     canary._tried.clear()
     launch = type(kernel).launch
 
@@ -355,7 +355,7 @@ def test_f33_every_operation_has_a_canary(monkeypatch, op):
         operands.out[..., 100:120] += 1.0
 
     monkeypatch.setattr(type(kernel), "launch", wrong)
-    assert "differs from the oracle" in canary.sing(kernel, config, problem, target, device)
+    assert "differs from the oracle" in canary.try_out(kernel, config, problem, target, device)
 
 
 def test_f34_a_hang_turns_health_red_and_later_calls_raise(ends, capfd):

@@ -142,9 +142,9 @@ class Watchdog:
                 self._streams.pop(key, None)
             elif time.monotonic() - waited.since > self.seconds:
                 self._streams.pop(key, None)
-                self._bark(key[0], waited)
+                self._hung(key[0], waited)
 
-    def _bark(self, device: str, each: _Pending) -> None:
+    def _hung(self, device: str, each: _Pending) -> None:
         reason = f"no end after {self.seconds:.0f} s: {_described(each.what)}"
         recovery.lose(device, reason, kind="hung")
         try:

@@ -47,7 +47,7 @@ def is_wanted(kernel: Kernel, target: Target) -> bool:
     return kernel.backend != "torch" and target.arch != "cpu" and env.CHECKS.read() != "off"
 
 
-def sing(kernel: Kernel, config: Any, problem: Any, target: Target, device: torch.device) -> str:
+def try_out(kernel: Kernel, config: Any, problem: Any, target: Target, device: torch.device) -> str:
     """Try a variant once per process.
 
     Returns:

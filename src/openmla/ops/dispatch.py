@@ -108,7 +108,7 @@ def _make(selection: Selection, problem: Problem, target: Target, wanted: str, d
     if compile_key not in _compiled:
         begin = time.perf_counter()
         compiled = selection.kernel.compile(problem, selection.config, target)
-        wrong = canary.sing(selection.kernel, selection.config, problem, target, device)
+        wrong = canary.try_out(selection.kernel, selection.config, problem, target, device)
         if wrong:
             raise _CanaryError(wrong)
         counters.add("compile_seconds", selection.kernel.backend, time.perf_counter() - begin)
@@ -116,12 +116,12 @@ def _make(selection: Selection, problem: Problem, target: Target, wanted: str, d
         _compiled[compile_key] = compiled
     problem = _problems.setdefault(problem, problem)
     kernel = selection.kernel
-    tally = counters.tally(problem.op, kernel.backend, kernel.name, getattr(problem, "total_q", 0) or _tokens(problem))
+    tally = counters.tally(problem.op, kernel.backend, kernel.name, _tokens(problem))
     return Prepared(problem, target, kernel, _compiled[compile_key], tally, selection.config, wanted)
 
 
 def _tokens(problem: Any) -> int:
-    return int(getattr(problem, "s_q", 0))
+    return int(problem.s_q if problem.op == "sparse_prefill" else problem.total_q)
 
 
 class _CanaryError(CompileError):
