@@ -104,6 +104,18 @@ def test_a_trace_is_read():
     assert [(each.name, each.calls, each.share) for each in seen.phases] == [("decode", 1, 0.75), ("combine", 2, 0.25)]
     assert seen.readings["registers"].value == 168
     assert "CUPTI" in profile.of_trace({"traceEvents": []}).missing["kernels"]
+    assert not seen.missing
+
+
+def test_a_trace_says_what_it_cannot_know():
+    """A merge that was launched early, and an estimate of 0, both as they came from an H100."""
+    early = {"cat": "kernel", "name": "merge", "ts": 110.0, "dur": 115.0, "args": {}}
+    first = {"cat": "kernel", "name": "decode", "ts": 0.0, "dur": 241.0, "args": {"est. achieved occupancy %": 0}}
+    seen = profile.of_trace({"traceEvents": [first, early]})
+    assert set(seen.missing) == {"occupancy", "time of each kernel alone"}
+    assert "occupancy" not in seen.readings
+    behind = profile.of_trace({"traceEvents": [first, early | {"ts": 241.0}]})
+    assert set(behind.missing) == {"occupancy"}
 
 
 def test_bytes_asked_follow_from_the_rows_that_share_a_load():

@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,11 @@ def _cupti(contender: Contender) -> _Found:
         return of_trace(json.loads(path.read_text(encoding="utf-8")))
 
 
+def kernel_name(name: str) -> str:
+    """Without what every kernel of the CuTe DSL begins with; 60 characters."""
+    return name.removeprefix("kernel_cutlass_kernel_").removeprefix("openmlabackendscute")[:60]
+
+
 def of_trace(trace: dict[str, Any]) -> _Found:
     """Kernels of a chrome trace of the torch profiler: phases, and what the trace says about the longest."""
     kernels_seen = [each for each in trace.get("traceEvents", ()) if each.get("cat") == "kernel"]
@@ -414,7 +420,7 @@ def of_trace(trace: dict[str, Any]) -> _Found:
         calls[each["name"]] += 1
     total = sum(spent.values())
     order = sorted(spent, key=lambda name: -spent[name])
-    phases = [Phase(name[:60], spent[name], calls[name], spent[name] / total) for name in order]
+    phases = [Phase(kernel_name(name), spent[name], calls[name], spent[name] / total) for name in order]
     longest = max(kernels_seen, key=lambda each: each["dur"]).get("args", {})
     known = {
         "est. achieved occupancy %": ("occupancy", "%", "of the longest kernel, estimated from its launch"),
@@ -427,7 +433,16 @@ def of_trace(trace: dict[str, Any]) -> _Found:
         for key, (name, unit, meaning) in known.items()
         if key in longest
     }
-    return _Found(phases, readings)
+    missing = {}
+    if readings.get("occupancy") and not readings["occupancy"].value:
+        del readings["occupancy"]  # what the estimate says of kernels with clusters or large shared memory
+        missing["occupancy"] = "the trace estimates 0 for this kernel; use --tool ncu"
+    timed = sorted((each["ts"], each["dur"]) for each in kernels_seen if "ts" in each)
+    if any(begin + spent_us > following for (begin, spent_us), (following, _) in pairwise(timed)):
+        missing["time of each kernel alone"] = (
+            "kernels overlap: one that is launched early waits inside for the one before"
+        )
+    return _Found(phases, readings, missing=missing)
 
 
 # a GPU through Nsight Compute
@@ -519,7 +534,7 @@ def of_ncu(text: str) -> _Found:
         except ValueError:
             return None
 
-    spent = [(row["Kernel Name"][:60], (number(row, _TIME) or 0.0) * _SECONDS[unit]) for row in rows]
+    spent = [(kernel_name(row["Kernel Name"]), (number(row, _TIME) or 0.0) * _SECONDS[unit]) for row in rows]
     total = sum(each for _, each in spent) or 1.0
     phases = [Phase(name, each, 1, each / total) for name, each in spent]
     longest = max(rows, key=lambda row: number(row, _TIME) or 0.0)

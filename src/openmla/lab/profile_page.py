@@ -29,13 +29,14 @@ def _name(each: Profile) -> str:
 
 
 def _sections(number: int, one: Profile) -> list[Section]:
+    has_threads = bool(one.operators)  # of a CPU; a GPU's phases are kernels
     figures = [
         Figure(
             plot.bars(
                 [(each.name, 100 * each.share) for each in one.phases], salt=f"phases{number}",
                 title=f"Phases of {one.case}", heading="% of the time",
             ),
-            "On a CPU all threads count: waiting is a part like the others." if one.tool != "ncu" else "Kernels of the call.",
+            "All threads count: waiting is a part like the others." if has_threads else "Kernels of the call.",
             "phases",
         )
     ] if one.phases else []  # fmt: skip
@@ -46,7 +47,7 @@ def _sections(number: int, one: Profile) -> list[Section]:
         )  # fmt: skip
         figures.append(Figure(svg, "What warps of the longest kernel wait for.", "stall reasons"))
     readings: Sequence[Sequence[str | Cell]] = [
-        [name, f"{each.value:,.4g} {each.unit}", each.meaning] for name, each in one.readings.items()
+        [name, f"{_number(each.value)} {each.unit}", each.meaning] for name, each in one.readings.items()
     ]
     tables = [Table("counters", ("counter", "value", "what it is"), readings, left=(0, 2)), _memory(one.memory)]
     if one.operators:
@@ -60,6 +61,11 @@ def _sections(number: int, one: Profile) -> list[Section]:
         f"`{one.case}`: {duration(one.seconds)} by `{one.who}/{one.kernel}`, seen with {one.tool}. Gate: {one.gate}."
     ]
     return [Section(_name(one), text, figures, tables)]
+
+
+def _number(value: float) -> str:
+    """Four digits; whole numbers from 1000 on in full."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _phases(name: str, phases: Sequence[Phase]) -> Table:
