@@ -1,7 +1,7 @@
 """The canary: a freshly compiled kernel computes a small problem of the same kind, beside the oracle, before it serves.
 
-A compiler, driver or card that nobody tried before can produce code that runs and is wrong. The canary costs
-milliseconds, once per compiled variant and process; a variant that fails stands aside for the life of the process.
+A compiler, driver or card that nobody tried before can produce code that runs and is wrong. The canary costs a fraction
+of a second, most of it the oracle's on the CPU, once per variant and process; a variant that fails stands aside for the life of the process.
 It is no proof of the kernel (`openmla verify` is): it looks for results that are plainly wrong.
 """
 
@@ -38,7 +38,7 @@ TOPK = 192
 MAX_ROW_ERROR = 0.05
 MAX_LSE_ERROR = 0.05  # natural-log units; a 5 % error of the softmax sum
 
-_tried: set[tuple[str, str, str, Any, Any]] = set()
+_tried: set[tuple[str, str, str, Any, tuple[Any, ...]]] = set()
 _lock = threading.Lock()
 
 
@@ -58,8 +58,10 @@ def try_out(kernel: Kernel, config: Any, problem: Any, target: Target, device: t
     """
     if not is_wanted(kernel, target) or getattr(problem, "mods", None) is not None:
         return ""
-    small = smaller(problem)
-    key = (kernel.op, kernel.backend, kernel.name, config, small)
+    # A Hopper kernel's config says all of its code. Triton compiles more variants than that, one per option of a call:
+    # trying each of them would cost seconds apiece, so one call per tile, dtype and layout stands for them.
+    form = (problem.dtype, getattr(problem, "layout", None), problem.d_qk, problem.d_v)
+    key = (kernel.op, kernel.backend, kernel.name, config, form)
     with _lock:
         if key in _tried:
             return ""
@@ -68,7 +70,7 @@ def try_out(kernel: Kernel, config: Any, problem: Any, target: Target, device: t
             return ""
         _tried.add(key)
     with torch.inference_mode():
-        return _compare(*_TRIALS[problem.op](kernel, config, small, target, device))
+        return _compare(*_TRIALS[problem.op](kernel, config, smaller(problem), target, device))
 
 
 def smaller(problem: Any) -> Any:
