@@ -136,7 +136,7 @@ def test_other_machines_are_refused_with_their_name(checked):
 
 
 def test_names_tell_variants_apart():
-    assert len({config.name for config in (*BUILT, gather.Config(gate_left=18), gather.Config(cluster=2))}) == 6
+    assert len({config.name for config in (*BUILT, gather.Config(gate_left=18), gather.Config(fence="joint"))}) == 6
 
 
 # ---------------------------------------------------------------------- the four verbs, with a function that looks

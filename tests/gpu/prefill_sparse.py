@@ -109,20 +109,9 @@ def golden(c):
     )  # fmt: skip
 
 
-def cases(form, d_qk, head_blocks):
+def cases(form, d_qk):
     """Builders of named cases; small ones first, so that a broken kernel is known early."""
     make = lambda name, *args, **kw: (name, lambda: case(name, form, *args, d_qk=d_qk, **kw))  # noqa: E731
-    if head_blocks == 2:  # of a cluster
-        return [
-            make("one index", 1, 128, 1),
-            make("three tiles", 1, 128, 190),
-            make("many tokens, one pair", 9, 128, 130, parts=1),
-            make("hostile indices", 3, 100, 260, hostile=0.3),
-            make("lengths", 6, 128, 500, lengths=[0, 1, 63, 64, 65, 499], parts=2),
-            make("sink", 3, 128, 150, sink=float("inf"), parts=2),
-            make("many tokens", 200, 128, 333, seed=3),
-            make("long lists", 70, 128, 2048, rows=5000),
-        ]
     return [
         make("one index", 1, 64, 1),
         make("one tile", 1, 64, 64),
@@ -176,9 +165,9 @@ def check(library, name, only=()):
     import tvm_ffi
 
     module = tvm_ffi.load_module(library)
-    form, d_qk, head_blocks = form_of(name), d_qk_of(name), 2 if "_c2_" in name else 1
+    form, d_qk = form_of(name), d_qk_of(name)
     passed = True
-    for title, build in cases(form, d_qk, head_blocks):
+    for title, build in cases(form, d_qk):
         if only and title not in only:
             continue
         c = build()
@@ -392,10 +381,7 @@ def time_all(library, rows_path, names, wanted):
     }  # fmt: skip
     for form, d_qk, h_q, tokens, topk, kv_rows in [shape for name in wanted or ["anchors"] for shape in SUITES[name]]:
         c = timing_case(form, d_qk, h_q, tokens, topk, kv_rows)
-        mine = [
-            name for name in names
-            if form_of(name) == form and d_qk_of(name) == d_qk and ("_c2_" not in name or h_q > 64)
-        ]  # fmt: skip
+        mine = [name for name in names if form_of(name) == form and d_qk_of(name) == d_qk]
         if not mine:
             continue
         calls = {"peer": peer_call(c)}

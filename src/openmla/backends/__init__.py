@@ -59,11 +59,12 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     ),
     "sparse_decode": (
         Unbuilt("sparse_decode", "cute", "decode_sparse", "not built yet: token-sparse Hopper kernel in CuTe DSL"),
+        Slot("openmla.backends.cute.gathered", "SPARSE_DECODE_ROWS"),
         Slot("openmla.backends.triton", "SPARSE_DECODE"),
         Slot("openmla.backends.torch", "SPARSE_DECODE"),
     ),
     "sparse_prefill": (
-        Unbuilt("sparse_prefill", "cute", "prefill_sparse", "not built yet: sparse prefill for Hopper in CuTe DSL"),
+        Slot("openmla.backends.cute.gathered", "SPARSE_PREFILL"),
         Slot("openmla.backends.triton", "SPARSE_PREFILL"),
         Slot("openmla.backends.torch", "SPARSE_PREFILL"),
     ),

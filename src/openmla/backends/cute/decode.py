@@ -23,6 +23,8 @@ from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense.launch import launch_merge
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
+from openmla.backends.cute.gathered import build_gather
+from openmla.backends.cute.prefill_sparse import config as gather
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
@@ -110,6 +112,7 @@ FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]
     small.FAMILY: (small.VARIANTS, build_few_rows),
     large.FAMILY: (large.VARIANTS, build_many_rows),
     large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
+    gather.FAMILY: (gather.VARIANTS, build_gather),
 }
 
 

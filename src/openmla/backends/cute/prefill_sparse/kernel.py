@@ -32,7 +32,7 @@ Budget (checked by tests/compile/test_prefill_sparse.py against tests/compile/bu
 
 Synchronisation (mbarriers)
     full[slot]      producers -> scores (and, through P, values)   128 copies and 4 warps
-    empty[slot]     values (Q elements: scores) -> producers       4 warps of every CTA of the cluster
+    empty[slot]     values (Q elements: scores) -> producers       4 warps of the half that reads it
     rope_full/empty, q_full/empty                                  as above
     p_full/empty[2] scores -> values / back                        4 warps / 8 warps
     go[half, 2]     scores -> values: the gates                    4 warps
@@ -145,7 +145,7 @@ class PrefillSparse:
             rope_empty: cute.struct.MemRange[Int64, 1]
             q_full: cute.struct.MemRange[Int64, 1]
             q_empty: cute.struct.MemRange[Int64, 1]
-            p_full: cute.struct.MemRange[Int64, 2]
+            p_full: cute.struct.MemRange[Int64, 3]  # the last one is nobody's: see `step`
             p_empty: cute.struct.MemRange[Int64, 2]
             go: cute.struct.MemRange[Int64, 4]
             sum_full: cute.struct.MemRange[Int64, 1]
@@ -164,14 +164,12 @@ class PrefillSparse:
 
         self.storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
-        blocks = cute.ceil_div(cute.ceil_div(out.shape[1], 64), cfg.cluster) * cfg.cluster
         self.kernel(
             q, kv, indices, topk_length, sink, out, lse, max_logits, fault_word, parts, has_length, has_sink, scale,
             *(Int32(stride // 8) for stride in (q.stride[0], q.stride[1], kv.stride[0], kv.stride[1])), qk_first, qk_rs, qk_ss, pv, ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
-            grid=[blocks, parts, 1],
+            grid=[cute.ceil_div(out.shape[1], 64), parts, 1],
             block=[THREADS, 1, 1],
-            cluster=[cfg.cluster, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
         )  # fmt: skip
@@ -232,7 +230,7 @@ class PrefillSparse:
             has_sink=has_sink, scale=scale, scale_log2=scale * Float32(LOG2_E), tokens=out.shape[0], h_q=out.shape[1],
             token_step=token_step, head_step=head_step, page_step=page_step, row_step=row_step,
             qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
-            m_block=m_block, part=part, rank=m_block & cfg.cluster - 1,
+            m_block=m_block, part=part,
             thread=tidx & 127, warp=warp_idx & 3, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
         )  # fmt: skip
 
@@ -240,12 +238,12 @@ class PrefillSparse:
             with cute.arch.elect_one():
                 for pointer_, count, copies in (
                     (c.full, 128 + 4, cfg.slots),
-                    (c.empty, 4 * cfg.cluster, cfg.slots),
+                    (c.empty, 4, cfg.slots),
                     (c.rope_full, 128 + 4, 1),
-                    (c.rope_empty, 4 * cfg.cluster, 1),
+                    (c.rope_empty, 4, 1),
                     (c.q_full, 128 + 4, 1),
                     (c.q_empty, 4, 1),
-                    (c.p_full, 4, 2),
+                    (c.p_full, 4, 3),
                     (c.p_empty, 8, 2),
                     (c.go, 4, 4),
                     (c.sum_full, 4, 1),
@@ -257,9 +255,6 @@ class PrefillSparse:
                         cute.arch.mbarrier_init(pointer_ + i, count)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if const_expr(cfg.cluster > 1):
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
 
         if warp_idx < 4:
             cute.arch.setmaxregister_increase(ROLES["scores"])
@@ -270,21 +265,8 @@ class PrefillSparse:
         else:
             cute.arch.setmaxregister_decrease(ROLES["producers"])
             self.produce(c)
-        if const_expr(cfg.cluster > 1):
-            # Arrivals in the other CTA are performed before it may leave: not relaxed.
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
 
     # ------------------------------------------------------------------ small steps that several roles share
-
-    @cute.jit
-    def release(self, barrier: cutlass.Constexpr, rank: Int32):
-        """One arrival of this warp, in every CTA of the cluster."""
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barrier)
-            for other in cutlass.range_constexpr(1, self.config.cluster):
-                cute.arch.mbarrier_arrive(barrier, rank ^ other)
 
     @cute.jit
     def arrive(self, barrier: cutlass.Constexpr):
@@ -374,18 +356,6 @@ class PrefillSparse:
         return tensor.iterator.toint() + Int64(place)
 
     @cute.jit
-    def prefetch_rows(self, c: cutlass.Constexpr, offset: Int32):
-        """Ask L2 for a key's row, five of its lines by the lower half of the lanes and four by the other."""
-        base, last = c.kv.iterator.toint(), self.config.q_slices - 1
-        for x in cutlass.range_constexpr(5):
-            place = cutlass.min(2 * x + (c.lane >> 4), last) * 128
-            cute.arch.inline_ptx(
-                "{ .reg .b64 a, b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
-                " cvt.u64.u32 b, {$r2}; add.u64 a, a, b; @p prefetch.global.L2 [a]; }",
-                read_only_args=[base, offset, place],
-            )
-
-    @cute.jit
     def copy_row(
         self, base: Int64, offset: Int32, there: Int32, first: cutlass.Constexpr, count: cutlass.Constexpr
     ):  # fmt: skip
@@ -397,14 +367,15 @@ class PrefillSparse:
             there: where it goes in the first slice.
             first, count: slices of the source; in shared memory they follow one another.
         """
-        hint = f".L2::{self.config.l2}B" if self.config.l2 else ""
         copies = "".join(
-            f" cp.async.cg.shared.global{hint} [{{$r2}} + {SLICE_BYTES * x}], [a + {128 * (first + x)}], 16, n;"
+            f" cp.async.cg.shared.global.L2::128B [{{$r2}} + {SLICE_BYTES * x}], [a + {128 * (first + x)}], 16, n;"
             for x in range(count)
         )
         cute.arch.inline_ptx(
             "{ .reg .b64 a; .reg .b32 n, o; .reg .pred p; setp.ne.s32 p, {$r1}, -1; selp.b32 n, 16, 0, p;"
-            " selp.b32 o, {$r1}, 0, p; mad.wide.u32 a, o, 16, {$r0};" + copies + " }",
+            + " selp.b32 o, {$r1}, 0, p; mad.wide.u32 a, o, 16, {$r0};"
+            + copies
+            + " }",
             read_only_args=[base, offset, there],
         )
 
@@ -473,8 +444,6 @@ class PrefillSparse:
                     offsets[i] = cute.arch.shuffle_sync(offset, 4 * i + lane_row(lane))
                 present = cute.arch.vote_ballot_sync(offset != NO_ROW) & 0xFFFF
                 offset = self.locate(c, index)
-                if const_expr(cfg.prefetch):
-                    self.prefetch_rows(c, offset)
                 index, at, tile, at_length, ahead = self.next_index(c, at, tile, at_length, ahead)
                 base = self.start_of(c.kv, chunk)
                 # The words of a tile four before have been read: S of that tile freed the slot that is waited for here.
@@ -534,7 +503,7 @@ class PrefillSparse:
                 cute.copy(load_a, thr_a.partition_S(c.s_ring[None, None, slot]), thr_a.retile(s.a_regs[e]))
                 # An arrival may overtake loads that wait behind the stores of an epilogue: let them finish first.
                 cute.arch.fence_view_async_shared()
-                self.release(c.empty + slot, c.rank)
+                self.arrive(c.empty + slot)
                 slot, phase = self.next_slot(slot, phase)
             m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
             x0, x1 = -Float32.inf, -Float32.inf  # the largest products of this thread's columns
@@ -543,6 +512,8 @@ class PrefillSparse:
                     c, s, acc, slot, phase, count, piece, tiles, j, m0, m1, l0, l1, x0, x1
                 )
                 count += 1
+            cute.arch.fence_view_async_shared()
+            self.arrive(c.p_full + (count & 1))
             self.sums(c, s, piece, m0, m1, l0, l1, x0, x1)
             piece += 1
             tiles = self.next_piece(c, piece)
@@ -558,40 +529,50 @@ class PrefillSparse:
     ):  # fmt: skip
         """Scores of tile j, the gates of the tile before, then the probabilities of tile j."""
         cfg = self.config
-        steps = [0, 1, 2, -1, 3] if cfg.has_rope else [0, 1, 2, 3]
         buf = count & 1  # of the tile before; tiles count from 1
+        # The last P of a token is handed over: the first of the next one arrives where nobody waits. A branch between wgmmas
+        # would make ptxas wait for each of them.
+        before = buf if j > 0 else Int32(2)
         valid0, valid1 = Int32(0), Int32(0)
         issued = 0
-        for e in steps:
-            if const_expr(e < 0):
-                cute.arch.mbarrier_wait(c.rope_full, count & 1)
-            else:
-                cute.arch.mbarrier_wait(c.full + slot, phase)
-            if const_expr(e == cfg.q_regs // 2):  # the first that reads Q from shared memory
-                cute.arch.mbarrier_wait(c.q_full, piece & 1)
-            if const_expr(cfg.fence):
+        for group in cfg.groups:
+            places = slot, slot + 1 if slot + 1 < cfg.slots else Int32(0)  # a group has two ring slots at most
+            for e in group:
+                if const_expr(e < 0):
+                    cute.arch.mbarrier_wait(c.rope_full, count & 1)
+                else:
+                    cute.arch.mbarrier_wait(c.full + slot, phase)
+                    slot, phase = self.next_slot(slot, phase)
+                if const_expr(e == cfg.q_regs // 2):  # the first that reads Q from shared memory
+                    cute.arch.mbarrier_wait(c.q_full, piece & 1)
+            if const_expr(cfg.fence != "none"):
                 cute.arch.fence_view_async_shared()
             if const_expr(issued == 0):
+                if const_expr(cfg.fence == "joint"):
+                    self.arrive(c.p_full + before)
                 valid0 = c.valid[0, count & 3] | (c.valid[1, count & 3] << 16)
                 valid1 = c.valid[2, count & 3] | (c.valid[3, count & 3] << 16)
                 warpgroup.fence()
-            for k in cutlass.range_constexpr(4 if e < 0 else 8):
-                column = 4 * 8 + k if e < 0 else 8 * e + k
-                if const_expr(column < 4 * cfg.q_regs):
-                    cute.gemm(
-                        c.qk_rs if issued else c.qk_first, acc, s.a_regs[column // 8][None, None, column % 8],
-                        s.b_ring[None, None, k, slot], acc,
-                    )  # fmt: skip
-                else:
-                    b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, slot]
-                    cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
-                if const_expr(issued == cfg.gate_left):
-                    self.arrive(c.go + buf)
-                if const_expr(issued == cfg.gate_right):
-                    self.arrive(c.go + 2 + buf)
-                issued += 1
-            if const_expr(e >= 0):
-                slot, phase = self.next_slot(slot, phase)
+            for e in group:
+                place = places[1 if e > group[0] else 0]
+                for k in cutlass.range_constexpr(4 if e < 0 else 8):
+                    column = 4 * 8 + k if e < 0 else 8 * e + k
+                    if const_expr(column < 4 * cfg.q_regs):
+                        cute.gemm(
+                            c.qk_rs if issued else c.qk_first, acc, s.a_regs[column // 8][None, None, column % 8],
+                            s.b_ring[None, None, k, place], acc,
+                        )  # fmt: skip
+                    else:
+                        b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, place]
+                        cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
+                    if const_expr(issued == cfg.gate_left):
+                        self.arrive(c.go + buf)
+                    if const_expr(issued == cfg.gate_right):
+                        self.arrive(c.go + 2 + buf)
+                    issued += 1
+                    if const_expr(issued == 8 and cfg.fence != "joint"):
+                        cute.arch.fence_view_async_shared()
+                        self.arrive(c.p_full + before)
         warpgroup.commit_group()
         if const_expr(cfg.gate_left == -1):
             self.arrive(c.go + buf)
@@ -606,21 +587,14 @@ class PrefillSparse:
                 cute.arch.mbarrier_arrive(c.go + 2 + buf)
             if const_expr(cfg.has_rope):
                 cute.arch.mbarrier_arrive(c.rope_empty)
-                for other in cutlass.range_constexpr(1, cfg.cluster):
-                    cute.arch.mbarrier_arrive(c.rope_empty, c.rank ^ other)
         if j + 1 == tiles:
             self.arrive(c.q_empty)
         if (valid0 & valid1) != -1:
             self.mask(c, acc, valid0, valid1)
         buf = buf ^ 1
-        if const_expr(cfg.store_early):
-            cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
+        cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
         m0, m1, l0, l1, x0, x1, f0, f1, need = self.probabilities(c, s, acc, buf, m0, m1, l0, l1, x0, x1)
-        if const_expr(not cfg.store_early):
-            cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
-            for k in cutlass.range_constexpr(4):
-                self.store_quarter(s, k, buf)
-        self.publish(c, s, buf, f0, f1, need)
+        self.note_need(c, s, buf, f0, f1, need)
         return slot, phase, m0, m1, l0, l1, x0, x1
 
     @cute.jit
@@ -645,6 +619,27 @@ class PrefillSparse:
         cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
 
     @cute.jit
+    def quick(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, buf: Int32, m0: Float32, m1: Float32
+    ):  # fmt: skip
+        """Probabilities with the old reference, their sums, and whether it does not do."""
+        packed = s.packed
+        n0 = -m0 if cute.arch.fmax(m0, -m0) < Float32(FUSED) else -Float32(NO_MAXIMUM)
+        n1 = -m1 if cute.arch.fmax(m1, -m1) < Float32(FUSED) else -Float32(NO_MAXIMUM)
+        t0, t1 = Float32(0.0), Float32(0.0)
+        for x in cutlass.range_constexpr(32):
+            n = n0 if (x // 2) % 2 == 0 else n1
+            value = cute.math.exp2(cute.math.fma(acc[x], c.scale_log2, n), fastmath=True)
+            packed[x] = value.to(cutlass.BFloat16)
+            t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
+            if const_expr(x % 8 == 7):
+                self.store_quarter(s, x // 8, buf)
+        # Not "greater": a NaN or an overflow of this row goes the careful way, too.
+        fits = (t0 <= Float32(2.0**LAZY_LOG2)) & (t1 <= Float32(2.0**LAZY_LOG2))
+        need = Int32(0) if cute.arch.vote_all_sync(fits) else Int32(1)
+        return t0, t1, need
+
+    @cute.jit
     def probabilities(
         self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, buf: Int32, m0: Float32, m1: Float32,
         l0: Float32, l1: Float32, x0: Float32, x1: Float32,
@@ -660,16 +655,6 @@ class PrefillSparse:
         """
         packed = s.packed
         wants_maximum = self.config.form == "rows"
-        n0 = -m0 if cute.arch.fmax(m0, -m0) < Float32(FUSED) else -Float32(NO_MAXIMUM)
-        n1 = -m1 if cute.arch.fmax(m1, -m1) < Float32(FUSED) else -Float32(NO_MAXIMUM)
-        t0, t1 = Float32(0.0), Float32(0.0)
-        for x in cutlass.range_constexpr(32):
-            n = n0 if (x // 2) % 2 == 0 else n1
-            value = cute.math.exp2(cute.math.fma(acc[x], c.scale_log2, n), fastmath=True)
-            packed[x] = value.to(cutlass.BFloat16)
-            t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
-            if const_expr(self.config.store_early and x % 8 == 7):
-                self.store_quarter(s, x // 8, buf)
         if const_expr(wants_maximum):
             for x in cutlass.range_constexpr(32):
                 if const_expr((x // 2) % 2 == 0):
@@ -677,9 +662,7 @@ class PrefillSparse:
                 else:
                     x1 = cute.arch.fmax(x1, acc[x])
         f0, f1 = Float32(1.0), Float32(1.0)
-        # Not "greater": a NaN or an overflow of this row goes the careful way, too.
-        fits = (t0 <= Float32(2.0**LAZY_LOG2)) & (t1 <= Float32(2.0**LAZY_LOG2))
-        need = Int32(0) if cute.arch.vote_all_sync(fits) else Int32(1)
+        t0, t1, need = self.quick(c, s, acc, buf, m0, m1)
         if need != 0:
             y0, y1 = x0, x1
             if const_expr(not wants_maximum):
@@ -702,14 +685,13 @@ class PrefillSparse:
                 value = cute.math.exp2(self.rounded(acc[x], c.scale_log2) - m, fastmath=True)
                 packed[x] = value.to(cutlass.BFloat16)
                 t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
-            if const_expr(self.config.store_early):
-                for k in cutlass.range_constexpr(4):
-                    self.store_quarter(s, k, buf)
+            for k in cutlass.range_constexpr(4):
+                self.store_quarter(s, k, buf)
         return m0, m1, l0 + t0, l1 + t1, x0, x1, f0, f1, need
 
     @cute.jit
-    def publish(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
-        """P and, when the reference moved, the factors of O, for the value warpgroups."""
+    def note_need(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
+        """Whether the reference moved, and then the factors of O, for the value warpgroups."""
         factor, flag = c.factor, c.need
         if need != 0:
             if (c.lane & 3) == 0:
@@ -717,9 +699,6 @@ class PrefillSparse:
                 factor[s.row0 + 8, buf] = f1
         if c.lane == 0:
             flag[c.warp, buf] = need
-        # The tensor cores read P through the async proxy.
-        cute.arch.fence_view_async_shared()
-        self.arrive(c.p_full + buf)
 
     @cute.jit
     def sums(
@@ -798,10 +777,10 @@ class PrefillSparse:
                     cute.gemm(pv, accs[1], a[None, None, k, buf], b[None, None, k, slot1], accs[1])
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                self.release(c.empty + slot, c.rank)
+                self.arrive(c.empty + slot)
                 warpgroup.wait_group(0)
                 self.arrive(c.p_empty + buf)
-                self.release(c.empty + slot1, c.rank)
+                self.arrive(c.empty + slot1)
                 slot += 4
                 turn += 1 << 3
             if slot >= cfg.slots:
