@@ -58,6 +58,9 @@ def matrix(setup: Setup) -> Made:
         lists.append(coverage.axes_around(base, setup.takes, is_fixed=True))
     made = [pair for axes in lists if axes for pair in coverage.pairs(axes, setup.takes)]
     made += coverage.pairs()
+    # Longer than a chunk of batch_invariant, which no other case is.
+    chunked = coverage.Call(policy="batch_invariant")
+    made += [(dense((12400, 0, 64, 8200), h_q, s_q=s_q), chunked) for h_q in (16, 128) for s_q in (1, 2)]
     return [(f"{call} {case}", _judged(case, call)) for case, call in dict.fromkeys(made)]
 
 
