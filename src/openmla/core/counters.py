@@ -91,4 +91,5 @@ def reset() -> None:
         each.__post_init__()
 
 
-os.register_at_fork(after_in_child=reset)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=reset)

@@ -143,4 +143,5 @@ def reset() -> None:
     _counts.clear()
 
 
-os.register_at_fork(after_in_child=reset)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=reset)

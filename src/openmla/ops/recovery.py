@@ -84,4 +84,5 @@ def _after_fork() -> None:
         lose("cuda", "forked after CUDA was initialised; start workers with the spawn method", kind="forked")
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
