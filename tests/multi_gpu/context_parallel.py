@@ -95,7 +95,11 @@ def graphed(call: Callable[[], object], device: torch.device, times: int) -> Cal
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(times):
             call()
-    return graph.replay
+
+    def replay(kept: object = call) -> None:  # the memory that the call holds must outlive the graph
+        graph.replay()
+
+    return replay
 
 
 def seconds(call, device: torch.device) -> float:
@@ -169,7 +173,7 @@ def measure(
 
 
 def over_peers(ranks: ContextParallel, q: torch.Tensor, share: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-    """An experiment, no part of the library: two ranks read one another's share over NVLink, without a collective.
+    """An experiment that has not run to its end, no part of the library: ranks read one another's share over NVLink.
 
     The kernel writes into memory that the other GPU has mapped; a barrier on the device, the merge reads both, and a
     second barrier lets the next call write.
