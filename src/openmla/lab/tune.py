@@ -536,7 +536,7 @@ def page(record: Record) -> Page:
     title = f"{device}: a better setting for {gained} of {len(record.entries)} cases"
     facts = record.entries[0].environment if record.entries else {}
     footer = [
-        f"torch {facts.get('torch')}, commit {str(facts.get('git_sha'))[:10]}, {record.utc}.",
+        f"torch {facts.get('torch')}, commit {str(facts.get('git_sha') or 'unknown')[:10]}, {record.utc}.",
         "Made by `openmla tune`.",
     ]
     return Page(title, lead, sections, tiles, footer)
