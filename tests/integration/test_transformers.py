@@ -5,6 +5,9 @@ The models are tiny and random, with weights large enough that attention decides
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -213,6 +216,12 @@ def test_captured_steps_keep_the_tokens(v3, batch, monkeypatch) -> None:
         assert tokens(v3, batch(), past_key_values=attached.cache(), max_new_tokens=70) == long
         assert len(captured) == 3  # one page, then two pages per request
         replays = attached.steps.replays
+        held = weakref.ref(cache)
+        del cache
+        captured.clear()
+        attached.steps._replay = None  # the stand-in holds its step, which a graph does not
+        gc.collect()
+        assert held() is None, "neither the graph nor the model keeps a cache alive"
         assert tokens(v3, batch(), num_beams=2, past_key_values=attached.cache())
         assert tokens(v3, batch()) == want
         assert attached.steps.replays == replays, (

@@ -72,7 +72,8 @@ class Attached:
         if self.steps is not None:
             self.steps.close()
         for module in self.modules:
-            module.openmla_seam.hook.remove()
+            for hook in module.openmla_seam.hooks:
+                hook.remove()
             del module.openmla_seam, module.expand_kv  # the class's own comes to light again
         continuous.forget(self.model.config)
         if self._stock_experts is not None:
@@ -103,11 +104,17 @@ class _Seam:
         self.expand: Callable[..., tuple[torch.Tensor, torch.Tensor]] = module.expand_kv
         self.backend = backend
         self.cache: Any = None
-        self.hook = module.register_forward_pre_hook(self._note_cache, with_kwargs=True)
+        self.hooks = (
+            module.register_forward_pre_hook(self._note_cache, with_kwargs=True),
+            module.register_forward_hook(self._forget_cache),  # else a model would keep its last cache alive
+        )
         self._made: torch.Tensor | None = None
 
     def _note_cache(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.cache = kwargs.get("past_key_values")
+
+    def _forget_cache(self, module: Any, args: Any, output: Any) -> None:
+        self.cache = None
 
     def up_projections(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(W_UK, W_UV); of a projection that is no plain Linear, made once by feeding it the identity."""

@@ -50,6 +50,7 @@ class StepGraphs:
         self._places: list[int] = []
         self._warm = False
         self._replay: Callable[[], None] | None = None
+        self._logits: torch.Tensor | None = None
 
         @functools.wraps(self.stock)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -58,9 +59,13 @@ class StepGraphs:
         model.forward = forward
 
     def close(self) -> None:
-        """Forget the graph."""
+        """Give the model its own `forward` back."""
         del self.model.forward  # the class's own comes to light again
-        self._replay, self._cache = None, None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the graph and its memory; called too when its cache is gone."""
+        self._cache, self._replay, self._logits, self._warm = None, None, None, False
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         cache, ids, positions = (kwargs.get(name) for name in ("past_key_values", "input_ids", "position_ids"))
@@ -74,7 +79,8 @@ class StepGraphs:
         places = [layer.places for layer in cache.layers]
         known = self._cache() if self._cache is not None else None
         if known is not cache or places != self._places:
-            self._cache, self._places, self._warm, self._replay = weakref.ref(cache), places, False, None
+            self._forget()
+            self._cache, self._places = weakref.ref(cache, lambda _: self._forget()), places
         if not self._warm:
             self._warm = True
             return self.stock(**kwargs | {"attention_mask": None})
@@ -87,7 +93,7 @@ class StepGraphs:
         self.replays += 1
         for layer in cache.layers:
             layer.before, layer.seen = layer.seen, layer.seen + 1
-        return type(self._result)(logits=self._logits, past_key_values=cache)
+        return self._kind(logits=self._logits, past_key_values=cache)
 
     def _fits(self, cache: Any, ids: Any, positions: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this is a plain step of one token per request."""
@@ -112,7 +118,7 @@ class StepGraphs:
                 input_ids=self._ids, position_ids=self._positions, past_key_values=cache, use_cache=True,
                 attention_mask=None, logits_to_keep=1, return_dict=True,
             )  # fmt: skip
-            self._result, self._logits = result, result.logits
+            self._kind, self._logits = type(result), result.logits  # not the result, which holds the cache
 
         self._replay = _captured(step)
         # Capturing ran the bookkeeping of the host, but nothing on the device.
