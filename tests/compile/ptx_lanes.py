@@ -18,7 +18,8 @@ class Warp:
         self.registers: dict[str, np.ndarray] = {}
         self.pc = np.zeros(32, np.int64)
         self.is_done = False
-        self.copies: list[tuple[int, np.ndarray]] = []  # cp.async that has not landed
+        self.copies: list[tuple[int, np.ndarray]] = []  # cp.async that has not landed, of no group yet
+        self.committed: list[list[tuple[int, np.ndarray]]] = []  # ... and per group
         self.groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]  # wgmma: (addresses, bytes) per commit group
         self.waits_at_barrier = False
 
@@ -225,6 +226,9 @@ class Lanes:
         write, a, n = self.writer(o[0]), self.reader(o[1], p[-1]), self.reader(o[2], "u32")
         return lambda warp, mask: write(warp, mask, formula(a(warp), n(warp)).astype(TYPES[p[-1]]))
 
+    def do_bfind(self, p: list[str], o: list[str]) -> Any:
+        return self._map(o, p[-1], "u32", lambda a: np.floor(np.log2(np.maximum(a, 1))).astype(np.uint32))
+
     def do_selp(self, p: list[str], o: list[str]) -> Any:
         write, which = self.writer(o[0]), self.predicate(o[3])
         a, b = self.reader(o[1], p[-1]), self.reader(o[2], p[-1])
@@ -256,7 +260,8 @@ class Lanes:
                 warp, mask, E4M3[read(warp) & 255].astype(np.uint32) | E4M3[read(warp) >> 8].astype(np.uint32) << 16
             )
         read = self.reader(o[1], self._stored(source, o[1]))
-        return lambda warp, mask: write(warp, mask, read(warp).astype(TYPES[source]).astype(TYPES[to]))
+        kept = TYPES.get(to[0] + "16") if to in ("s8", "u8") else TYPES[to]  # registers have 16 bits at least
+        return lambda warp, mask: write(warp, mask, read(warp).astype(TYPES[source]).astype(TYPES[to]).astype(kept))
 
     def _stored(self, kind: str, operand: str) -> str:
         """cvt may read a narrow type out of a wider register."""

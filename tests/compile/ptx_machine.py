@@ -137,7 +137,9 @@ class Cta(Lanes):
     def do_ret(self, parts: list[str], operands: list[str]) -> Any:
         def run(warp: Warp, mask: np.ndarray) -> bool:
             assert mask.all(), "lanes return one by one"
-            assert not warp.copies and not any(warp.groups), "a warp returns with work in flight"
+            assert not warp.copies and not any(warp.committed) and not any(warp.groups), (
+                "a warp returns with work in flight"
+            )
             warp.is_done = True
             return True
 
@@ -146,7 +148,7 @@ class Cta(Lanes):
     def _ignore(self, parts: list[str], operands: list[str]) -> Any:
         return lambda warp, mask: None
 
-    do_prefetch = do_setmaxnreg = _ignore
+    do_prefetch = do_setmaxnreg = do_griddepcontrol = _ignore
 
     def do_fence(self, parts: list[str], operands: list[str]) -> Any:
         return self._ignore(parts, operands)
@@ -246,12 +248,25 @@ class Cta(Lanes):
     do_red = do_atom
 
     def do_cp(self, p: list[str], o: list[str]) -> Any:
-        if "wait_all" in p:
+        if "commit_group" in p:
+
+            def close(warp: Warp, mask: np.ndarray) -> None:
+                warp.committed.append(list(warp.copies))
+                warp.copies.clear()
+
+            return close
+        if "wait_all" in p or "wait_group" in p:
+            keep = int(o[0]) if "wait_group" in p else None
 
             def land(warp: Warp, mask: np.ndarray) -> None:
-                for place, content in warp.copies:
+                landing = []
+                while len(warp.committed) > (keep or 0):
+                    landing += warp.committed.pop(0)
+                if keep is None:
+                    landing += warp.copies
+                    warp.copies.clear()
+                for place, content in landing:
                     self.store("shared", np.array([place]), content[None])
-                warp.copies.clear()
 
             return land
         if "tensor" in p:
@@ -362,21 +377,32 @@ class Cta(Lanes):
             return wait
         n = int(re.search(r"m64n(\d+)k16", ".".join(p))[1])  # type: ignore[index]
         names = self.vector(o[0])
-        a, b, scale = self.reader(o[1], "u64"), self.reader(o[2], "u64"), self.predicate(o[3])
-        transposed = o[7] == "1"
-        assert o[4:7] == ["1", "1", "0"] and len(names) == n // 2, o[3:]
+        b, scale = self.reader(o[2], "u64"), self.predicate(o[3])
+        held = [self.reader(x, "u32") for x in self.vector(o[1])] if o[1].startswith("{") else None
+        a = self.reader(o[1], "u64") if held is None else None
+        transposed = o[-1] == "1"
+        assert o[4:-1] == ["1", "1", "0"][: 2 if held else 3] and len(names) == n // 2, o[3:]
+
+        def rows_held(warp: Warp) -> np.ndarray:
+            """A from registers: word w of a lane is row lane / 4 + 8 (w % 2), columns 2 (lane % 4) + 8 (w / 2) and the next."""
+            values = np.zeros((16, 16), np.float32)
+            for w, read in enumerate(held or []):
+                pair = from_bf16(np.ascontiguousarray(read(warp)).view(np.uint16).reshape(32, 2))
+                for x in range(2):
+                    values[LANES // 4 + 8 * (w % 2), LANES % 4 * 2 + 8 * (w // 2) + x] = pair[:, x]
+            return values
 
         def run(warp: Warp, mask: np.ndarray) -> None:
             assert mask.all(), "wgmma of lanes that are elsewhere"
             rows = np.arange(16) + 16 * (warp.index % 4)
-            left = operand(int(a(warp)[0]), rows, False)
-            right = operand(int(b(warp)[0]), np.arange(n), transposed)
-            for addresses in (left, right):
+            places = [operand(int(a(warp)[0]), rows, False)] if a else []
+            places.append(operand(int(b(warp)[0]), np.arange(n), transposed))
+            for addresses in places:
                 assert addresses.min() >= SHARED and addresses.max() + 2 <= len(self.shared), (
                     "wgmma outside of shared memory"
                 )
-            values = []
-            for addresses in (left, right):
+            values = [] if a else [rows_held(warp)]
+            for addresses in places:
                 both = np.stack([addresses, addresses + 1], -1)
                 content = self.shared[both]
                 warp.groups[-1].append((both, content))

@@ -138,19 +138,19 @@ class Machine:
                 yield from next_index()
                 base, phase = 4 * (turn % TILES_IN_RING), (turn // TILES_IN_RING & 1) ^ 1
                 for p in range(4):
+                    if p == 2 and self.has_rope:
+                        self.rope_full.arrive()
+                    unit = base + ORDER[p]
+                    yield self.empty[unit], phase
+                    if p == 0 and self.has_rope:
+                        yield self.rope_empty, (turn & 1) ^ 1
+                        self.rope[warp] = (piece, tile)
                     if p == 2:
-                        if self.has_rope:
-                            yield self.rope_empty, (turn & 1) ^ 1
-                            self.rope[warp] = (piece, tile)
                         if self.rope_in_ring:  # the second half of unit 3
                             yield self.empty[base + 3], phase
                         self.valid[(turn + 1) % VALID][warp] = found[turn + 1]
-                    unit = base + ORDER[p]
-                    yield self.empty[unit], phase
                     self.ring[unit][warp] = (piece, tile, ORDER[p])
                     self.full[unit].arrive()
-                if self.has_rope:
-                    self.rope_full.arrive()
                 turn += 1
             if not lead:
                 self.piece_empty[piece % PIECES].arrive()

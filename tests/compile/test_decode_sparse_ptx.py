@@ -40,9 +40,15 @@ def gate():
     return module
 
 
+def variant(layout: str, has_extra: bool) -> sparse.Config:
+    """What ships for a layout, else what a Config begins with."""
+    ships = [each for each in sparse.VARIANTS if (each.layout, each.has_extra) == (layout, has_extra)]
+    return ships[0] if ships else sparse.Config(layout, has_extra)
+
+
 @cache
 def ptx(layout: str, has_extra: bool = False) -> str:
-    config = sparse.Config(layout, has_extra)
+    config = variant(layout, has_extra)
     with TemporaryDirectory() as folder:
         build(config, Path(folder))
         return (Path(folder) / f"{config.name}.ptx").read_text()
@@ -65,7 +71,7 @@ class Emulated:
             memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
         )
         values = [
-            boxes, b"\0" * 12, free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length), free(extra_kv, (), (1,)),
+            boxes, b"\0" * 12, free(q, (3,), (3,)), free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length), free(extra_kv, (), (1,)),
             free(extra_indices, (), (2,)), free(extra_length),
             free(metadata, (1,), (0, 1)), free(num_splits, (), (0,)), free(sink, (), (0,)), free(out, (3,), (3,)),
             free(lse), free(out_accum, (2,), (2,)), free(lse2_accum, (), (1,)), free(fault, (0,), (0,)),
@@ -139,8 +145,8 @@ def test_the_four_verbs_plan_launch_merge_and_keep_a_strided_output():
     wide = torch.full((2, 1, 8, 515), torch.nan, dtype=torch.bfloat16)
     operands = c.operands._replace(out=wide[..., 1:513])
     problem = SparseDecodeProblem.from_tensors(operands.q, operands.kv_cache, operands.indices, layout="fp8_656")
-    assert SPARSE_DECODE.configs(problem, Target.preset("h100_sxm")) == (sparse.Config(),)
-    compiled = Compiled(sparse.Config(), 3, Emulated(ptx("fp8_656")), merge)
+    assert SPARSE_DECODE.configs(problem, Target.preset("h100_sxm")) == (variant("fp8_656", False),)
+    compiled = Compiled(variant("fp8_656", False), 3, Emulated(ptx("fp8_656")), merge)
     SPARSE_DECODE.launch(compiled, problem, operands, None)
     passed, words = gate().judged(SimpleNamespace(**{**vars(c), "operands": operands}))
     assert passed, words

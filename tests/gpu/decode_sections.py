@@ -4,6 +4,7 @@ matrix       every pair of options of a call: dtype, d_qk, h_q 1 to 128, h_kv, s
              sink, lengths (empty, negative, beyond the table), policy, LSE, out=, plan, workspace; strided hostile views,
              NaN in every KV byte that no row reaches, against the fp64 oracle under the tolerance rule;
              first what the backend has a kernel for, then everything
+sparse       token-sparse decode: the cases of decode_sparse.py for every variant that ships, through openmla.sparse_decode
 fuzz         4,000 seeded cases of the same kind at the sizes of real kernels
 plans        device plans against `plan_decode`, field by field
 repeats      10,000 runs whose bits must not change, with other work on the card
@@ -22,6 +23,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import decode_sparse
 import torch
 from decode_items import LIST, Item, Made, NotRunError, Setup, bits, dense, listed_items, same_bits
 from decode_machine import TOOLS, host, sanitize, smallest
@@ -29,6 +31,7 @@ from decode_machine import TOOLS, host, sanitize, smallest
 import openmla
 from openmla import flash_mla
 from openmla.backends import select
+from openmla.backends.cute.decode_sparse.config import VARIANTS
 from openmla.core.target import Target
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
@@ -71,6 +74,25 @@ def fuzz(setup: Setup) -> Made:
         return lambda setup: _judged(*coverage.draw(seed))(setup)
 
     return [("seed", seeded(seed)) for seed in range(FUZZ_CASES)]
+
+
+def sparse(setup: Setup) -> Made:
+    """Every layout that the Hopper kernel reads, with and without a second cache."""
+    decode_sparse.CUDA = setup.device
+
+    def run(build: Callable[[], Any]) -> Callable[[Setup], dict[str, Any]]:
+        def call(setup: Setup) -> dict[str, Any]:
+            fine, words = decode_sparse.through_the_api(build(), setup.backend)
+            assert fine, words
+            return {"ran": [words]}
+
+        return call
+
+    return [
+        (f"{each.layout}{' and a second cache' if each.has_extra else ''}: {title}", run(build))
+        for each in VARIANTS
+        for title, build in decode_sparse.cases(each.layout, each.has_extra)
+    ]
 
 
 def plans(setup: Setup) -> Made:
@@ -401,7 +423,7 @@ def _stale(setup: Setup, h_q: int, policy: str, lengths: LIST) -> dict[str, Any]
 SECTIONS: dict[str, Callable[..., list[Item]]] = {
     name: listed_items(name, make, small)
     for name, make, small in (
-        ("matrix", matrix, 6), ("fuzz", fuzz, 8), ("plans", plans, 1), ("repeats", repeats, 2), ("graphs", graphs, 5),
+        ("matrix", matrix, 6), ("sparse", sparse, 3), ("fuzz", fuzz, 8), ("plans", plans, 1), ("repeats", repeats, 2), ("graphs", graphs, 5),
         ("invariance", invariance, 1), ("big", big, 2), ("border", border, 2), ("stale", stale, 2), ("host", host, 2),
         ("smallest", smallest, 2), ("sanitize", sanitize, 1),
     )

@@ -3,6 +3,7 @@
     python tests/gpu/decode_sparse.py build LIBRARY [FIELD=VALUE,... ...]   where the DSL is installed; needs no GPU
     python tests/gpu/decode_sparse.py gate LIBRARY FUNCTION ...             each in a subprocess; prints who passed
     python tests/gpu/decode_sparse.py check LIBRARY FUNCTION [CASE ...]
+    python tests/gpu/decode_sparse.py api [BACKEND]                         the cases through openmla.sparse_decode
     python tests/gpu/decode_sparse.py time LIBRARY ROWS.jsonl FUNCTION ... [--bars --batches --heads --anchors --extra]
 
 `build` without fields compiles what ships, else one variant per FIELD=VALUE list. On the GPU host: torch, apache-tvm-ffi,
@@ -198,6 +199,34 @@ def judged(c):
     return report.passed, f"{ratios}" if report.passed else str(report)
 
 
+def through_the_api(c, backend):
+    """Verdict and words about one case as `openmla.sparse_decode` answers it, faults included."""
+    import openmla
+
+    o = c.operands
+    openmla.check_errors()
+    out, lse = openmla.sparse_decode(
+        o.q, o.kv_cache, o.indices, kv_layout=c.layout, softmax_scale=o.softmax_scale, topk_length=o.topk_length,
+        attn_sink=o.attn_sink, extra_kv_cache=o.extra_kv_cache, extra_indices=o.extra_indices,
+        extra_topk_length=o.extra_topk_length, extra_kv_layout=None if o.extra_kv_cache is None else c.layout,
+        backend=backend,
+    )  # fmt: skip
+    fine, words = judged(SimpleNamespace(**{**vars(c), "operands": o._replace(out=out, lse=lse)}))
+    faults = [fault.value for fault in openmla.check_errors()]
+    return fine and faults == ([8] if c.is_hostile else []), f"{words} faults {faults}"
+
+
+def api(backend):
+    """Whether every case of every variant that ships passes through the public call."""
+    passed = True
+    for config in sparse.VARIANTS:
+        for title, build in cases(config.layout, config.has_extra):
+            fine, words = through_the_api(build(), backend)
+            passed &= fine
+            print(f"  {'ok  ' if fine else 'FAIL'} {config.layout} {config.has_extra} {title}: {words}", flush=True)
+    return passed
+
+
 def check(library, name, only=()):
     import tvm_ffi
 
@@ -321,7 +350,7 @@ def build(library, variants):
         for fields in variants
     ]
     with tempfile.TemporaryDirectory() as folder:
-        wanted = wanted or [*sparse.VARIANTS, *sparse.CANDIDATES]
+        wanted = wanted or [*sparse.VARIANTS]
         compiled = [build_variant(config, Path(folder)) for config in wanted]
         element = cutlass.BFloat16
         arguments = combine.fake_arguments(element)
@@ -363,7 +392,7 @@ def timing_case(layout, batch, s_q, h_q, topk, extra=0):
 
 def planned(c, plan):
     """The same problem with another plan."""
-    rows = c.operands.q.shape[1] * c.operands.q.shape[2]
+    rows = c.operands.q.shape[-3] * c.operands.q.shape[-2] if c.operands.q.dim() == 4 else c.operands.q.shape[-2]
     return SimpleNamespace(**{
         **vars(c), "plan": plan, "metadata": plan.tile_scheduler_metadata(CUDA),
         "num_splits": plan.num_splits_tensor(CUDA),
@@ -473,9 +502,11 @@ def time_all(library, rows_path, names, wanted):
 
 
 if __name__ == "__main__":
-    verb, library, *rest = sys.argv[1:]
+    verb, library, *rest = [*sys.argv[1:], "cute"] if sys.argv[1:] == ["api"] else sys.argv[1:]
     flags = [x[2:] for x in rest if x.startswith("--")]
     rest = [x for x in rest if not x.startswith("--")]
+    if verb == "api":
+        sys.exit(0 if api(library) else 1)
     if verb == "check":
         sys.exit(0 if check(library, rest[0], rest[1:]) else 1)
     if verb == "build":

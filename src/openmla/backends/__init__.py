@@ -58,7 +58,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
         Slot("openmla.backends.torch", "DECODE"),
     ),
     "sparse_decode": (
-        Unbuilt("sparse_decode", "cute", "decode_sparse", "not built yet: token-sparse Hopper kernel in CuTe DSL"),
+        Slot("openmla.backends.cute.sparse", "SPARSE_DECODE"),
         Slot("openmla.backends.cute.gathered", "SPARSE_DECODE_ROWS"),
         Slot("openmla.backends.triton", "SPARSE_DECODE"),
         Slot("openmla.backends.torch", "SPARSE_DECODE"),

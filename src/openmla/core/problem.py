@@ -180,6 +180,12 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(step * tensor.element_size() % 16 == 0 for step in steps)
 
 
+def _pages_are_aligned(cache: torch.Tensor | None) -> bool:
+    """Every page begins at a multiple of 16 bytes."""
+    assert cache is not None
+    return cache.data_ptr() % 16 == 0 and (cache.shape[0] <= 1 or cache.stride(0) * cache.element_size() % 16 == 0)
+
+
 def _sink(bad: _Violations, attn_sink: object, h_q: int, device: torch.device) -> None:
     if attn_sink is not None and bad.tensor("attn_sink", attn_sink, 1, (torch.float32,), device, "[h_q]"):
         assert isinstance(attn_sink, torch.Tensor)
@@ -336,6 +342,7 @@ class SparseDecodeProblem:
     has_topk_length: bool = False
     has_sink: bool = False
     extra: ExtraKV | None = None
+    is_aligned: bool = True  # both caches start at, and step from page to page by, multiples of 16 bytes
 
     @classmethod
     def from_tensors(
@@ -393,6 +400,7 @@ class SparseDecodeProblem:
             batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, h_kv=h_kv, d_qk=d_qk, d_v=d_v, dtype=q.dtype,
             layout=found, page_size=kv_cache.shape[1], num_pages=kv_cache.shape[0], topk=topk, is_varlen=is_varlen,
             has_topk_length=topk_length is not None, has_sink=attn_sink is not None, extra=extra,
+            is_aligned=_pages_are_aligned(kv_cache) and (extra is None or _pages_are_aligned(extra_kv_cache)),
         )  # fmt: skip
 
     def __str__(self) -> str:

@@ -16,21 +16,26 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     producers (4 warps)                scores (warpgroup 0)              values left | right (warpgroups 1 | 2)
     ring of two tiles, 4 units each    S(j) = Q K(j)^T, 36 wgmmas as     wait for P(j-1), rescale O if told to
     unit = 64 keys x 128 columns:        the units come: 0, 2, 1, 3,
-      16 B of codes per lane and key     RoPE
-      are loaded two units ahead       all issued   -> gate left         left begins P(j-1) V(j-1)
-      code * scale -> bf16 -> ring     all complete -> gate right        right begins P(j-1) V(j-1)
-    RoPE: cp.async, no registers       maximum, exponentials, P(j) out   each quarter of V read: its unit is free
+      16 B of codes per lane and key     RoPE; Q's first 128 columns
+      by cp.async, two units ahead,      are held in registers
+      to a place that only this lane   some issued     -> gate left      left begins P(j-1) V(j-1)
+      reads                            more, or all    -> gate right     right begins P(j-1) V(j-1)
+      code * scale -> bf16 -> ring     all complete:
+    RoPE: cp.async, as it is             maximum, exponentials, P(j) out   each quarter of V read: its unit is free
     indices three tiles ahead, rows
-      into L2 two tiles ahead
+      into L2 one tile before their
+      codes are asked for
     While P(j-1) V(j-1) runs, the scores warpgroup makes P(j) and the producers fill the units that come free; then S(j+1)
     has the tensor cores for itself. A warp only handles its own 16 keys of every tile: producers never wait for each other.
+    Codes do not travel in registers: all loads of a warp share a scoreboard, and the first use of one unit's codes would wait
+    for those of the next one too.
 
 Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
-    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 88 scores, 160 values, 104 producers
-    (x 128 = 65,536; `Config.roles`), no spills.
+    shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 120 scores, 160 values, 72 producers, or
+    112, 160, 80 (x 128 = 65,536; `Config.roles`), no spills.
 
 Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test_decode_sparse_protocol.py)
-    full[unit]           producers -> scores (and, through P, values)   4 warps
+    full[unit]           producers -> scores (and, through P, values)   4 warps; the reader fences the proxies
     empty[unit]          values -> producers                            4 warps of the half that reads it
     rope_full/empty      producers -> scores / back                     4 / 4 warps
     q_full/empty         copy engine -> scores / back                   1 + bytes / 4 warps
@@ -75,6 +80,8 @@ from openmla.backends.cute.decode_sparse.config import (
 THREADS = 512
 UNIT_BYTES = 2 * SLICE_BYTES
 UNITS = 8  # two tiles of four
+Q_HELD = 128  # columns of Q that the scores warpgroup holds in registers, which makes room for RAW_BYTES
+RAW_BYTES = 2 * 2048  # codes under way of a producer warp: two units of 16 keys x 128 bytes
 ORDER = (0, 2, 1, 3)  # in which the values warpgroups free the units of a tile, so in which they are filled and read
 AHEAD = 3  # tiles that the indices are ahead, which may be as many pieces
 PIECES = 8  # descriptors; four would do, but then a piece is begun only when the one before it is done
@@ -145,14 +152,15 @@ class DecodeSparse:
             return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
         ring_layout, rope_layout, p_layout = tiled(64, 128, UNITS), tiled(64, 64, 1), tiled(64, 64, 2)
-        q_layout = tiled(64, d_qk)
+        q_layout = tiled(64, d_qk - Q_HELD)
 
-        def mma(n: int, b_major: Any) -> Any:
+        def mma(n: int, b_major: Any, source: Any = warpgroup.OperandSource.SMEM) -> Any:
             return sm90.make_trivial_tiled_mma(
-                dtype, dtype, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, n), warpgroup.OperandSource.SMEM
+                dtype, dtype, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, n), source
             )
 
-        qk_first = mma(64, OperandMajorMode.K)  # overwrites S, the others add to it
+        qk_first = mma(64, OperandMajorMode.K, warpgroup.OperandSource.RMEM)  # overwrites S, the others add to it
+        qk_held = mma(64, OperandMajorMode.K, warpgroup.OperandSource.RMEM)
         qk = mma(64, OperandMajorMode.K)
         pv = mma(128, OperandMajorMode.MN)
         # head | column | token | request
@@ -183,14 +191,15 @@ class DecodeSparse:
             ring: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(ring_layout)], 1024]
             rope: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(rope_layout)], 1024]
             q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            raw: cute.struct.Align[cute.struct.MemRange[Int32, 4 * RAW_BYTES // 4], 1024]
             p: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(p_layout)], 1024]
 
         self.storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
-            tma_q, t_q, kv, indices, topk_length, extra_kv, extra_indices, extra_length, metadata, num_splits, sink, out,
+            tma_q, t_q, q, kv, indices, topk_length, extra_kv, extra_indices, extra_length, metadata, num_splits, sink, out,
             lse, out_accum, lse2_accum, fault_word, blocks, page_size, extra_page_size, chunk_blocks, has_length,
-            has_extra_length, has_sink, scale_log2, qk_first, qk, pv,
+            has_extra_length, has_sink, scale_log2, qk_first, qk_held, qk, pv,
             ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
             grid=[cute.ceil_div(q.shape[2], 64), q.shape[1], metadata.shape[0]],
@@ -204,6 +213,7 @@ class DecodeSparse:
         self,
         tma_q: cute.CopyAtom,
         t_q: cute.Tensor,
+        q: cute.Tensor,
         kv: cute.Tensor,
         indices: cute.Tensor,
         topk_length: cute.Tensor,
@@ -227,6 +237,7 @@ class DecodeSparse:
         has_sink: Int32,
         scale_log2: Float32,
         qk_first: cute.TiledMma,
+        qk_held: cute.TiledMma,
         qk: cute.TiledMma,
         pv: cute.TiledMma,
         ring_layout: cute.ComposedLayout,
@@ -254,13 +265,14 @@ class DecodeSparse:
             s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
             ring_base=store.ring.data_ptr().toint(), rope_base=store.rope.data_ptr().toint(),
-            tma_q=tma_q, t_q=t_q, kv=kv, indices=indices, topk_length=topk_length, extra_kv=extra_kv,
+            raw_base=store.raw.data_ptr().toint(),
+            tma_q=tma_q, t_q=t_q, q=q, kv=kv, indices=indices, topk_length=topk_length, extra_kv=extra_kv,
             extra_indices=extra_indices, extra_length=extra_length, metadata=metadata, num_splits=num_splits, sink=sink,
             out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, blocks=blocks, page_size=page_size,
             extra_page_size=extra_page_size, chunk_blocks=chunk_blocks, has_length=has_length,
             has_extra_length=has_extra_length, has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2],
-            qk_first=qk_first, qk=qk, pv=pv,
-            m_block=m_block, token=token, part=part, warp_idx=warp_idx,
+            qk_first=qk_first, qk_held=qk_held, qk=qk, pv=pv,
+            m_block=m_block, token=token, part=part,
         )  # fmt: skip
 
         if warp_idx == 0:
@@ -285,26 +297,29 @@ class DecodeSparse:
             cpasync.prefetch_descriptor(tma_q)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_launch_dependents()  # the merge, which waits for the end of this kernel itself
 
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.config.roles["scores"])
-            self.scores(self.with_thread(c, warp_idx))
+            self.scores(self.with_thread(c))
         elif warp_idx < 12:
             cute.arch.setmaxregister_increase(self.config.roles["values"])
-            self.values(self.with_thread(c, warp_idx & 3))
+            self.values(self.with_thread(c))
         else:
             cute.arch.setmaxregister_decrease(self.config.roles["producers"])
-            self.produce(self.with_thread(c, warp_idx - 12))
+            self.produce(self.with_thread(c))
 
     # ------------------------------------------------------------------ small steps that several roles share
 
-    def with_thread(self, c: Scope, warp: Int32) -> Scope:
-        """The names of a role and its thread's place: the warp within the role, and the lane through a shuffle.
+    def with_thread(self, c: Scope) -> Scope:
+        """The names of a role and its thread's place, through a shuffle: the warp within its warpgroup, the lane.
 
         A shuffle stays where it is written. What all roles have in common would be kept in memory between them.
         """
-        lane = cute.arch.shuffle_sync_bfly(cute.arch.lane_idx(), 0)
-        return Scope(**vars(c), warp=warp, thread=warp * 32 + lane, lane=lane)
+        tid, _, _ = cute.arch.thread_idx()
+        tid = cute.arch.shuffle_sync_bfly(tid, 0)
+        index = cute.arch.make_warp_uniform(tid // 32)
+        return Scope(**vars(c), group=index // 4, warp=index % 4, thread=tid % 128, lane=tid % 32)
 
     @cute.jit
     def arrive(self, barrier: cutlass.Constexpr):
@@ -388,13 +403,13 @@ class DecodeSparse:
         tile = cute.local_tile(c.t_q, (64, 64), (c.m_block, None, c.token, c.piece[REQUEST, piece % PIECES]))
         boxes = cute.group_modes(cute.flat_divide(c.s_q, (64, 64))[None, None, 0, None], 0, 2)
         s_q, g_q = cpasync.tma_partition(c.tma_q, 0, cute.make_layout(1), boxes, cute.group_modes(tile, 0, 2))
-        slices = self.bytes.d_qk // 64
+        slices = (self.bytes.d_qk - Q_HELD) // 64
         cute.arch.mbarrier_wait(c.q_empty, (piece & 1) ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, slices * SLICE_BYTES)
         for x in cutlass.range_constexpr(slices):
             cute.copy(
-                c.tma_q, g_q[None, x], s_q[None, x], tma_bar_ptr=c.q_full, cache_policy=Int64(EVICT_FIRST)
+                c.tma_q, g_q[None, Q_HELD // 64 + x], s_q[None, x], tma_bar_ptr=c.q_full, cache_policy=Int64(EVICT_FIRST)
             )  # fmt: skip
 
     # ------------------------------------------------------------------ producers
@@ -408,16 +423,15 @@ class DecodeSparse:
         """
         lane = c.lane
         s = Scope(
-            key=lane_key(lane), chunk=lane_chunk(lane), place=unit_place(c.warp, lane), is_lead=c.warp_idx == 12,
+            key=lane_key(lane), chunk=lane_chunk(lane), place=unit_place(c.warp, lane), is_lead=c.warp == 0,
+            page_log2=self.log2_of(c.page_size),
+            raw_place=c.raw_base + c.warp * RAW_BYTES + lane * 16,
             rope_chunk=lane_rope_chunk(lane), rope_place=rope_place(c.warp, lane),
         )  # fmt: skip
-        raw = [cute.make_rmem_tensor(16, Int32) for _ in range(2)]  # two units of codes
+        raw = cute.make_rmem_tensor(8, Int32)  # of two keys
         offsets = cute.make_rmem_tensor(4, Int32)  # of this lane's four keys, in 16 bytes
         scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
         later_scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
-        # Scales behind the page are loaded as soon as a key is located: their address need not be kept.
-        early = self.bytes.scales_behind_page
-        last_scales = cute.make_rmem_tensor(self.bytes.scale_words, Int32)
 
         if s.is_lead:
             self.begin_plan(c)
@@ -426,139 +440,173 @@ class DecodeSparse:
         tiles = self.next_piece(c, Int32(0))
         if s.is_lead & (tiles > 0):
             self.load_q(c, Int32(0))
-        # Of the tiles to come: where the indices are read; tile j + 1's offset of lane's key; tile j + 2's index. And whether
-        # tiles j, j + 1, j + 2 are of the second cache.
-        at_piece, at_tile = Int32(0), Int32(0)
-        index0, extra0, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
-        index1, extra1, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
-        index2, extra2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
-        offset, scale_offset = self.locate(c, index0, extra0)
+        # Of the tiles to come: the cursor in the indices; where tile j + 1 has the lane's key; tile j + 2's index. And
+        # whether tiles j, j + 1, j + 2 are of the second cache.
+        at_piece, left, room, address = Int32(0), Int32(0), Int32(0), Int64(0)
+        index0, extra0, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+        index1, extra1, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+        index2, extra2, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+        offset, scale_offset = self.locate(c, s, index0, extra0)
         self.load_scales(c, offset, scale_offset, extra0, scales)
         self.note_valid(c, Int32(0), offset)
         self.spread(s, offset, offsets)
         for p in cutlass.range_constexpr(2):
             for i in cutlass.range_constexpr(4):
-                self.load_codes(c, s, offsets[i], extra0, ORDER[p], i, raw[p])
-        offset, scale_offset = self.locate(c, index1, extra1)
-        if const_expr(early):
-            self.load_scales(c, offset, scale_offset, extra1, later_scales)
+                self.load_codes(c, s, offsets[i], extra0, ORDER[p], i, p)
+            self.commit()
+        offset, scale_offset = self.locate(c, s, index1, extra1)
         self.prefetch(c, offset, extra1)
+        caches = extra0 | (extra1 << 1) | (extra2 << 2)  # one bit per tile to come
 
         turn, piece = Int32(0), Int32(0)
         while tiles > 0:
             if s.is_lead:
                 self.describe(c, piece + AHEAD)
             for _ in cutlass.range(tiles, unroll=1):
-                further, scale_offset = self.locate(c, index2, extra2)
-                if const_expr(early):
-                    self.load_scales(c, further, scale_offset, extra2, last_scales)
-                else:
-                    self.load_scales(c, offset, offset, extra1, later_scales)
-                self.prefetch(c, further, extra2)
-                further_extra = extra2
-                index2, extra2, at_piece, at_tile = self.next_index(c, s, at_piece, at_tile)
                 base, phase = 4 * (turn & 1), ((turn >> 1) & 1) ^ 1
                 for p in cutlass.range_constexpr(4):
+                    # Groups under way, oldest first: unit p (p == 2: and RoPE), unit p + 1.
+                    unit = base + ORDER[p]
+                    late_rope = self.bytes.rope_is_value and p >= 2
+                    parts = [self.scale_of(s, scales, ORDER[p], i) for i in range(4)]
+                    self.landed(2 if const_expr(late_rope and p == 3) else 1)
+                    for i in cutlass.range_constexpr(2):
+                        self.take_codes(s, p % 2, i, raw)
+                    if const_expr(p == 2 and self.bytes.has_rope_slice):
+                        if const_expr(self.config.fence == "writer"):
+                            cute.arch.fence_view_async_shared()
+                        self.arrive(c.rope_full)
+                    cute.arch.mbarrier_wait(c.empty + unit, phase)
+                    if const_expr(p == 0 and self.bytes.has_rope_slice):
+                        cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
+                        self.load_rope(c, s, offsets, caches & 1, c.rope_base)
                     if const_expr(p == 2):
-                        if const_expr(self.bytes.has_rope_slice):
-                            cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
-                            self.load_rope(c, s, offsets, extra0, c.rope_base)
-                        elif const_expr(self.bytes.rope_is_value):  # the second half of unit 3, which is filled next
+                        if const_expr(self.bytes.rope_is_value):  # the second half of unit 3, which is filled next
                             cute.arch.mbarrier_wait(c.empty + base + 3, phase)
                             self.load_rope(
-                                c, s, offsets, extra0, c.ring_base + (base + 3) * UNIT_BYTES + SLICE_BYTES
+                                c, s, offsets, caches & 1, c.ring_base + (base + 3) * UNIT_BYTES + SLICE_BYTES
                             )  # fmt: skip
+                            self.commit()
                         self.spread(s, offset, offsets)
                         self.note_valid(c, turn + 1, offset)
-                    unit = base + ORDER[p]
-                    cute.arch.mbarrier_wait(c.empty + unit, phase)
+                        self.load_scales(c, offset, scale_offset, (caches >> 1) & 1, later_scales)
+                        offset, scale_offset = self.locate(c, s, index2, (caches >> 2) & 1)
+                        self.prefetch(c, offset, (caches >> 2) & 1)
+                        index2, extra2, at_piece, left, room, address = self.next_index(
+                            c, at_piece, left, room, address
+                        )
                     for i in cutlass.range_constexpr(4):
-                        self.store_unit(c, s, raw[p % 2], scales, unit, ORDER[p], i)
+                        self.store_unit(c, s, raw, parts[i], unit, ORDER[p], i)
                         cute.arch.sync_warp()  # one key after the other: all at once, conversions would spill
-                        if const_expr(not self.config.load_late):
-                            self.load_codes(
-                                c, s, offsets[i], extra0 if p < 2 else extra1, ORDER[(p + 2) % 4], i, raw[p % 2]
-                            )  # fmt: skip
-                    if const_expr(self.bytes.rope_is_value and ORDER[p] == 3):
-                        cute.arch.inline_ptx("cp.async.wait_all;")
+                        if const_expr(i < 2):
+                            self.take_codes(s, p % 2, i + 2, raw)
+                        if const_expr(i == 1):  # all codes of the unit are taken, so those two units on may come
+                            for y in cutlass.range_constexpr(4):
+                                self.load_codes(
+                                    c, s, offsets[y], caches & 1 if p < 2 else (caches >> 1) & 1, ORDER[(p + 2) % 4], y, p % 2
+                                )  # fmt: skip
+                            self.commit()
+                    if const_expr(late_rope and p == 3):
+                        self.landed(2)
                     # The tensor cores read the ring through the async proxy.
-                    cute.arch.fence_view_async_shared()
+                    if const_expr(self.config.fence == "writer"):
+                        cute.arch.fence_view_async_shared()
                     self.arrive(c.full + unit)
-                    if const_expr(self.config.load_late):
-                        for i in cutlass.range_constexpr(4):
-                            self.load_codes(
-                                c, s, offsets[i], extra0 if p < 2 else extra1, ORDER[(p + 2) % 4], i, raw[p % 2]
-                            )  # fmt: skip
-                if const_expr(self.bytes.has_rope_slice):
-                    cute.arch.inline_ptx("cp.async.wait_all;")
-                    cute.arch.fence_view_async_shared()
-                    self.arrive(c.rope_full)
                 for x in cutlass.range_constexpr(self.bytes.scale_words):
                     scales[x] = later_scales[x]
-                    if const_expr(early):
-                        later_scales[x] = last_scales[x]
-                offset, extra0, extra1 = further, extra1, further_extra
+                caches = (caches >> 1) | (extra2 << 2)
                 turn += 1
-            if c.warp_idx != 12:
+            if c.warp != 0:
                 self.arrive(c.piece_empty + piece % PIECES)
             piece += 1
             tiles = self.next_piece(c, piece)
             if s.is_lead & (tiles > 0):
                 self.load_q(c, piece)
+        self.landed(0)
 
     @cute.jit
-    def next_index(self, c: cutlass.Constexpr, s: cutlass.Constexpr, piece: Int32, tile: Int32):
-        """The index of key `lane % 16` of this warp in the tile at (piece, tile), its cache, and the tile after it."""
-        index = Int32(-1)
-        where = piece % PIECES
-        if tile == 0:
+    def commit(self):
+        """Close a group of copies."""
+        cute.arch.inline_ptx("cp.async.commit_group;")
+
+    @cute.jit
+    def landed(self, pending: cutlass.Constexpr):
+        """Wait until no more than `pending` groups of this lane's copies are under way."""
+        cute.arch.inline_ptx("cp.async.wait_group " + str(pending) + ";")
+
+    @cute.jit
+    def next_index(self, c: cutlass.Constexpr, piece: Int32, left: Int32, room: Int32, address: Int64):
+        """The index of key `lane % 16` of this warp in the next tile, its cache, and the cursor behind it.
+
+        The cursor: the piece, how many of its tiles are left (0: the piece is not begun), how far the lane's key is from the
+        end of the list (0 and less: behind it), the address of its index.
+        """
+        index, is_extra = Int32(-1), Int32(0)
+        if left == 0:
+            where = piece % PIECES
             cute.arch.mbarrier_wait(c.piece_full + where, (piece // PIECES) & 1)
-        tiles = cute.arch.make_warp_uniform(c.piece[TILES, where])
-        is_extra = Int32(0)
-        if tiles > 0:
-            block, stop = c.piece[FIRST_BLOCK, where] + tile, c.piece[STOP, where]
-            if const_expr(self.config.has_extra):
-                if block >= c.piece[MAIN_TILES, where]:
-                    is_extra = Int32(1)
-                    block -= c.piece[MAIN_TILES, where]
-                    stop = c.piece[EXTRA_STOP, where]
-            position = block * 64 + 16 * c.warp + c.lane % 16
-            if position < stop:
-                if const_expr(self.config.has_extra):
-                    if is_extra != 0:
-                        index = c.extra_indices[c.piece[REQUEST, where], c.token, position]
-                    else:
-                        index = c.indices[c.piece[REQUEST, where], c.token, position]
-                else:
-                    index = c.indices[c.piece[REQUEST, where], c.token, position]
-            tile += 1
-            if tile == tiles:
+            left = cutlass.max(cute.arch.make_warp_uniform(c.piece[TILES, where]), 0)
+            if left > 0:
+                position = c.piece[FIRST_BLOCK, where] * 64 + 16 * c.warp + c.lane % 16
+                room = c.piece[STOP, where] - position
+                line = c.indices[c.piece[REQUEST, where], c.token, None]
+                address = line.iterator.toint() + Int64(position) * 4
                 piece += 1
-                tile = Int32(0)
-        return index, is_extra, piece, tile
+            else:
+                room = Int32(0)
+        if const_expr(self.config.has_extra):
+            if left > 0:
+                where = (piece + PIECES - 1) % PIECES
+                position = c.piece[STOP, where] - room
+                behind = position - c.piece[MAIN_TILES, where] * 64  # in the second list
+                is_extra = cute.arch.make_warp_uniform(Int32(1) if behind >= 0 else Int32(0))
+                if is_extra != 0:
+                    if behind < c.piece[EXTRA_STOP, where]:
+                        index = c.extra_indices[c.piece[REQUEST, where], c.token, behind]
+                elif room > 0:
+                    index = c.indices[c.piece[REQUEST, where], c.token, position]
+        else:
+            index = cute.arch.inline_ptx(
+                "{ .reg .pred p; setp.gt.s32 p, {$r1}, 0; mov.b32 {$w0}, -1; @p ld.global.b32 {$w0}, [{$r0}]; }",
+                write_only_types=[Int32],
+                read_only_args=[address, room],
+            )
+        return index, is_extra, piece, cutlass.max(left - 1, 0), room - 64, address + 256
 
     @cute.jit
-    def locate(self, c: cutlass.Constexpr, index: Int32, is_extra: Int32):
+    def locate(self, c: cutlass.Constexpr, s: cutlass.Constexpr, index: Int32, is_extra: Int32):
         """Where a key's row begins, in 16 bytes from the start of the cache, NO_ROW for none; where its scales do, in 8.
 
         Notes bad indices.
         """
-        offset, scales = Int32(NO_ROW), Int32(0)
-        if index != -1:
-            page_size, pages, step = c.page_size, c.kv.shape[0], Int32(c.kv.stride[0] // 4)
-            if const_expr(self.config.has_extra):
-                if is_extra != 0:
-                    page_size, pages = c.extra_page_size, c.extra_kv.shape[0]
-                    step = Int32(c.extra_kv.stride[0] // 4)
+        page_size, pages, step = c.page_size, c.kv.shape[0], Int32(c.kv.stride[0] // 4)
+        if const_expr(self.config.has_extra):
+            if is_extra != 0:
+                page_size, pages = c.extra_page_size, c.extra_kv.shape[0]
+                step = Int32(c.extra_kv.stride[0] // 4)
+        if const_expr(self.config.has_extra or self.bytes.is_e8m0 and self.bytes.rope_place == 0):  # no register for it
             page = index // page_size
-            if (index >= 0) & (page < pages):
-                place = index - page * page_size
-                offset = page * step + place * (self.bytes.row_bytes // 16)
-                if const_expr(self.bytes.scales_behind_page):
-                    scales = 2 * page * step + page_size * (self.bytes.row_bytes // 8) + place
-            else:
+        else:  # pages usually are a power of two, and a division costs thirty instructions
+            page = index >> cutlass.max(s.page_log2, 0)
+            if s.page_log2 < 0:
+                page = index // page_size
+        is_there = (index >= 0) & (page < pages)
+        place = index - page * page_size
+        offset = page * step + place * (self.bytes.row_bytes // 16) if is_there else Int32(NO_ROW)
+        scales = Int32(0)
+        if const_expr(self.bytes.scales_behind_page):
+            scales = 2 * page * step + page_size * (self.bytes.row_bytes // 8) + place
+        is_bad = (index != -1) & (offset == NO_ROW)
+        if cute.arch.vote_any_sync(is_bad):
+            if is_bad:
                 cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_INDEX))
         return offset, scales
+
+    @cute.jit
+    def log2_of(self, size: Int32):
+        """The logarithm of a power of two, else -1."""
+        log2 = cute.arch.inline_ptx("bfind.u32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[size])
+        return log2 if (Int32(1) << log2) == size else Int32(-1)
 
     @cute.jit
     def start_of(self, c: cutlass.Constexpr, is_extra: Int32) -> Int64:
@@ -573,7 +621,16 @@ class DecodeSparse:
     def spread(self, s: cutlass.Constexpr, offset: Int32, offsets: cute.Tensor):
         """From one key per lane to the four keys that a lane handles."""
         for i in cutlass.range_constexpr(4):
-            offsets[i] = cute.arch.shuffle_sync(offset, s.key + 4 * i)
+            offsets[i] = self.from_lane(offset, s.key, 4 * i)
+
+    @cute.jit
+    def from_lane(self, value: Int32, lane: Int32, more: cutlass.Constexpr):
+        """What lane `lane + more` holds. In one piece, so that no sum of the two is kept in a register."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 t; add.s32 t, {$r1}, " + str(more) + "; shfl.sync.idx.b32 {$w0}, {$r0}, t, 31, -1; }",
+            write_only_types=[Int32],
+            read_only_args=[value, lane],
+        )
 
     @cute.jit
     def note_valid(self, c: cutlass.Constexpr, tile: Int32, offset: Int32):
@@ -588,14 +645,13 @@ class DecodeSparse:
         """Ask for a key's bytes two tiles before they are read, so that they come from L2 then."""
         base, row_bytes = self.start_of(c, is_extra), self.bytes.row_bytes
         if const_expr(self.config.prefetch == "lines"):
-            # Key `lane % 16`; one half of the lanes asks for the first three lines, the other for the last three.
-            for x in cutlass.range_constexpr(3):
-                place = cutlass.min((c.lane // 16 * 3 + x) * 128, row_bytes - 16)
-                cute.arch.inline_ptx(
-                    "{ .reg .b64 a, b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
-                    " cvt.u64.u32 b, {$r2}; add.u64 a, a, b; @p prefetch.global.L2 [a]; }",
-                    read_only_args=[base, offset, place],
-                )
+            # Key `lane % 16`; one half of the lanes asks for lines from the front, the other for those up to the end.
+            place = c.lane // 16 * (row_bytes - 16 - 256)
+            cute.arch.inline_ptx(
+                "{ .reg .b64 a; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
+                " @p prefetch.global.L2 [a]; @p prefetch.global.L2 [a + 128]; @p prefetch.global.L2 [a + 256]; }",
+                read_only_args=[base + Int64(place), offset],
+            )
         elif const_expr(self.config.prefetch == "bulk"):
             if (offset != NO_ROW) & (c.lane < 16):
                 cute.arch.inline_ptx(
@@ -633,16 +689,28 @@ class DecodeSparse:
     @cute.jit
     def load_codes(
         self, c: cutlass.Constexpr, s: cutlass.Constexpr, offset: Int32, is_extra: Int32, unit: cutlass.Constexpr,
-        i: cutlass.Constexpr, raw: cute.Tensor,
+        i: cutlass.Constexpr, slot: cutlass.Constexpr,
     ):  # fmt: skip
-        """Sixteen codes of one key; zeros where there is none."""
+        """Sixteen codes of one key on their way to where this lane alone takes them; zeros where there is no key."""
         base = self.start_of(c, is_extra) + Int64(s.chunk * 16)
-        raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3] = cute.arch.inline_ptx(
-            "{ .reg .b64 a; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
-            " mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0;"
-            " @p ld.global.nc.L1::no_allocate.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [a + " + str(128 * unit) + "]; }",
+        cute.arch.inline_ptx(
+            "{ .reg .b64 a; .reg .b32 n, o; .reg .pred p; setp.ne.s32 p, {$r1}, -1; selp.b32 n, 16, 0, p;"
+            " selp.b32 o, {$r1}, 0, p; mad.wide.u32 a, o, 16, {$r0}; cp.async.cg.shared.global [{$r2} + "
+            + str(2048 * slot + 512 * i)
+            + "], [a + "
+            + str(128 * unit)
+            + "], 16, n; }",
+            read_only_args=[base, offset, s.raw_place],
+        )
+
+    @cute.jit
+    def take_codes(self, s: cutlass.Constexpr, slot: cutlass.Constexpr, i: cutlass.Constexpr, raw: cute.Tensor):
+        """The sixteen codes that `load_codes` asked for."""
+        at = 4 * (i % 2)
+        raw[at], raw[at + 1], raw[at + 2], raw[at + 3] = cute.arch.inline_ptx(
+            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + " + str(2048 * slot + 512 * i) + "];",
             write_only_types=[Int32] * 4,
-            read_only_args=[base, offset],
+            read_only_args=[s.raw_place],
         )
 
     @cute.jit
@@ -664,20 +732,23 @@ class DecodeSparse:
             )
 
     @cute.jit
+    def scale_of(self, s: cutlass.Constexpr, scales: cute.Tensor, which: cutlass.Constexpr, i: cutlass.Constexpr):
+        """The word that holds the scale of this lane's columns of its key i in a unit: fp32, or one of four e8m0."""
+        return self.from_lane(scales[scale_word(self.bytes, which)], s.key, scale_holder(which, 4 * i))
+
+    @cute.jit
     def store_unit(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, raw: cute.Tensor, scales: cute.Tensor, unit: Int32,
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, raw: cute.Tensor, scale: Int32, unit: Int32,
         which: cutlass.Constexpr, i: cutlass.Constexpr,
     ):  # fmt: skip
         """bf16(code * scale) of sixteen columns of key i into the ring: two 16-byte chunks of the 128-byte swizzle."""
-        holder = scale_holder(which, s.key + 4 * i)
-        scale = cute.arch.shuffle_sync(scales[scale_word(self.bytes, which)], holder)
         if const_expr(self.bytes.is_e8m0):
             byte = (scale >> scale_shift(self.bytes, which, s.chunk)) & 0xFF
             # 2^(byte - 127); 0 is 2^-127, which is subnormal, and 255 is NaN: both have the top bit of the mantissa
             scale = (byte << 23) | (Int32(0x400000) if ((byte + 1) & 0xFF) <= 1 else Int32(0))
         words = cute.make_rmem_tensor(8, Int32)
         for x in cutlass.range_constexpr(4):
-            words[2 * x], words[2 * x + 1] = self.dequantise(raw[4 * i + x], scale)
+            words[2 * x], words[2 * x + 1] = self.dequantise(raw[4 * (i % 2) + x], scale)
         there = c.ring_base + unit * UNIT_BYTES + of_key(s.place, i)
         is_code = Int32(1)
         if const_expr(self.bytes.rope_is_value and which == 3):
@@ -714,10 +785,12 @@ class DecodeSparse:
     def scores(self, c: cutlass.Constexpr):
         """S of one tile on the tensor cores, then its probabilities while they multiply the tile before."""
         c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
+        c.qk_held.set(warpgroup.Field.ACCUMULATE, True)
         c.qk.set(warpgroup.Field.ACCUMULATE, True)
         thr = c.qk.get_slice(c.thread)
         s = Scope(
             a=c.qk.make_fragment_A(thr.partition_A(c.s_q)),
+            a_held=c.qk_held.make_fragment_A(c.qk_held.partition_shape_A((64, Q_HELD))),
             b_ring=c.qk.make_fragment_B(thr.partition_B(c.s_ring)),
             b_rope=c.qk.make_fragment_B(thr.partition_B(c.s_rope)),
             row0=c.warp * 16 + c.lane // 4,
@@ -732,6 +805,7 @@ class DecodeSparse:
         tiles = self.next_piece(c, piece)
         while tiles > 0:
             m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
+            self.hold_q(c, s, c.piece[REQUEST, piece % PIECES])
             cute.arch.mbarrier_wait(c.q_full, piece & 1)
             for j in cutlass.range(tiles, unroll=1):
                 valid0, valid1 = self.multiply(c, s, acc, count, j)
@@ -762,6 +836,24 @@ class DecodeSparse:
             tiles = self.next_piece(c, piece)
 
     @cute.jit
+    def hold_q(self, c: cutlass.Constexpr, s: cutlass.Constexpr, request: Int32):
+        """The first columns of this warp's 16 rows of Q as wgmma wants them; zeros for rows behind the last head."""
+        words = cute.recast_tensor(cute.make_tensor(s.a_held.iterator, cute.make_layout(Q_HELD // 2)), Int32)
+        for half in cutlass.range_constexpr(2):
+            head = c.m_block * 64 + s.row0 + 8 * half
+            is_row = Int32(1) if head < c.h_q else Int32(0)
+            line = c.q[request, c.token, cutlass.min(head, c.h_q - 1), None]
+            base = line.iterator.toint() + Int64(c.lane % 4 * 4)
+            for x in cutlass.range_constexpr(Q_HELD // 8):
+                words[x // 2 * 4 + x % 2 * 2 + half] = cute.arch.inline_ptx(
+                    "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; @p ld.global.nc.b32 {$w0}, [{$r0} + "
+                    + str(16 * x)
+                    + "]; }",
+                    write_only_types=[Int32],
+                    read_only_args=[base, is_row],
+                )
+
+    @cute.jit
     def multiply(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, count: Int32, j: Int32):
         """S of one tile. Opens the gates of the tile before; returns which keys are there, one bit each."""
         cfg = self.config
@@ -776,15 +868,18 @@ class DecodeSparse:
         for p in cutlass.range_constexpr(4):
             e = ORDER[p]
             cute.arch.mbarrier_wait(c.full + base + e, phase)
+            if const_expr(cfg.fence == "reader"):
+                cute.arch.fence_view_async_shared()
             if const_expr(p == 0):
                 valid0 = c.valid[0, count & 3] | (c.valid[1, count & 3] << 16)
                 valid1 = c.valid[2, count & 3] | (c.valid[3, count & 3] << 16)
                 warpgroup.fence()
             for k in cutlass.range_constexpr(8):
-                cute.gemm(
-                    c.qk if issued else c.qk_first, acc, s.a[None, None, 8 * e + k], s.b_ring[None, None, k, base + e],
-                    acc,
-                )  # fmt: skip
+                b = s.b_ring[None, None, k, base + e]
+                if const_expr(8 * e + k < Q_HELD // 16):
+                    cute.gemm(c.qk_held if issued else c.qk_first, acc, s.a_held[None, None, 8 * e + k], b, acc)
+                else:
+                    cute.gemm(c.qk, acc, s.a[None, None, 8 * e + k - Q_HELD // 16], b, acc)
                 if const_expr(issued == cfg.gate_left):
                     self.arrive(c.go + left)
                 if const_expr(issued == cfg.gate_right):
@@ -792,8 +887,10 @@ class DecodeSparse:
                 issued += 1
         if const_expr(self.bytes.has_rope_slice):
             cute.arch.mbarrier_wait(c.rope_full, count & 1)
+            if const_expr(cfg.fence == "reader"):
+                cute.arch.fence_view_async_shared()
             for k in cutlass.range_constexpr(4):
-                cute.gemm(c.qk, acc, s.a[None, None, 32 + k], s.b_rope[None, None, k, 0], acc)
+                cute.gemm(c.qk, acc, s.a[None, None, 32 + k - Q_HELD // 16], s.b_rope[None, None, k, 0], acc)
         warpgroup.commit_group()
         if const_expr(cfg.gate_left == -1):
             self.arrive(c.go + left)
@@ -896,7 +993,7 @@ class DecodeSparse:
     @cute.jit
     def values(self, c: cutlass.Constexpr):
         """Half of O's columns: P from the exchange, V from the ring, O in registers."""
-        half = c.warp_idx // 4 - 1
+        half = c.group - 1
         pv = c.pv
         s_v = cute.make_tensor(c.s_ring.iterator, cute.select(c.s_ring.layout, [1, 0, 2]))
         b = pv.make_fragment_B(pv.get_slice(c.thread).partition_B(s_v))

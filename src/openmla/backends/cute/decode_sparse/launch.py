@@ -11,7 +11,6 @@ import torch
 from openmla.backends.base import SparseDecodeOperands
 from openmla.backends.cute.decode_sparse.config import Config, tiles
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
-from openmla.core.errors import ProblemError
 
 LOG2_E = math.log2(math.e)
 
@@ -60,17 +59,7 @@ def build(config: Config, folder: Path) -> CompiledObject:
 
 
 def words_of_pages(cache: torch.Tensor) -> torch.Tensor:
-    """The bytes of a cache [num_pages, page_size, 1, row] as int32 [num_pages, words of a page], a view."""
-    step = cache.stride(0) * cache.element_size() if cache.shape[0] > 1 else 0
-    if cache.data_ptr() % 16 or step % 16:
-        # Not seen by `supports`: a problem does not say how a byte cache is aligned.
-        raise ProblemError(
-            "sparse_decode",
-            [
-                "kv_cache must start at and step from page to page by multiples of 16 bytes on this backend, got address "
-                f"{cache.data_ptr():#x} and {step} bytes; pad its pages or take backend='triton'"
-            ],
-        )
+    """The bytes of an aligned cache [num_pages, page_size, 1, row] as int32 [num_pages, words of a page], a view."""
     words = cache.view(torch.int32)
     size = words.shape[1] * words.shape[3]
     # A single page may have any stride; the kernel was compiled for multiples of 16 bytes.
@@ -97,7 +86,7 @@ def launch(
 
     Args:
         function: the exported function of a variant.
-        operands: checked tensors; kv_cache steps from page to page by a multiple of 16 bytes.
+        operands: checked tensors; the caches start at and step from page to page by multiples of 16 bytes.
         metadata, num_splits: the plan (`config.plan`).
         out_accum: fp32 [pieces, s_q * h_q, 512]; row = token, head.
         lse2_accum: fp32 [pieces, s_q * h_q], base 2.
@@ -112,7 +101,8 @@ def launch(
         cache: torch.Tensor, indices: torch.Tensor, length: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         lengths = num_splits.view(-1, 1) if length is None else per_token(length, batch, s_q)
-        return words_of_pages(cache), indices if indices.dim() == 3 else indices.unsqueeze(1), lengths
+        listed = indices if indices.stride(-1) == 1 else indices.contiguous()
+        return words_of_pages(cache), listed if listed.dim() == 3 else listed.unsqueeze(1), lengths
 
     main = selection(operands.kv_cache, operands.indices, operands.topk_length)
     extra, extra_page_size, topk_extra = main, 1, 0
