@@ -17,6 +17,7 @@ from ptx_machine import Cta, Deadlock
 from ptx_program import LANES, Memory, Program, from_bf16, swizzle
 
 GONE = 1 << 40  # the place of lanes that have returned
+TOGETHER = ("shfl", "vote", "elect", "bar")  # instructions that all lanes of a warp execute at once
 
 
 class GridCta(Cta):
@@ -28,6 +29,23 @@ class GridCta(Cta):
         self.places: dict[int, int] = {}  # warp -> named barrier
 
     # ------------------------------------------------------------------ control
+
+    def turn(self, warp: Warp) -> None:
+        """As in Cta, but lanes wait at a .sync instruction for those that are elsewhere, wherever the code of those lies."""
+        code = self.program.statements
+        for _ in range(4000):
+            if warp.is_done or warp.waits_at_barrier:
+                return
+            places = [int(place) for place in np.unique(warp.pc)]
+            where = places[0]
+            if len(places) > 1:
+                where = next((x for x in places if x < len(code) and not code[x][1].startswith(TOGETHER)), where)
+            self.issued += 1
+            if self.code[where](warp, warp.pc == where, where):
+                return
+
+    def do_griddepcontrol(self, parts: list[str], operands: list[str]) -> Any:
+        return self._ignore(parts, operands)
 
     def do_bar(self, parts: list[str], operands: list[str]) -> Any:
         if parts[1] == "warp":
@@ -94,6 +112,9 @@ class GridCta(Cta):
         write = self.writer(o[0].split("|")[1])
         return lambda warp, mask: write(warp, mask, int(np.flatnonzero(mask)[0]) == LANES)
 
+    def do_abs(self, p: list[str], o: list[str]) -> Any:
+        return self._map(o, "f32", "f32", np.abs)
+
     # ------------------------------------------------------------------ memory
 
     def address(self, operand: str) -> Any:
@@ -124,7 +145,7 @@ class GridCta(Cta):
         return join
 
     def do_ld(self, p: list[str], o: list[str]) -> Any:
-        if "relaxed" not in p:
+        if not {"relaxed", "acquire"} & set(p):
             return super().do_ld(p, o)
         where = self.address(o[1])
         narrow = super().do_ld(p, o) if p[-1] != "b128" else None
@@ -155,7 +176,37 @@ class GridCta(Cta):
     def do_cp(self, p: list[str], o: list[str]) -> Any:
         if "commit_group" in p:
             return self._ignore(p, o)
+        if "bulk" in p and not {"tensor", "prefetch"} & set(p):
+            return self._stretch(o)
         return super().do_cp(["cp", "async", "wait_all"] if "wait_group" in p else p, o)
+
+    def do_atom(self, p: list[str], o: list[str]) -> Any:
+        if "inc" not in p:
+            return super().do_atom(p, o)
+        where, most, write = self.address(o[1]), self.reader(o[2], "u32"), self.writer(o[0])
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            old = np.zeros(32, np.uint32)
+            for lane in np.flatnonzero(mask):
+                place = where(warp)[lane : lane + 1]
+                old[lane] = self.fetch("global", place, 4).view(np.uint32)[0, 0]
+                new = 0 if old[lane] >= most(warp)[lane] else old[lane] + 1
+                self.store("global", place, np.array([[new]], np.uint32).view(np.uint8))
+            write(warp, mask, old)
+
+        return run
+
+    def do_ldmatrix(self, p: list[str], o: list[str]) -> Any:
+        where, writes = self.address(o[1]), [self.writer(x) for x in self.vector(o[0])]
+        assert "trans" not in p
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "ldmatrix of lanes that are elsewhere"
+            for matrix, write in enumerate(writes):
+                rows = self.fetch("shared", where(warp)[8 * matrix : 8 * matrix + 8], 16)
+                write(warp, mask, np.ascontiguousarray(rows).view(np.uint32).reshape(32).copy())
+
+        return run
 
     def do_stmatrix(self, p: list[str], o: list[str]) -> Any:
         where, reads = self.address(o[0]), [self.reader(x, "u32") for x in self.vector(o[1])]
@@ -166,6 +217,22 @@ class GridCta(Cta):
                 content = np.ascontiguousarray(read(warp)).view(np.uint16).reshape(8, 8)
                 content = np.ascontiguousarray(content.T if "trans" in p else content)
                 self.store("shared", where(warp)[8 * matrix : 8 * matrix + 8], content.view(np.uint8))
+
+        return run
+
+    def _stretch(self, o: list[str]) -> Any:
+        to, source, size, barrier = self.address(o[0]), self.address(o[1]), self.reader(o[2], "u32"), self.address(o[3])
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            for lane in np.flatnonzero(mask):
+                count = int(size(warp)[lane])
+                assert count % 16 == 0, "copies move multiples of 16 bytes"
+                self.store(
+                    "shared", to(warp)[lane : lane + 1], self.fetch("global", source(warp)[lane : lane + 1], count)
+                )
+                done = self.barriers[int(barrier(warp)[lane])]
+                done.bytes -= count
+                done.flip()
 
         return run
 
@@ -202,7 +269,11 @@ class GridCta(Cta):
             return super().do_wgmma(p, o)
         n = int(re.search(r"m64n(\d+)k16", ".".join(p))[1])  # type: ignore[index]
         names, scale = self.vector(o[0]), self.predicate(o[3])
-        sides = [(self.reader(o[1 + x], "u64"), o[6 + x] == "1") for x in range(2)]
+        held = (
+            [self.reader(x, "u32") for x in self.vector(o[1])] if o[1].startswith("{") else []
+        )  # a left side in registers
+        sides = [] if held else [(self.reader(o[1], "u64"), o[6] == "1")]
+        sides += [(self.reader(o[2], "u64"), o[-1] == "1")]
 
         def operand(descriptor: int, index: np.ndarray, is_transposed: bool) -> np.ndarray:
             start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
@@ -212,18 +283,29 @@ class GridCta(Cta):
                 return swizzle(start + i // 64 * leading + i % 64 * 2 + k // 8 * stride + k % 8 * 128)
             return swizzle(start + i // 8 * stride + i % 8 * 128 + k * 2)
 
+        def numbers(bits: np.ndarray) -> np.ndarray:
+            return bits.view(np.float16).astype(np.float32) if "f16" in p else from_bf16(bits)
+
+        def fragment(warp: Warp) -> np.ndarray:
+            left = np.zeros((16, 16), np.float32)
+            for x, read in enumerate(held):
+                pair = np.ascontiguousarray(read(warp)).view(np.uint16).reshape(32, 2)
+                for side in range(2):
+                    column = LANES % 4 * 2 + side + 8 * (x // 2)
+                    left[LANES // 4 + 8 * (x % 2), column] = numbers(np.ascontiguousarray(pair[:, side]))
+            return left
+
         def run(warp: Warp, mask: np.ndarray) -> None:
             assert mask.all(), "wgmma of lanes that are elsewhere"
-            values = []
-            for (descriptor, is_transposed), index in zip(
-                sides, (np.arange(16) + 16 * (warp.index % 4), np.arange(n)), strict=True
-            ):
+            values = [fragment(warp)] if held else []
+            rows = [] if held else [np.arange(16) + 16 * (warp.index % 4)]
+            for (descriptor, is_transposed), index in zip(sides, (*rows, np.arange(n)), strict=True):
                 both = operand(int(descriptor(warp)[0]), index, is_transposed)
                 both = np.stack([both, both + 1], -1)
                 content = self.shared[both]
                 warp.groups[-1].append((both, content))
                 bits = content.reshape(-1, 2).copy().view(np.uint16).reshape(both.shape[:2])
-                values.append(bits.view(np.float16).astype(np.float32) if "f16" in p else from_bf16(bits))
+                values.append(numbers(bits))
             product, adds = values[0] @ values[1].T, scale(warp)[0]
             for x, name in enumerate(names):
                 row, column = LANES // 4 + 8 * (x // 2 % 2), x // 4 * 8 + LANES % 4 * 2 + x % 2

@@ -51,7 +51,10 @@ class Cta:
         self.go = [Barrier(4) for _ in range(4)]
         self.sum_full, self.sum_empty = Barrier(4), Barrier(8)
         self.piece_full, self.piece_empty = [Barrier(1) for _ in range(PIECES)], [Barrier(15) for _ in range(PIECES)]
+        self.share_full, self.share_empty = [Barrier(1) for _ in range(2)], [Barrier(8) for _ in range(2)]
         self.piece: list[int] = [0] * PIECES
+        self.share: list[int] = [0] * 2
+        self.merged: list[tuple[str, int]] = []
         self.ring: list[object] = [None] * SLOTS
         self.rope: object = None
         self.q: object = None
@@ -112,6 +115,11 @@ class Machine:
             yield c.piece_empty[index], (count // PIECES & 1) ^ 1
             c.piece[index] = tiles
             c.piece_full[index].arrive()
+        for count, share in enumerate([*range(len(self.pieces) // 2), -1]):  # of the split ones; any number will do
+            index = count % 2
+            yield c.share_empty[index], (count // 2 & 1) ^ 1
+            c.share[index] = share
+            c.share_full[index].arrive()
 
     def each(self, c: Cta, arrivals: int, body) -> Role:
         piece = 0
@@ -251,6 +259,12 @@ class Machine:
             c.out.append((str(half), piece))
 
         yield from self.each(c, 4, body)
+        for turn in range(len(self.pieces) + 1):
+            yield c.share_full[turn % 2], turn // 2 & 1
+            if c.share[turn % 2] < 0:
+                return
+            c.merged.append((str(half), c.share[turn % 2]))
+            c.share_empty[turn % 2].arrive(4)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -262,6 +276,7 @@ def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: in
     machine.run()
     for cta in machine.ctas:
         assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))
+        assert sorted(cta.merged) == sorted((half, share) for half in "01" for share in range(len(pieces) // 2))
 
 
 def run_twenty() -> None:

@@ -34,7 +34,8 @@ def compiled() -> tuple[Program, int]:
 @pytest.mark.parametrize(
     ("kind", "lengths", "parts", "merge", "chunk"),
     [
-        pytest.param("even", [1000, 0, 64, 3000], 9, 20, 0, id="even-cuts"),
+        pytest.param("even", [1000, 0, 64, 3000], 5, 20, 0, id="even-cuts"),
+        pytest.param("one each", [1000, 0, 64, 3000], 19, 20, 0, id="a-piece-per-part"),
         pytest.param("whole", VARYING, 20, 20, 0, id="whole-requests-dealt"),
         pytest.param("cut", VARYING, 50, 3, 0, id="long-requests-cut"),
         pytest.param("cut", [5000, 70, 0, 9000, -5], 2, 20, 8, id="fixed-chunks"),
@@ -50,6 +51,11 @@ def test_the_machine_code_plans_as_python_does(kind, lengths, parts, merge, chun
         clamped, parts, policy="batch_invariant" if chunk else "balanced", merge_blocks=merge,
         chunk_tokens=64 * max(chunk, 1), ranges=ranges,
     )  # fmt: skip
+    if kind == "one each":
+        assert plan.num_pieces > plan.batch
+        assert all(begin >= end for begin, end, *_ in plan.parts)
+        assert not any(begin <= end for begin, end, *_ in plan.parts[parts:])
+        kind = "even"
     is_list = any(begin <= end for begin, end, *_ in plan.parts[parts:]) or kind == "cut"
     assert kind == ("even" if not is_list else "cut" if plan.num_pieces > plan.batch else "whole"), "the case drifted"
 

@@ -114,9 +114,17 @@ def case(
         num_splits=plan.num_splits_tensor(CUDA), s_q=s_q, heads=heads, h_kv=h_kv, causal=causal or window > 0, lengths=lengths,
         window=window,
         q_tokens=q_tokens, page_size=page_size, num_pages=num_pages,
-        blocks=blocks, out_accum=torch.full((plan.num_pieces, blocks, 64 * 512), nan, device=CUDA),
-        lse2_accum=torch.full((plan.num_pieces, blocks * 64), nan, device=CUDA),
+        blocks=blocks, **exchange(plan.num_pieces, blocks),
     )  # fmt: skip
+
+
+def exchange(slots, blocks):
+    """Partials that nobody has written, and counts of arrivals."""
+    return {
+        "out_accum": torch.full((slots, blocks, 64 * 512), math.nan, device=CUDA),
+        "lse2_accum": torch.full((slots, blocks * 64), math.nan, device=CUDA),
+        "arrivals": torch.zeros(slots, blocks, dtype=torch.int32, device=CUDA),
+    }
 
 
 def metadata_of(plan):
@@ -130,6 +138,7 @@ def operator(module, name, c):
     A name may end in `_pN` (N parts), `_kN` (N columns per CTA of the merge) or `_whole` (no request split).
     """
     name, _, ending = name.partition("+")
+    is_merged = "sep" not in ending
     blocks = len(c.lengths) * c.blocks
     merge = "8_4" if blocks <= 8 else "32_1" if blocks <= 64 else "128_1"
     for end in ending.split("_"):
@@ -149,9 +158,9 @@ def operator(module, name, c):
     def call():
         launch(
             function, c.operands, c.metadata, c.num_splits, c.out_accum, c.lse2_accum, s_q=c.s_q,
-            chunk_blocks=c.plan.chunk_blocks, is_causal=c.causal, window=c.window,
+            chunk_blocks=c.plan.chunk_blocks, is_causal=c.causal, window=c.window, arrivals=c.arrivals if is_merged else None,
         )  # fmt: skip
-        if c.plan.num_pieces > len(c.lengths):
+        if not is_merged and c.plan.num_pieces > len(c.lengths):
             launch_merge(merge, c.operands, c.num_splits, c.out_accum, c.lse2_accum, s_q=c.s_q)
 
     return call
@@ -328,6 +337,10 @@ def check(library, name):
             for x, y in zip(first, again, strict=True)
         )
         fine &= same and c.operands.fault_word.item() == 0
+        if "sep" not in name:
+            left = int(c.arrivals.count_nonzero())
+            fine &= left == 0
+            text += f" left {left}"
         passed &= fine
         print(f"  {'ok  ' if fine else 'FAIL'} {c.name}: {text} repeat {'same' if same else 'DIFFERS'}", flush=True)
     passed &= bad_values(module, name)
@@ -492,8 +505,7 @@ def replanned(c, parts):
     plan = plan_decode(c.lengths, parts)
     new = {
         "plan": plan, "metadata": metadata_of(plan), "num_splits": plan.num_splits_tensor(CUDA),
-        "out_accum": torch.empty(plan.num_pieces, c.blocks, 64 * 512, device=CUDA),
-        "lse2_accum": torch.empty(plan.num_pieces, c.blocks * 64, device=CUDA),
+        **exchange(plan.num_pieces, c.blocks),
     }  # fmt: skip
     return SimpleNamespace(**{**vars(c), **new})
 

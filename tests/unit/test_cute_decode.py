@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+import openmla
 from openmla.backends.base import DecodeOperands
 from openmla.backends.cute import bundle, decode
 from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import query_rows
 from openmla.backends.cute.decode_dense_small import config as small
+from openmla.core.errors import PlanMismatchError, ProblemError, UnsupportedError
 from openmla.core.faults import fault_word
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.ops import canary, dispatch, native
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget
@@ -68,8 +71,8 @@ def _few_rows_function(
 def _many_rows_function(
     q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, cu_seqlens_q: torch.Tensor,
     metadata: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor,
-    lse2_accum: torch.Tensor, sink: torch.Tensor, faults: torch.Tensor, s_q: int, chunk_blocks: int, is_causal: int,
-    is_varlen: int, has_sink: int, window: int, scale_log2: float,
+    lse2_accum: torch.Tensor, arrivals: torch.Tensor, sink: torch.Tensor, faults: torch.Tensor, s_q: int,
+    chunk_blocks: int, is_merged: int, is_causal: int, is_varlen: int, has_sink: int, window: int, scale_log2: float,
 ) -> None:  # fmt: skip
     rows = s_q * q.shape[2]
     assert int(num_splits[-1]) <= out_accum.shape[0] == lse2_accum.shape[0], "a slot for every piece"
@@ -82,6 +85,11 @@ def _many_rows_function(
     )
     out_accum.fill_(torch.nan)
     lse2_accum.fill_(torch.nan)
+    if is_merged:
+        assert arrivals.shape == out_accum.shape[:2] and not arrivals.any()
+        out.copy_(golden.out)
+        lse.copy_(golden.lse)
+        return
     for request in range(q.shape[0]):
         first, last = int(num_splits[request]), int(num_splits[request + 1])
         if last - first == 1:
@@ -352,3 +360,97 @@ def test_rows_of_a_kv_head_are_evenly_spaced(s_q: int, h_kv: int, is_varlen: boo
             (batch, h_kv, tokens, heads, q.shape[3]), (got.stride(0), tokens * heads * step, heads * step, step, 1)
         )
         assert torch.equal(rows, asked.reshape(batch, tokens, h_kv, heads, -1).transpose(1, 2))
+
+
+@pytest.fixture
+def calls(kernel: decode.FewRows, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The usual way that calls of `openmla.decode` take, on a machine that says it is an H100."""
+    monkeypatch.setattr(dispatch.Target, "detect", lambda device: H100)
+    monkeypatch.setattr(canary, "sing", lambda *arguments: "")
+    dispatch.forget()
+    taken: list[str] = []
+    usual = native._prepare_decode
+    monkeypatch.setattr(native, "_prepare_decode", lambda *given: (taken.append("usual"), usual(*given))[1])
+    yield taken
+    dispatch.forget()
+
+
+def _tensors(h_q: int, pages: int = 30) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(h_q)
+    return {
+        "q": torch.randn(3, 1, h_q, 576, generator=generator).bfloat16(),
+        "kv_cache": torch.randn(pages, 64, 1, 576, generator=generator).bfloat16(),
+        "block_table": torch.randperm(pages, generator=generator)[:30].to(torch.int32).view(3, 10),
+        "cache_seqlens": torch.tensor([640, 0, 77], dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_the_next_layer_of_a_step_goes_straight_to_the_launch(calls: list[str], h_q: int) -> None:
+    first = _tensors(h_q)
+    second = {**first, "q": first["q"].flip(0), "kv_cache": first["kv_cache"].flip(0)}
+    plan = openmla.plan(**first, backend="cute")
+    calls.clear()
+    for tensors in (first, second, first):
+        out, lse = openmla.decode(**tensors, plan=plan, backend="cute")
+        golden = attention.decode(*tensors.values(), softmax_scale=576**-0.5, d_v=512)
+        assert torch.equal(out, golden.out.bfloat16())
+        assert lse is not None and torch.equal(lse, golden.lse.float())
+        assert out.is_contiguous() and lse.is_contiguous()
+    assert calls == ["usual"], "one call is checked, the others repeat it"
+    given = torch.empty_like(out)
+    for _ in range(2):
+        assert openmla.decode(**second, plan=plan, backend="cute", out=given)[0] is given
+    assert calls == ["usual"] * 2
+
+
+def _changed(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Calls that differ from one that can be repeated in something that a rule looks at."""
+    q, kv = tensors["q"], tensors["kv_cache"]
+    return {
+        "batch": {"q": q[:2]},
+        "dtype": {"q": q.half()},
+        "heads": {"q": q.repeat(1, 1, 2, 1)},
+        "columns": {"kv_cache": kv[..., :512]},
+        "q is no tensor": {"q": None},
+        "lengths": {"cache_seqlens": tensors["cache_seqlens"].long()},
+        "table": {"block_table": tensors["block_table"][:2]},
+        "overlap": {"out": q[..., :512]},
+        "lse base": {"lse_base": "10"},
+    }
+
+
+@pytest.mark.parametrize("what", list(_changed(_tensors(16))))
+def test_what_a_rule_forbids_is_refused_behind_a_repeatable_call(calls: list[str], what: str) -> None:
+    tensors = _tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    for _ in range(2):
+        openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
+    with pytest.raises((ProblemError, PlanMismatchError, UnsupportedError)):
+        openmla.decode(**{**tensors, **_changed(tensors)[what]}, plan=plan, backend="cute")  # type: ignore[arg-type]
+
+
+def test_options_and_alignment_of_a_repeated_call_are_its_own(calls: list[str]) -> None:
+    tensors = _tensors(128)
+    plan = openmla.plan(**tensors, backend="cute")
+    unaligned = torch.empty(tensors["q"].numel() + 1).bfloat16()[1:].view_as(tensors["q"])
+    unaligned.copy_(tensors["q"])
+    openmla.decode(**tensors, plan=plan, backend="cute")
+    for changed in ({"softmax_scale": 0.5}, {"softmax_scale": None}, {"return_lse": False}, {"lse_base": "2"}):
+        out, lse = openmla.decode(**tensors, plan=plan, backend="cute", **changed)  # type: ignore[arg-type]
+        golden = attention.decode(*tensors.values(), softmax_scale=changed.get("softmax_scale") or 576**-0.5, d_v=512)
+        assert torch.equal(out, golden.out.bfloat16())
+        assert (lse is None) == ("return_lse" in changed)
+        if "lse_base" in changed:
+            assert lse is not None and torch.equal(lse, golden.lse.float() * LOG2_E)
+    with pytest.raises(UnsupportedError, match="multiples of 16 bytes"):
+        openmla.decode(**{**tensors, "q": unaligned}, plan=plan, backend="cute")
+
+
+def test_checks_that_watch_every_call_are_not_passed_by(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = _tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    for mode, ways in (("fast", 1), ("strict", 2), ("strict", 3)):
+        monkeypatch.setenv("OPENMLA_CHECKS", mode)
+        openmla.decode(**tensors, plan=plan, backend="cute")
+        assert calls.count("usual") == ways + 1

@@ -96,8 +96,16 @@ def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts):
     each = max(most // (2 * num_parts), 1)
     share = (carry + num_parts - 1) // num_parts
     least = ((carry - overhead + cuts - 1) // cuts + overhead + merging) * most
-    for attempt in range(2 if 2 * batch >= num_parts else 1):
+    for attempt in range(2):
         tried = max(blocks) if attempt == 0 else share * 43 // (40 * each) - overhead
+        if attempt == 1 and 2 * batch < num_parts:
+            tried, high = 1, max(blocks)
+            while tried < high:
+                middle = (tried + high) // 2
+                if batch + sum((count - 1) // middle for count in blocks if count > 0) <= num_parts:
+                    high = middle
+                else:
+                    tried = middle + 1
         tried = max(tried, 1)
         mine = [(count - 1) // tried if count > 0 else 0 for count in blocks]
         whole, split = sum(mine), sum(count + 1 for count in mine if count > 0)

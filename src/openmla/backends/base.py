@@ -8,7 +8,7 @@ launch     run it on operands
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +41,7 @@ class DecodePlan(NamedTuple):
     num_splits: torch.Tensor  # [batch + 1] int32
     chunk_blocks: int  # 0: pieces end only where parts end
     partials: tuple[torch.Tensor, ...] | None = None  # scratch that stays here, so a plan serves one stream at a time
+    arrivals: torch.Tensor | None = None  # int32, 0: counts stored pieces where a kernel merges them itself
 
 
 class DecodeOperands(NamedTuple):
@@ -110,6 +111,11 @@ class PrefillOperands(NamedTuple):
     fault_word: torch.Tensor
 
 
+Repeatable = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], object
+]  # of q, kv_cache, block_table, cache_seqlens, out, lse
+
+
 class Kernel(Protocol):
     """One way to run one operation. `config` is the kernel's own frozen dataclass, opaque to everybody else."""
 
@@ -154,6 +160,14 @@ class DecodeKernel(Kernel, Protocol):
 
     def workspace_bytes(self, compiled: Any, problem: Any, policy: str) -> int:
         """Bytes of `DecodeOperands.workspace`; depends on the problem and policy, never on lengths. 0: none."""
+        ...
+
+
+class RepeatableKernel(DecodeKernel, Protocol):
+    """A decode kernel that can prepare a launch for repeating: one plan serves all layers of a model."""
+
+    def repeatable(self, compiled: Any, problem: Any, operands: DecodeOperands, plan: DecodePlan) -> Repeatable | None:
+        """`launch`, of which only tensors of the same kind change; None where a call takes more than a launch."""
         ...
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 
 from openmla.backends import Selection, aside, select
-from openmla.backends.base import DecodeKernel, DecodePlan, Kernel
+from openmla.backends.base import DecodeKernel, DecodeOperands, DecodePlan, Kernel, Repeatable
 from openmla.core import counters, env, incidents
 from openmla.core.errors import CompileError, ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
@@ -231,6 +231,91 @@ def _ran_elsewhere(prepared: Prepared, operands: Any, error: Exception) -> bool:
         operands = operands._replace(workspace=scratch)
     launch(found, operands, plan)
     return True
+
+
+class Repeat:
+    """A call of a plan, ready for other tensors of the same kind: the next layer's.
+
+    A kind is everything of a tensor that the rules of `core.problem` look at; `block_table` and `cache_seqlens` of a step are
+    usually the same objects and need no second look.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run: Repeatable,
+        options: tuple[Any, ...],
+        operands: DecodeOperands,
+        is_out_given: bool,
+    ) -> None:
+        self.prepared, self.run, self.options = prepared, run, options
+        self.backend, self.mode = env.BACKEND.read(), env.CHECKS.read()
+        self.q, self.kv_cache, self.out = map(signature, (operands.q, operands.kv_cache, operands.out))
+        self.table, self.lengths, self.sink = operands.block_table, operands.cache_seqlens, operands.attn_sink
+        self.table_kind, self.lengths_kind = signature(self.table), signature(self.lengths)
+        self.softmax_scale, self.fault_word, self.is_out_given = (
+            operands.softmax_scale,
+            operands.fault_word,
+            is_out_given,
+        )
+        self.out_like, self.lse_like = _like(operands.out), _like(operands.lse)
+
+    def __call__(
+        self, options: tuple[Any, ...], q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
+        """(out, lse), or None where this is another call, or where anything is not as usual."""
+        if (
+            options != self.options
+            or attn_sink is not self.sink
+            or (block_table is not self.table and signature(block_table) != self.table_kind)
+            or (cache_seqlens is not self.lengths and signature(cache_seqlens) != self.lengths_kind)
+            or signature(q) != self.q
+            or signature(kv_cache) != self.kv_cache
+            or (out is not None) is not self.is_out_given
+            or env.CHECKS.read() != self.mode
+            or env.BACKEND.read() != self.backend
+            or recovery.LOST
+            or observers
+        ):
+            return None
+        if out is None:
+            out = torch.empty_like(self.out_like)
+        elif signature(out) != self.out:
+            return None
+        else:
+            check_overlap(self.prepared, out, (q, kv_cache, block_table, cache_seqlens, None, attn_sink))
+        lse = torch.empty_like(self.lse_like)
+        self.prepared.tally.count()
+        try:
+            self.run(q, kv_cache, block_table, cache_seqlens, out, lse)
+        except Exception as error:
+            operands = DecodeOperands(
+                q, kv_cache, block_table, cache_seqlens, self.softmax_scale, out, lse, self.fault_word, None, attn_sink
+            )
+            if _ran_elsewhere(self.prepared, operands, error):
+                return out, lse
+            raise
+        return out, lse
+
+
+def repeat_of(
+    prepared: Prepared, options: tuple[Any, ...], operands: DecodeOperands, plan: DecodePlan, is_out_given: bool
+) -> tuple[Repeat, ...]:
+    """The Repeat of a call that was just made; none where its kernel or the checks in force do not allow one."""
+    prepare_again = getattr(prepared.kernel, "repeatable", None)
+    if prepare_again is None or env.CHECKS.read() not in ("off", "fast"):
+        return ()
+    run = prepare_again(prepared.compiled, prepared.problem, operands, plan)
+    return () if run is None else (Repeat(prepared, run, options, operands, is_out_given),)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """What `empty_like` makes another tensor of, without memory of its own; 0.9 us instead of 1.7 for `empty`."""
+    with torch.inference_mode(False):
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 def device_of(q: Any) -> torch.device:

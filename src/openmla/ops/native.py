@@ -9,7 +9,7 @@ masked in the kernel and reported by `openmla.check_errors()`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
@@ -50,6 +50,7 @@ class Plan:
     kernel: str
     pieces: DecodePlan
     cache_seqlens: torch.Tensor  # a copy: the lengths that the plan was made for
+    repeats: list[dispatch.Repeat] = field(default_factory=list, repr=False)  # the last call, if it can be repeated
 
     @property
     def tile_scheduler_metadata(self) -> torch.Tensor:
@@ -243,14 +244,22 @@ def decode(
         queries of the same request, which is_causal or window keep from it: weight 0 times NaN is NaN.
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
-    if torch.compiler.is_compiling() and mods is not None:
+    is_traced = torch.compiler.is_compiling()
+    if is_traced and mods is not None:
         torch._dynamo.graph_break("a graph stores no Python functions: mods run eagerly")
-    elif torch.compiler.is_compiling() and out is None and plan is None and workspace is None:
+    elif is_traced and out is None and plan is None and workspace is None:
         traced, traced_lse = torch.ops.openmla.decode(
             q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
             attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend,
         )  # fmt: skip
         return traced, traced_lse if return_lse else None
+    options = (d_v, softmax_scale, is_causal, window, max_seqlen_q, kv_layout, lse_base, backend)
+    repeats = None  # the plan's, where this call could be one
+    if plan is not None and not is_traced and cu_seqlens_q is None and mods is None and workspace is None:
+        repeats = plan.repeats
+        again = repeats[0](options, q, kv_cache, block_table, cache_seqlens, attn_sink, out) if repeats else None
+        if again is not None:
+            return again[0], _finish_lse(again[1], return_lse, lse_base)
     if plan is not None:
         policy = _policy_of(plan)
     _check_policy(policy)
@@ -272,6 +281,8 @@ def decode(
         faults.fault_word(q.device), cu_seqlens_q, attn_sink, workspace, attached,
     )  # fmt: skip
     dispatch.launch(prepared, operands, pieces)
+    if plan is not None and repeats is not None and pieces is plan.pieces:
+        repeats[:] = dispatch.repeat_of(prepared, options, operands, pieces, out is not None)
     return result, _finish_lse(lse, return_lse, lse_base)
 
 

@@ -26,6 +26,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from openmla.backends.base import Verdict
 from openmla.backends.cute import compiler, diskcache
 from openmla.backends.cute.toolchain import (
@@ -110,6 +112,15 @@ def serve(family: str, config: Variant, build: Callable[[Path], CompiledObject])
         if key not in _served:
             _served[key] = _from_bundle(family, config) or _from_compiler(family, config, build)
         return _served[key]
+
+
+def argument(function: Any, value: Any) -> Any:
+    """`value` as a loaded function takes it without converting: 0.2 us less per tensor and call, for what stays the same."""
+    if not isinstance(value, torch.Tensor) or type(function).__module__.partition(".")[0] != "tvm_ffi":
+        return value
+    import tvm_ffi
+
+    return tvm_ffi.from_dlpack(value)
 
 
 def loaded() -> dict[str, str]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from openmla.backends.base import DecodeOperands, DecodePlan, Verdict, require
+from openmla.backends.base import DecodeOperands, DecodePlan, Repeatable, Verdict, require
 from openmla.backends.cute import bundle
 from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import launch as launch_large
@@ -215,6 +216,19 @@ class FewRows:
         if direct is not operands:
             operands.out.copy_(direct.out)
 
+    def repeatable(
+        self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan
+    ) -> Repeatable | None:
+        """One launch; of groups, behind an expanded view of the cache."""
+        groups = self._workspace(compiled, problem, "batch_invariant" if plan.chunk_blocks else "balanced").groups
+        if groups == operands.kv_cache.shape[2]:
+            return repeated(self, compiled, problem, operands, plan)
+        expanded = operands._replace(kv_cache=operands.kv_cache.expand(-1, -1, groups, -1))
+        run = repeated(self, compiled, problem, expanded, plan)
+        if run is None:
+            return None
+        return lambda q, kv_cache, *others: run(q, kv_cache.expand(-1, -1, groups, -1), *others)
+
 
 @dataclass(frozen=True)
 class ManyRows:
@@ -250,10 +264,15 @@ class ManyRows:
         return Compiled(config, options, _serve(large.FAMILY, config), schedule, merge)
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
-        """Plan on the device."""
-        shapes = self._partials(compiled, problem, policy == "batch_invariant")
+        """Plan on the device. With its counts of arrivals the kernel merges; every launch leaves them at 0.
+
+        Not for batch_invariant: how many chunks a part stores there follows the lengths of the launch, not of the plan.
+        """
+        device, has_chunks = cache_seqlens.device, policy == "batch_invariant"
+        shapes = self._partials(compiled, problem, has_chunks)
         pieces = plan_on_device(compiled, problem, cache_seqlens, policy, shapes[0][0])
-        return pieces._replace(partials=partials(cache_seqlens.device, *shapes))
+        arrivals = None if has_chunks else torch.zeros(shapes[0][:2], dtype=torch.int32, device=device)
+        return pieces._replace(partials=partials(device, *shapes), arrivals=arrivals)
 
     def workspace_bytes(self, compiled: Compiled, problem: DecodeProblem, policy: str) -> int:
         """fp32 partials of every slot that a plan can use."""
@@ -269,17 +288,52 @@ class ManyRows:
         return (slots, blocks, large.BLOCK_ROWS * large.D_V), (slots, blocks * large.BLOCK_ROWS)
 
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
-        """The kernel, then the merge of the requests that it had to split."""
+        """The kernel, and where it does not merge itself, the merge of the requests that it had to split."""
         shapes = self._partials(compiled, problem, plan.chunk_blocks > 0)
         out_accum, lse2_accum = scratch(operands, plan, *shapes)
         direct = with_aligned_out(operands)
         launch_large(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
             s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, window=problem.window,
+            arrivals=plan.arrivals,
         )  # fmt: skip
-        launch_merge(compiled.combine, direct, plan.num_splits, out_accum, lse2_accum, s_q=problem.s_q)
+        if plan.arrivals is None:
+            launch_merge(compiled.combine, direct, plan.num_splits, out_accum, lse2_accum, s_q=problem.s_q)
         if direct is not operands:
             operands.out.copy_(direct.out)
+
+    def repeatable(
+        self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan
+    ) -> Repeatable | None:
+        """One launch, where the kernel merges."""
+        return None if plan.arrivals is None else repeated(self, compiled, problem, operands, plan)
+
+
+def repeated(
+    kernel: FewRows | ManyRows, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan
+) -> Repeatable | None:
+    """`kernel.launch`, recorded: the compiled function's arguments with the places of tensors that change from call to call.
+
+    None where the launch works on other tensors than the operands (copies, views): those would have to be made each time.
+    """
+    if plan.partials is None or operands.cu_seqlens_q is not None:
+        return None
+    calls: list[tuple[Any, ...]] = []
+    recorded = replace(compiled, decode=lambda *arguments: calls.append(arguments))
+    kernel.launch(recorded, problem, operands, plan)
+    (arguments,) = calls
+    varying = (
+        operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, operands.out, operands.lse
+    )  # fmt: skip
+    which = [next((i for i, tensor in enumerate(varying) if each is tensor), -1) for each in arguments]
+    if {*range(len(varying))} - {*which}:
+        return None
+    fixed = tuple(
+        None if i >= 0 else bundle.argument(compiled.decode, each) for i, each in zip(which, arguments, strict=True)
+    )
+    arrange = itemgetter(*(i if i >= 0 else len(varying) + place for place, i in enumerate(which)))
+    function = compiled.decode
+    return lambda *tensors: function(*arrange(tensors + fixed))
 
 
 def _available(*needed: tuple[str, Any]) -> Verdict:

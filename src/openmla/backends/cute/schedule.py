@@ -119,6 +119,20 @@ class DecodePlan:
         return self.sum_of(whole, totals), self.sum_of(split, totals)
 
     @cute.jit
+    def one_each(self, blocks: cute.Tensor, batch: Int32, longest: Int32, num_parts: Int32, totals: cute.Tensor) -> Int32:
+        """The shortest length to cut requests at that gives no part two pieces."""
+        low = Int32(1)
+        high = longest if longest > 1 else Int32(1)
+        while low < high:
+            middle = (low + high) // 2
+            whole, _ = self.pieces_of(blocks, batch, middle, totals)
+            if batch + whole <= num_parts:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    @cute.jit
     def sum_of(self, value: Int32, totals: cute.Tensor) -> Int32:
         """Sum over the CTA."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
@@ -295,11 +309,12 @@ class DecodePlan:
             share = (carry + num_parts - 1) // num_parts
             least = Int64((line + cuts - 1) // cuts + overhead + merging) * Int64(most)
             room = most if most < ranges * num_parts else ranges * num_parts
-            tries = Int32(2) if 2 * batch >= num_parts else Int32(1)
-            for attempt in cutlass.range(tries, unroll=1):
+            for attempt in cutlass.range(2, unroll=1):
                 tried = longest
                 if attempt > 0:
                     tried = share * 43 // (40 * each) - overhead
+                    if 2 * batch < num_parts:
+                        tried = self.one_each(blocks, batch, longest, num_parts, totals)
                 tried = tried if tried > 1 else Int32(1)
                 whole, split = self.pieces_of(blocks, batch, tried, totals)
                 some = tried if (attempt == 0) | (whole > 0) else Int32(0)  # the longest piece, if it is known

@@ -39,6 +39,15 @@ Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test
     go[half, 2]     scores -> values: the gates                    4 warps
     sum_full/empty  scores -> values: 1 / row sums                 4 / 8 warps
     piece_full/empty[4]  planner -> everybody                      1 / 15 warps
+    share_full/empty[2]  planner -> values: shares to merge        1 / 8 warps
+    parts_full           partials of a share -> values             1 arrival + their bytes
+
+Merge
+    Pieces of a split request go to memory as fp32. A CTA counts each of its own, and when it has no more, it waits until the
+    count of a request says that all of them are there, and merges its share of the rows: n-th parts of the partials come
+    into the ring by bulk copies, weights and sums are computed from there. The count wraps to 0 with the last piece, so it
+    is ready for the next launch. Every CTA waits for others, so all must be resident: the launch is cooperative. Where it is
+    told not to merge (batch_invariant), a second launch does (`merge.py`).
 
 Cluster
     The CTAs of two row blocks read the same keys: each loads half of every tile and multicasts it. A slot is filled again
@@ -83,7 +92,16 @@ FUSED = 2.0**20  # references below it
 # piece ends, slot of its partial result (-1: none), first query token and how many, request coordinate of Q and out,
 # the tiles [CLEAR_FROM, CLEAR_TO) of the piece that every row sees in full, keys of the first tile that no row sees.
 TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD, CLEAR_FROM, CLEAR_TO, HEAD = range(12)
-FIELDS = 12
+PIECES_OF, SLOT_OF = range(12, 14)  # of the request: how many pieces, slot of the first
+FIELDS = 14
+
+# Fields of a share descriptor, beside TOKEN0, S_Q and BATCH_COORD: pieces of the request (0 ends the list), slot of the
+# first, which of them this CTA computed.
+COUNT, SLOT0, SPLIT, SHARE_TOKEN0, SHARE_S_Q, SHARE_COORD = range(6)
+SHARE_FIELDS, SHARES = 6, 2  # descriptors between the planner and the value warps
+UNITS, UNIT_BYTES = 4 * 64, 512  # of a partial: what a warp stores at once, 8 columns of 16 rows
+LONG = 48  # tiles of a piece from which on prefetching pays: 1.5 us lost at 4 tiles, 0.5 at 32 (merge2.1), 15 % won at 1,000
+MAX_POLLS = 1 << 24  # some ten seconds; what is missing then is added up as it is, and the process lives on
 
 # The word that goes with a tile: keys that count (0 to 64), a bit where rows differ or pages are missing, and above bit 8
 # how many of its first keys no row sees. FULL needs no mask at all.
@@ -119,10 +137,12 @@ class DecodeDense:
         lse: cute.Tensor,  # fp32 [batch | 1, h_q, s_q | total_q], natural log
         out_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks, 64 * 512]; of a block in the order of `merge`
         lse2_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks * 64], base 2
+        arrivals: cute.Tensor,  # int32 [slots, h_kv * row blocks], 0 before and after; read only with is_merged
         attn_sink: cute.Tensor,  # fp32 [h_q], natural log; read only with has_sink
         fault_word: cute.Tensor,  # int32 [1]
         s_q: Int32,  # tokens per request, the longest with is_varlen; rows = s_q * heads
         chunk_blocks: Int32,  # 0, or the piece length of batch_invariant
+        is_merged: Int32,  # whether this kernel merges; else it leaves partials
         is_causal: Int32,
         is_varlen: Int32,
         has_sink: Int32,
@@ -180,7 +200,11 @@ class DecodeDense:
             sum_empty: cute.struct.MemRange[Int64, 1]
             piece_full: cute.struct.MemRange[Int64, PIECES]
             piece_empty: cute.struct.MemRange[Int64, PIECES]
+            parts_full: cute.struct.MemRange[Int64, 1]
+            share_full: cute.struct.MemRange[Int64, SHARES]
+            share_empty: cute.struct.MemRange[Int64, SHARES]
             piece: cute.struct.MemRange[Int32, FIELDS * PIECES]
+            share: cute.struct.MemRange[Int32, SHARE_FIELDS * SHARES]
             valid: cute.struct.MemRange[Int32, cfg.slots]
             missing: cute.struct.MemRange[Int32, 2 * cfg.slots]
             need: cute.struct.MemRange[Int32, 2 * 4]
@@ -197,7 +221,7 @@ class DecodeDense:
         m_blocks = cute.ceil_div(m_blocks, cfg.cluster) * cfg.cluster
         self.kernel(
             tma_kv, t_kv, tma_q, t_q, block_table, cache_seqlens, cu_seqlens_q, metadata, num_splits, out, lse,
-            out_accum, lse2_accum, attn_sink, fault_word, s_q, chunk_blocks, is_causal, is_varlen, has_sink, window,
+            out_accum, lse2_accum, arrivals, attn_sink, fault_word, s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window,
             scale_log2, Int32(heads), Int32(kv.shape[0]), Int32(kv.shape[1] // cfg.box_rows),
             Int32(block_table.shape[1] * kv.shape[1]), qk_first, qk_rs, qk_ss, pv,
             ring_layout, rope_layout, q_layout, p_layout,
@@ -208,6 +232,7 @@ class DecodeDense:
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
+            cooperative=True,
         )  # fmt: skip
 
     @cute.kernel
@@ -226,10 +251,12 @@ class DecodeDense:
         lse: cute.Tensor,
         out_accum: cute.Tensor,
         lse2_accum: cute.Tensor,
+        arrivals: cute.Tensor,
         attn_sink: cute.Tensor,
         fault_word: cute.Tensor,
         s_q: Int32,
         chunk_blocks: Int32,
+        is_merged: Int32,
         is_causal: Int32,
         is_varlen: Int32,
         has_sink: Int32,
@@ -260,9 +287,13 @@ class DecodeDense:
         c = Scope(
             **{name: pointer(name) for name in (
                 "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
-                "sum_empty", "piece_full", "piece_empty",
+                "sum_empty", "piece_full", "piece_empty", "share_full", "share_empty",
+                "parts_full",
             )},
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
+            share=store.share.get_tensor(cute.make_layout((SHARE_FIELDS, SHARES))),
+            weights=cute.make_tensor(cute.recast_ptr(store.q.data_ptr(), dtype=Float32), cute.make_layout(8192 - 128)),
+            lines=cute.make_tensor(cute.recast_ptr(store.q.data_ptr() + 16128, dtype=Int64), cute.make_layout(64)),
             valid=store.valid.get_tensor(cute.make_layout(cfg.slots)),
             missing=store.missing.get_tensor(cute.make_layout((2, cfg.slots))),
             need=store.need.get_tensor(cute.make_layout((4, 2))),
@@ -274,8 +305,8 @@ class DecodeDense:
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
             tma_kv=tma_kv, t_kv=t_kv, tma_q=tma_q, t_q=t_q, block_table=block_table, cache_seqlens=cache_seqlens,
             cu_seqlens_q=cu_seqlens_q, metadata=metadata, num_splits=num_splits, out=out, lse=lse,
-            out_accum=out_accum, lse2_accum=lse2_accum, attn_sink=attn_sink, fault_word=fault_word, s_q_max=s_q,
-            chunk_blocks=chunk_blocks, is_causal=is_causal, is_varlen=is_varlen, has_sink=has_sink, window=window,
+            out_accum=out_accum, lse2_accum=lse2_accum, arrivals=arrivals, attn_sink=attn_sink, fault_word=fault_word, s_q_max=s_q,
+            chunk_blocks=chunk_blocks, is_merged=is_merged, is_causal=is_causal, is_varlen=is_varlen, has_sink=has_sink, window=window,
             scale_log2=scale_log2, row_blocks=cute.arch.grid_dim()[0], heads=heads, num_pages=num_pages, boxes_per_page=boxes_per_page, capacity=capacity, qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
             is_sole_reader=is_sole_reader, m_block=m_block, kv_head=kv_head, part=part, rank=m_block & cfg.cluster - 1,
             thread=tidx & 127, warp=warp_idx & 3, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
@@ -306,6 +337,9 @@ class DecodeDense:
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12 + 2 + cfg.has_rope, PIECES),  # math warps and loaders
+                    (c.parts_full, 1, 1),
+                    (c.share_full, 1, SHARES),
+                    (c.share_empty, 8, SHARES),
                 ):
                     for i in range(copies):
                         cute.arch.mbarrier_init(pointer_ + i, count)
@@ -327,6 +361,7 @@ class DecodeDense:
         elif warp_idx < 12:
             cute.arch.setmaxregister_increase(REGS_VALUES)
             self.values(c)
+            self.merge(c)
         else:
             cute.arch.setmaxregister_decrease(REGS_LOADS)
             if warp_idx == 12:
@@ -371,25 +406,34 @@ class DecodeDense:
 
     @cute.jit
     def plan(self, c: cutlass.Constexpr, row: cute.Tensor, near: cute.Tensor):
-        """Turn this part's ranges, up to the first empty one, into piece descriptors."""
-        fields, ranges, count, number = c.piece, c.metadata.shape[0], Int32(0), Int32(0)
-        while number < ranges:
-            following = cute.make_rmem_tensor(5, Int32)  # on its way while this range is worked on
-            for i in cutlass.range_constexpr(5):
-                following[i] = c.metadata[cutlass.min(number + 1, ranges - 1), c.part, i]
-            number = number + 1 if row[0] <= row[1] else ranges
-            count = self.plan_range(c, row, near, count)
-            for i in cutlass.range_constexpr(5):
-                row[i] = following[i]
-        index = count & PIECES - 1
-        cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
-        if c.lane == 0:
-            fields[TILES, index] = Int32(-1)
-        self.arrive(c.piece_full + index)
+        """Turn this part's ranges, up to the first empty one, into piece descriptors, then into those of shares to merge."""
+        fields, ranges = c.piece, c.metadata.shape[0]
+        count, number, following = Int32(0), Int32(0), cute.make_rmem_tensor(5, Int32)
+        for lap in cutlass.range(2, unroll=1):
+            while number < ranges:
+                for i in cutlass.range_constexpr(5):  # on its way while this range is worked on
+                    following[i] = c.metadata[cutlass.min(number + 1, ranges - 1), c.part, i]
+                number = number + 1 if row[0] <= row[1] else ranges
+                count = self.plan_range(c, row, near, count, lap)
+                for i in cutlass.range_constexpr(5):
+                    row[i] = following[i]
+            if lap == 0:
+                index = count & PIECES - 1
+                cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
+                if c.lane == 0:
+                    fields[TILES, index] = Int32(-1)
+                self.arrive(c.piece_full + index)
+                count, number = Int32(0), Int32(0) if c.is_merged != 0 else ranges
+                for i in cutlass.range_constexpr(5):
+                    row[i] = c.metadata[0, c.part, i]
+        self.put_share(c, count, Int32(0), Int32(0), Int32(0), Int32(0))
 
     @cute.jit
-    def plan_range(self, c: cutlass.Constexpr, row: cute.Tensor, near: cute.Tensor, count: Int32) -> Int32:
-        """The pieces of one range; `count` came before. Returns how many have come now."""
+    def plan_range(self, c: cutlass.Constexpr, row: cute.Tensor, near: cute.Tensor, count: Int32, lap: Int32) -> Int32:
+        """The pieces of one range, and in a second lap the shares of its split requests; `count` came before.
+
+        Returns how many have come now.
+        """
         req, last = cutlass.max(row[0], 0), cutlass.min(row[1], c.cache_seqlens.shape[0] - 1)
         fields, block, split = c.piece, row[2], row[4]
         while req <= last:
@@ -406,13 +450,18 @@ class DecodeDense:
             step = c.chunk_blocks if c.chunk_blocks > 0 else cutlass.max(end - block, 1)
             stop = cutlass.max(end, block + 1)
             while block < stop:
-                index = count & PIECES - 1
-                cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
-                if c.lane == 0:
-                    self.describe(c, index, req, length, block, cutlass.min(end, block + step))
-                    fields[SPLIT_SLOT, index] = slot + split if after - slot > 1 else Int32(-1)
-                self.arrive(c.piece_full + index)
-                count += 1
+                if lap == 0:
+                    index = count & PIECES - 1
+                    cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
+                    if c.lane == 0:
+                        self.describe(c, index, req, length, block, cutlass.min(end, block + step))
+                        fields[SPLIT_SLOT, index] = slot + split if after - slot > 1 else Int32(-1)
+                        fields[SLOT_OF, index], fields[PIECES_OF, index] = slot, after - slot
+                    self.arrive(c.piece_full + index)
+                    count += 1
+                elif after - slot > 1:
+                    self.put_share(c, count, after - slot, slot, split, req)
+                    count += 1
                 block += step
                 split += 1
             req += 1
@@ -420,14 +469,35 @@ class DecodeDense:
         return count
 
     @cute.jit
-    def describe(self, c: cutlass.Constexpr, index: Int32, req: Int32, length: Int32, block: Int32, until: Int32):
-        """The descriptor of the blocks [block, until) of a request, but for the slot of its partial result."""
-        fields = c.piece
+    def queries(self, c: cutlass.Constexpr, req: Int32):
+        """First query token of a request, how many it has, and its coordinate in Q and out."""
         token0, s_q, coord = Int32(0), c.s_q_max, req
         if c.is_varlen != 0:
             total = c.out.shape[1]
             token0, coord = cutlass.min(cutlass.max(c.cu_seqlens_q[req], 0), total), Int32(0)
             s_q = cutlass.min(cutlass.min(c.cu_seqlens_q[req + 1], total) - token0, c.s_q_max)
+        return token0, s_q, coord
+
+    @cute.jit
+    def put_share(self, c: cutlass.Constexpr, shares: Int32, count: Int32, slot: Int32, split: Int32, req: Int32):
+        """One share descriptor; without pieces, the end of them."""
+        index, fields = shares & SHARES - 1, c.share
+        cute.arch.mbarrier_wait(c.share_empty + index, ((shares >> 1) & 1) ^ 1)
+        if c.lane == 0:
+            token0, s_q, coord = self.queries(c, req)
+            fields[COUNT, index] = count
+            fields[SLOT0, index] = slot
+            fields[SPLIT, index] = split
+            fields[SHARE_TOKEN0, index] = token0
+            fields[SHARE_S_Q, index] = s_q
+            fields[SHARE_COORD, index] = coord
+        self.arrive(c.share_full + index)
+
+    @cute.jit
+    def describe(self, c: cutlass.Constexpr, index: Int32, req: Int32, length: Int32, block: Int32, until: Int32):
+        """The descriptor of the blocks [block, until) of a request, but for the slot of its partial result."""
+        fields = c.piece
+        token0, s_q, coord = self.queries(c, req)
         # No row sees a key before `seen`, every row sees the keys [below, above).
         seen = cutlass.max(length - s_q + 1 - c.window, 0)
         below = cutlass.max(length - c.window, 0)
@@ -527,7 +597,7 @@ class DecodeDense:
                         box = (first + j) * cfg.boxes + 32 * h + c.lane
                         pages[h], places[h], bad[h] = self.read_page(c, index, box, True)
                 if const_expr(cfg.look_ahead > 0):
-                    if (j + cfg.look_ahead < tiles) & c.is_sole_reader:
+                    if (j + cfg.look_ahead < tiles) & c.is_sole_reader & (tiles >= LONG):
                         later = cute.arch.shuffle_sync(pages[0], base + cfg.look_ahead)
                         place = cute.arch.shuffle_sync(places[0], base + cfg.look_ahead)
                         for e in cutlass.range_constexpr(2 * cfg.prefetch_from // cfg.cluster, 8 // cfg.cluster):
@@ -586,7 +656,7 @@ class DecodeDense:
                         pages[h], places[h], _ = self.read_page(c, index, box, False)
                 if const_expr(cfg.look_ahead > 0):
                     mine = (turn + cfg.look_ahead & cfg.cluster - 1) == c.rank
-                    if (j + cfg.look_ahead < tiles) & c.is_sole_reader & mine:
+                    if (j + cfg.look_ahead < tiles) & c.is_sole_reader & mine & (tiles >= LONG):
                         later = cute.arch.shuffle_sync(pages[0], base + cfg.look_ahead)
                         place = cute.arch.shuffle_sync(places[0], base + cfg.look_ahead)
                         cute.prefetch(c.tma_kv, g_kv[None, place, 8, later])
@@ -615,8 +685,9 @@ class DecodeDense:
             index = piece & PIECES - 1
             s_q, g_q = self.q_tiles(c, boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
             if const_expr(cfg.prefetch > 0):
-                for x in cutlass.range_constexpr(kept):
-                    cute.prefetch(c.tma_q, g_q[None, cfg.q_regs + x])
+                if piece > 0:  # the first one's copies start at once
+                    for x in cutlass.range_constexpr(kept):
+                        cute.prefetch(c.tma_q, g_q[None, cfg.q_regs + x])
             cute.arch.mbarrier_wait(c.q_empty, (piece & 1) ^ 1)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(c.q_full, kept * SLICE_BYTES)
@@ -976,6 +1047,8 @@ class DecodeDense:
             cute.arch.fence_view_async_shared()  # the loads are done before the arrival
             self.arrive(c.sum_empty)
             self.store_out(c, accs, turn & PIECES - 1, half, row0)
+            if (c.piece[SPLIT_SLOT, turn & PIECES - 1] >= 0) & (c.is_merged != 0):
+                self.announce(c, turn & PIECES - 1)
             self.arrive(c.piece_empty + (turn & PIECES - 1))
             turn = turn & -8 | turn + 1 & 7
             cute.arch.mbarrier_wait(c.piece_full + (turn & PIECES - 1), (turn >> PIECES_LOG2) & 1)
@@ -1021,9 +1094,10 @@ class DecodeDense:
         if split_slot >= 0:
             # As the accumulators lie: 16 bytes per thread, 512 contiguous bytes per warp, no shuffles.
             block = c.out_accum[split_slot, c.kv_head * c.row_blocks + c.m_block, None].iterator
+            thread = cute.arch.shuffle_sync_bfly(c.thread, 0)
             units = cute.make_tensor(
-                (block + (half * 128 * 128 + cute.arch.shuffle_sync_bfly(c.thread, 0) * 4)).align(16),
-                cute.make_layout((4, 16, 2), stride=(1, 512, 16 * 512)),
+                (block + ((thread >> 5) * (64 * 128) + half * (32 * 128) + (thread & 31) * 4)).align(16),
+                cute.make_layout((4, 16, 2), stride=(1, 128, 16 * 128)),
             )
             for h in cutlass.range_constexpr(2):
                 quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
@@ -1072,3 +1146,194 @@ class DecodeDense:
                         cute.make_tensor(pairs.iterator, cute.make_layout(8)),
                         cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(8)),
                     )
+
+    # ------------------------------------------------------------------ merge
+
+    @cute.jit
+    def announce(self, c: cutlass.Constexpr, index: Int32):
+        """Count the piece that all value warps have stored; with the request's last one the count is 0 again."""
+        cute.arch.barrier(barrier_id=3, number_of_threads=256)
+        if c.warp_idx == 4:
+            with cute.arch.elect_one():
+                block = c.kv_head * c.row_blocks + c.m_block
+                cute.arch.inline_ptx(
+                    "{ .reg .b32 old; atom.release.gpu.global.inc.u32 old, [{$r0}], {$r1}; }",
+                    read_only_args=[
+                        (c.arrivals.iterator + (c.piece[SLOT_OF, index] * c.arrivals.stride[0] + block)).toint(),
+                        c.piece[PIECES_OF, index] - 1,
+                    ],
+                )
+
+    @cute.jit
+    def merge(self, c: cutlass.Constexpr):
+        """Shares of the requests of which this CTA computed a piece, behind all of its pieces: by the value warps.
+
+        Whoever computed piece i of n merges the units [256 i / n, 256 (i + 1) / n) of a block: as many stretches of memory as
+        there are pieces, which go into the ring at once. The order of a sum depends on n alone.
+        """
+        turn, load = Int32(0), Int32(0)
+        cute.arch.mbarrier_wait(c.share_full, 0)
+        pieces = cute.arch.make_warp_uniform(c.share[COUNT, 0])
+        while pieces > 0:
+            index = turn & SHARES - 1
+            split, slot, block = c.share[SPLIT, index], c.share[SLOT0, index], c.kv_head * c.row_blocks + c.m_block
+            begin, end = split * UNITS // pieces, (split + 1) * UNITS // pieces
+            together = cutlass.max(self.config.slots * SLOT_BYTES // UNIT_BYTES // pieces, 1)
+            self.await_pieces(c, slot, block)
+            at = begin
+            while at < end:
+                stop = cutlass.min(at + together, end)
+                if c.warp_idx == 4:
+                    self.fetch(c, pieces, at, stop, c.out_accum[slot, block, None].iterator.toint())
+                if at == begin:
+                    self.weigh(c, index, pieces, begin, end, slot, block)
+                cute.arch.mbarrier_wait(c.parts_full, load & 1)
+                self.add_up(c, pieces, at, stop, begin >> 6)
+                cute.arch.fence_view_async_shared()
+                load += 1
+                at = stop
+                if at < end:
+                    cute.arch.barrier(barrier_id=3, number_of_threads=256)
+            self.arrive(c.share_empty + index)
+            turn += 1
+            cute.arch.mbarrier_wait(c.share_full + (turn & SHARES - 1), (turn >> 1) & 1)
+            pieces = cute.arch.make_warp_uniform(c.share[COUNT, turn & SHARES - 1])
+
+    @cute.jit
+    def await_pieces(self, c: cutlass.Constexpr, slot: Int32, block: Int32):
+        """Until every piece of a request is stored. This CTA's are counted, so a count of 0 says that all are."""
+        if c.warp_idx == 4:
+            address = (c.arrivals.iterator + (slot * c.arrivals.stride[0] + block)).toint()
+            polls = Int32(MAX_POLLS)
+            while polls > 0:
+                count = cute.arch.inline_ptx(
+                    "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address]
+                )
+                polls = polls - 1 if count != 0 else Int32(0)
+        cute.arch.barrier(barrier_id=3, number_of_threads=256)
+
+    @cute.jit
+    def fetch(self, c: cutlass.Constexpr, pieces: Int32, at: Int32, stop: Int32, data: Int64):
+        """Start the copies of the units [at, stop) of all pieces into the ring, where nobody needs anything any more."""
+        size = (stop - at) * UNIT_BYTES
+        cute.arch.inline_ptx("fence.proxy.async;")  # others stored what the copy engine now reads
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(c.parts_full, pieces * size)
+        cute.arch.sync_warp()
+        ring, step = c.s_ring.iterator.toint().to(Int32), Int64(c.out_accum.stride[0]) * 4
+        barrier = c.parts_full.toint().to(Int32)
+        for piece in cutlass.range(c.lane, pieces, 32, unroll=1):
+            cute.arch.inline_ptx(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+                read_only_args=[
+                    ring + piece * size, data + (Int64(piece) * step + at * UNIT_BYTES), size, barrier
+                ],
+            )  # fmt: skip
+
+    @cute.jit
+    def weigh(
+        self, c: cutlass.Constexpr, index: Int32, pieces: Int32, begin: Int32, end: Int32, slot: Int32, block: Int32
+    ):
+        """Weights of all pieces for the rows of the units [begin, end), into shared memory; their lse to memory.
+
+        Eight threads per row. `weights` holds [16 rows' number from that of `begin` on][piece][16]. It lies where Q was: every
+        value warp is through with Q, and with the table before, when the pieces are awaited.
+        """
+        tid = (c.warp_idx - 4) * 32 + c.lane
+        first, eighth = begin >> 6, tid & 7
+        lse2 = cute.make_rmem_tensor(4, Float32)
+        stats = (c.lse2_accum.iterator + (slot * c.lse2_accum.stride[0] + block * 64)).toint()
+        step, weights = Int64(c.lse2_accum.stride[0]) * 4, c.weights.iterator
+        for group in cutlass.range(first, (end + 63) >> 6, 2, unroll=1):
+            row = group * 16 + (tid >> 3)
+            many = pieces if (row >> 4) * 64 < end else Int32(0)
+            mine = stats + row * 4
+            table = cute.make_tensor(
+                weights + (((row >> 4) - first) * pieces * 16 + (row & 15)), cute.make_layout(512, stride=16)
+            )
+            peak = -Float32.inf
+            for base in cutlass.range(0, many, 32, unroll=1):
+                lse2.fill(-Float32.inf)
+                for u in cutlass.range_constexpr(4):
+                    piece = base + u * 8 + eighth
+                    if piece < many:  # not from L1, which may hold what was there before
+                        lse2[u] = cute.arch.inline_ptx(
+                            "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Float32],
+                            read_only_args=[mine + Int64(piece) * step],
+                        )  # fmt: skip
+                for u in cutlass.range_constexpr(4):
+                    piece = base + u * 8 + eighth
+                    if piece < many:
+                        table[piece] = lse2[u]
+                    peak = cute.arch.fmax(peak, lse2[u])
+            for d in (1, 2, 4):
+                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, d))
+            shift = peak if peak > -Float32.inf else Float32(0.0)
+            total = Float32(0.0)
+            for piece in cutlass.range(eighth, many, 8, unroll=1):
+                weight = cute.math.exp2(table[piece] - shift, fastmath=True)
+                total += weight
+                table[piece] = weight
+            cute.arch.sync_warp()
+            for d in (1, 2, 4):
+                total += cute.arch.shuffle_sync_bfly(total, d)
+            if many > 0:
+                # of the units of 16 rows, whoever has the first writes their lse
+                factor = self.close_row(c, index, row, peak, total, (begin <= (row >> 4) * 64) & (eighth == 0))
+                for piece in cutlass.range(eighth, many, 8, unroll=1):
+                    table[piece] = table[piece] * factor
+        cute.arch.barrier(barrier_id=3, number_of_threads=256)
+
+    @cute.jit
+    def close_row(
+        self, c: cutlass.Constexpr, index: Int32, row: Int32, peak: Float32, total: Float32, is_writer: Boolean
+    ):
+        """What the weights of a row are multiplied by; its lse to memory, its place in out to `lines`."""
+        lse, lines, line = c.lse, c.lines, Int64(0)
+        factor, lse2 = Float32(1.0) / total, peak + cute.math.log2(total, fastmath=True)
+        if total == 0.0:  # sees nothing; a NaN stays one
+            factor, lse2 = Float32(0.0), -Float32.inf
+        flat = c.m_block * 64 + row
+        if flat < c.share[SHARE_S_Q, index] * c.heads:
+            token = flat // c.heads
+            head = c.kv_head * c.heads + flat - token * c.heads
+            coord, token = c.share[SHARE_COORD, index], c.share[SHARE_TOKEN0, index] + token
+            if c.has_sink != 0:
+                extra = cute.math.exp2(c.attn_sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
+                factor = factor / (Float32(1.0) + extra) if total != 0.0 else factor
+            line = c.out[coord, token, head, None].iterator.toint()
+            if is_writer:
+                lse[coord, head, token] = lse2 * Float32(LN2)
+        lines[row] = line
+        return factor
+
+    @cute.jit
+    def add_up(self, c: cutlass.Constexpr, pieces: Int32, at: Int32, stop: Int32, first: Int32):
+        """Weighted sums of the units [at, stop), which lie in the ring piece by piece; a warp each."""
+        ring, table, lines = cute.recast_ptr(c.s_ring.iterator, None, Float32), c.weights.iterator, c.lines
+        value = cute.make_rmem_tensor(4, Float32)
+        sums = cute.make_rmem_tensor(4, Float32)
+        for unit in cutlass.range(at + c.warp_idx - 4, stop, 8, unroll=1):
+            sums.fill(0.0)
+            data = cute.make_tensor(
+                (ring + ((unit - at) * 128 + c.lane * 4)).align(16),
+                cute.make_layout((4, 512), stride=(1, (stop - at) * 128)),
+            )
+            weights = table + ((unit >> 6) - first) * pieces * 16 + (c.lane >> 2)
+            for piece in cutlass.range(pieces, unroll=4):
+                cute.autovec_copy(data[None, piece], value)
+                weight0, weight1 = (weights + piece * 16).load(), (weights + piece * 16 + 8).load()
+                for i in cutlass.range_constexpr(4):
+                    sums[i] = sums[i] + value[i] * (weight0 if i < 2 else weight1)
+            for side in cutlass.range_constexpr(2):
+                line = lines[(unit >> 6) * 16 + (c.lane >> 2) + 8 * side]
+                if line != 0:
+                    two = cute.make_rmem_tensor(2, self.dtype)
+                    two[0], two[1] = sums[2 * side].to(self.dtype), sums[2 * side + 1].to(self.dtype)
+                    target = cute.make_ptr(
+                        Int32,
+                        line + Int64((unit & 63) * 16 + (c.lane & 3) * 4),
+                        cute.AddressSpace.gmem,
+                        assumed_align=4,
+                    )
+                    cute.make_tensor(target, cute.make_layout(1))[0] = cute.recast_tensor(two, Int32)[0]

@@ -46,10 +46,11 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),  # lse
         fake_tensor(Float32, (None, None, 64 * 512), stride=(stride(), stride(), 1)),  # out_accum
         fake_tensor(Float32, (None, None), stride=(None, 1), align=4),  # lse2_accum
+        fake_tensor(Int32, (None, None), stride=(None, 1), align=4),  # arrivals
         fake_tensor(Float32, (None,), align=4),  # attn_sink
         ints(1),  # fault_word
-        # s_q, chunk_blocks, is_causal, is_varlen, has_sink, window, scale_log2
-        Int32(1), Int32(0), Int32(0), Int32(0), Int32(0), Int32(1), Float32(1.0),
+        # s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window, scale_log2
+        Int32(1), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(1), Float32(1.0),
         fake_stream(),
     )  # fmt: skip
 
@@ -105,6 +106,7 @@ def launch(
     chunk_blocks: int,
     is_causal: bool,
     window: int = 0,
+    arrivals: torch.Tensor | None = None,
 ) -> None:
     """Write out and lse of requests with one piece, out_accum and lse2_accum of the pieces of the others.
 
@@ -118,6 +120,8 @@ def launch(
         chunk_blocks: piece length of batch_invariant, else 0.
         is_causal: bottom-right aligned causal mask.
         window: keys that a row sees up to its own position, which makes it causal; 0 for all.
+        arrivals: int32 [pieces, h_kv * row blocks] of zeros, left as zeros: the kernel merges, `launch_merge` must not follow.
+            None: it must. Not with chunk_blocks.
     """
     out, lse, cu_seqlens_q, sink = operands.out, operands.lse, operands.cu_seqlens_q, operands.attn_sink
     q, is_varlen = query_rows(operands.q, operands.kv_cache.shape[2]), cu_seqlens_q is not None
@@ -126,9 +130,9 @@ def launch(
     function(
         q, operands.kv_cache, operands.block_table, operands.cache_seqlens,
         cu_seqlens_q if is_varlen else num_splits, metadata, num_splits, out, lse, out_accum, lse2_accum,
-        no_sink(q.device) if sink is None else sink, operands.fault_word, s_q, chunk_blocks,
-        int(is_causal or window > 0), int(is_varlen), int(sink is not None), window or NO_WINDOW,
-        operands.softmax_scale * LOG2_E,
+        num_splits[None] if arrivals is None else arrivals, no_sink(q.device) if sink is None else sink,
+        operands.fault_word, s_q, chunk_blocks, int(arrivals is not None), int(is_causal or window > 0), int(is_varlen),
+        int(sink is not None), window or NO_WINDOW, operands.softmax_scale * LOG2_E,
     )  # fmt: skip
 
 

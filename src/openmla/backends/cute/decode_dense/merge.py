@@ -6,8 +6,8 @@ Partials are fp32 and lie at slot = num_splits[request] + split; sums run in a f
 of one piece were finished by the decode kernel: their CTAs leave after reading two integers.
 
 A partial of 64 rows x 512 columns lies as the accumulators of the decode kernel do, so that both sides move 16 bytes per
-thread and whole lines per warp: 64 units of 128 x 4 floats, unit n = columns [8 n, 8 n + 8), and in it the four floats
-of thread t are rows r and r + 8, r = t / 32 * 16 + t % 32 / 4, of the two columns 8 n + t % 4 * 2.
+thread and whole lines per warp: 4 x 64 units of 32 x 4 floats, unit (w, n) = rows [16 w, 16 w + 16) of columns
+[8 n, 8 n + 8), and in it the four floats of lane t are rows 16 w + t / 4 and 8 further, of the two columns 8 n + t % 4 * 2.
 
 A CTA takes 64 rows and `columns` of their columns with `groups` teams of 128 threads; team g adds the splits g,
 g + groups, ... Few columns and many teams suit small batches with many splits (the chip is filled, and all loads of a
@@ -121,8 +121,11 @@ class Merge:
         if const_expr(groups > 1):
             box = smem.allocate_tensor(Float32, cute.make_layout((4, 128, groups)), 16)
         units = cute.make_tensor(
-            (out_accum[first, block, None].iterator + (chunk * self.units * 512 + thread * 4)).align(16),
-            cute.make_layout((4, self.units, pieces), stride=(1, 512, out_accum.stride[0])),
+            (
+                out_accum[first, block, None].iterator
+                + ((thread >> 5) * (64 * 128) + chunk * self.units * 128 + (thread & 31) * 4)
+            ).align(16),
+            cute.make_layout((4, self.units, pieces), stride=(1, 128, out_accum.stride[0])),
         )
         loads = cute.make_rmem_tensor(cute.make_layout((4, together, unroll)), Float32)
         self.fetch(units, loads, Int32(0), group, pieces)  # in flight while the weights are computed
