@@ -279,13 +279,16 @@ class Repeat:
             or observers
         ):
             return None
-        if out is None:
-            out = torch.empty_like(self.out_like)
-        elif signature(out) != self.out:
-            return None
-        else:
-            check_overlap(self.prepared, out, (q, kv_cache, block_table, cache_seqlens, None, attn_sink))
-        lse = torch.empty_like(self.lse_like)
+        try:
+            if out is None:
+                out = torch.empty_like(self.out_like)
+            elif signature(out) != self.out:
+                return None
+            else:
+                check_overlap(self.prepared, out, (q, kv_cache, block_table, cache_seqlens, None, attn_sink))
+            lse = torch.empty_like(self.lse_like)
+        except torch.OutOfMemoryError:
+            return None  # the usual way says so
         self.prepared.tally.count()
         try:
             self.run(q, kv_cache, block_table, cache_seqlens, out, lse)

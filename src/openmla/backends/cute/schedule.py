@@ -119,7 +119,9 @@ class DecodePlan:
         return self.sum_of(whole, totals), self.sum_of(split, totals)
 
     @cute.jit
-    def one_each(self, blocks: cute.Tensor, batch: Int32, longest: Int32, num_parts: Int32, totals: cute.Tensor) -> Int32:
+    def one_each(
+        self, blocks: cute.Tensor, batch: Int32, longest: Int32, num_parts: Int32, totals: cute.Tensor
+    ) -> Int32:
         """The shortest length to cut requests at that gives no part two pieces."""
         low = Int32(1)
         high = longest if longest > 1 else Int32(1)
