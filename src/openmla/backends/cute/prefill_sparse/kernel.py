@@ -19,13 +19,15 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     Q for shared memory      (the maximum of the tile and a new       each quarter of V read: its slot is free
     piece descriptors          reference only when P grows too        wait for P(j), rescale O if told to
     indices two tiles ahead    large)
-    The turns run on across query tokens: while the values of a token are finished and stored, the producers and the scores
+    P(j) is stored a quarter at a time and handed over behind the first eight wgmmas of S(j+1), since P V waits for those
+    anyway. The turns run on across query tokens: while the values of a token are finished and stored, the producers and the scores
     are at the next one.
 
 Gather
     cp.async, 16 bytes per lane, into the place that the swizzle gives it: eight lanes copy the 128 bytes of a row and slice,
     a warp its own 16 rows of every tile. A copy arrives at the slot's barrier when it has landed, nobody waits for it.
-    Rows that are not there are zeros. The rows of Q come the same way.
+    Rows that are not there are zeros. The rows of Q come the same way. Between the copies, which are generic writes, and the
+    tensor cores' reads stands no proxy fence, as in CUTLASS's mainloop for cp.async; `Config.fence` has one.
 
 Budget (checked by tests/compile/test_prefill_sparse.py against tests/compile/budgets_prefill.toml)
     shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 152 scores, 160 values, 40 producers (x 128 = 65,536), no spills.
