@@ -5,21 +5,23 @@
 # included, are the pages of the two dense kernels: [few rows](../docs/kernels/decode_dense_small.md) and [many rows](../docs/kernels/decode_dense.md).
 
 # %%
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import drawings
 from openmla.core.cost import cost
 from openmla.core.target import Target
-from openmla.lab import store, suite, workload
+from openmla.lab import suite, workload
 from openmla.split.schedule import SplitPlan, plan_decode
 
 RESULTS = Path(drawings.__file__).parents[1] / "bench" / "results"
 ROWS: dict[str, Any] = {
-    row.environment["row"]: row
+    raw["environment"]["row"]: SimpleNamespace(**raw)
     for name in ("decode_dense", "decode_dense_small")
-    for row in store.read(RESULTS / f"{name}.jsonl")
-    if "row" in row.environment
+    for raw in map(json.loads, (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    if "row" in raw["environment"]
 }
 print(f"{len(ROWS)} named rows; the fields of one: {', '.join(list(vars(ROWS['dd-5-04']))[:8])}, ...")
 
