@@ -1,20 +1,20 @@
-"""The front end of mods is ready for CuTe DSL: the same functions, rebound to its functions, compile for sm_90a.
-
-No kernel inlines them yet (`supports` says so). What is shown here is that nothing in the front end stands in the way:
-one thread per score, the functions of the library called on the DSL's own scalars while the kernel is traced.
-"""
+"""Mods in the CuTe kernels: the same functions, rebound to the DSL's, compile for sm_90a; who takes which, and why not."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from openmla import mods
+from openmla import backends, mods
 from openmla.backends.cute import toolchain
-from openmla.mods import Mod
+from openmla.backends.cute.decode_dense import config as dense
+from openmla.backends.cute.inline import inlined, refusals
+from openmla.core.target import Target
+from openmla.mods import Mod, Rope, m, mask_mod, score_mod
+from openmla.mods.attached import form_of
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 import cuda.bindings.driver as cuda
@@ -22,21 +22,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from openmla.backends.cute import mod_math
+
 WIDTH = 64
-
-
-def _load(table: cute.Tensor, i: Any) -> Any:
-    last = Int32(table.shape[0] - 1)
-    place = cutlass.select_(i < Int32(0), Int32(0), cutlass.select_(i > last, last, i))
-    return table[place]
-
-
-CUTE_MATH = SimpleNamespace(
-    tanh=lambda x: cute.math.tanh(x, fastmath=True),
-    sigmoid=lambda x: Float32(1.0) / (Float32(1.0) + cute.math.exp(-x, fastmath=True)),
-    where=lambda c, x, y: cutlass.select_(c, Float32(x), Float32(y)),
-    load=_load,
-)
 
 
 class Apply:
@@ -44,7 +32,7 @@ class Apply:
 
     def __init__(self, functions: tuple[Mod, ...]) -> None:
         self.functions, self.smem_bytes = functions, 0
-        self.forms = [each.rebound(CUTE_MATH) for each in functions]
+        self.forms = [each.rebound(mod_math) for each in functions]
 
     @cute.jit
     def __call__(self, scores: cute.Tensor, out: cute.Tensor, table: cute.Tensor, stream: cuda.CUstream):
@@ -84,5 +72,94 @@ def test_the_same_source_compiles(name, tmp_path):
     found = toolchain.compile_kernel(Apply(CASES[name]), arguments, f"mods_{name}", out_dir=tmp_path)
     ptx = (tmp_path / f"mods_{name}.ptx").read_text()
     assert found.resources.spills == 0
-    assert ("tanh.approx" in ptx) == (name in ("soft_cap", "several")), "inlined, not called"
-    assert "call" not in ptx
+    assert "call" not in ptx, "inlined, not called"
+    assert "tanh.approx" not in ptx, "11 bits are too few for a score"
+
+
+def test_every_function_of_m_is_there():
+    from openmla.mods import math
+
+    assert all(hasattr(mod_math, name) for name in math.NAMES)
+
+
+@score_mod
+def fading(score, b, h, q_idx, kv_idx):
+    return score - 0.002 * (q_idx - kv_idx) * m.exp2(0.0 - 0.05 * h)
+
+
+@mask_mod
+def every_third(b, h, q_idx, kv_idx):
+    return (m.mod(kv_idx + b, 3) != 0) | (q_idx - kv_idx < 8)
+
+
+KERNELS = {
+    "soft_cap": [mods.soft_cap(30.0)],
+    "sink_tokens": [mods.sink_tokens(4, 512)],
+    "a user's": [fading, mods.soft_cap(30.0), mods.sink_tokens(4, 512)],
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_dense_decode_inlines_them(name, tmp_path):
+    """Neither spills nor calls, and as many products as without mods."""
+    from openmla.backends.cute.decode_dense.launch import build
+
+    config = replace(dense.VARIANTS[0], mods=inlined(form_of(KERNELS[name])))
+    found = build(config, tmp_path)
+    assert found.resources.sass["HGMMA"] == config.d_qk // 16 + 8
+    assert "call" not in (tmp_path / f"{config.name}.ptx").read_text()
+    if name != "a user's":
+        assert found.resources.spills == 0, found.resources
+
+
+def asked(*given: Any, **changes: Any) -> Any:
+    return replace(backends.typical_problem("decode"), mods=form_of(given) if given else None, **changes)
+
+
+def test_a_number_or_a_function_more_is_another_kernel():
+    where = Target.preset("h100_sxm")
+    lists = [
+        (),
+        (mods.soft_cap(30.0),),
+        (mods.soft_cap(50.0),),
+        (mods.soft_cap(30.0), fading),
+        (fading, mods.soft_cap(30.0)),
+    ]
+    configs = [dense.configs(asked(*each), where)[0] for each in lists]
+    assert len({config.name for config in configs}) == len(lists)
+    assert len({str(config.as_dict()) for config in configs}) == len(lists)
+    assert configs[0] in dense.VARIANTS, "without mods nothing has changed"
+
+
+def test_a_sliding_window_is_the_window_that_the_kernels_have():
+    problem = asked(mods.sliding_window(512), window=512)
+    assert inlined(problem.mods) == ()
+    assert dense.configs(problem, Target.preset("h100_sxm"))[0] in dense.VARIANTS
+
+    @mask_mod(window=512)
+    def another(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) & (kv_idx > q_idx - 512) & (kv_idx != 7)
+
+    assert inlined(asked(another, window=512).mods) == (another,)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (mods.alibi(torch.ones(128)), "reads no tables in a mod, alibi reads slopes"),
+        (mods.sigmoid(-8.0), "inlines no activation in place of softmax, got sigmoid(bias=-8.0)"),
+        (Rope.of_base(64, 4096), "apply RoPE to q before the call"),
+    ],
+)  # fmt: skip
+def test_refusals_say_why(given, reason):
+    assert any(reason in each for each in refusals(asked(given).mods))
+    for kernel in backends.kernels("decode")[:2]:
+        assert any(reason in each for each in kernel.supports(asked(given), Target.preset("h100_sxm")).reasons)
+    assert refusals(asked(mods.soft_cap(30.0)).mods) == ()
+
+
+def test_few_rows_leave_mods_to_the_other_kernel():
+    few, many = backends.kernels("decode")[:2]
+    problem, where = asked(mods.soft_cap(30.0), h_q=16), Target.preset("h100_sxm")
+    assert "inlines no mods, decode_dense does: soft_cap" in str(few.supports(problem, where).reasons)
+    assert not any("mod" in each for each in many.supports(problem, where).reasons)

@@ -462,10 +462,14 @@ def test_explain_says_who_inlines_a_mod():
     problem = dataclasses.replace(backends.typical_problem("decode"), mods=attach(mods.soft_cap(30.0)).form)
     text = str(openmla.explain(problem, target="h100_sxm"))
     assert "mods=soft_cap(cap=30.0)#" in text
-    assert text.count("does not inline mods yet: soft_cap(cap=30.0)") == 2
-    rows = {(row.backend, bool(row.verdict)) for row in openmla.explain(problem, target="h100_sxm").candidates}
-    assert ("torch", True) in rows
-    assert ("cute", False) in rows
+    assert text.count("inlines no mods, decode_dense does: soft_cap(cap=30.0)") == 1
+    rows = {row.kernel: row.verdict for row in openmla.explain(problem, target="h100_sxm").candidates}
+    assert rows["decode_tiled"]
+    assert not rows["decode_dense_small"]
+    assert not any("mod" in why for why in rows["decode_dense"].reasons), "it may lack a compiler, not the ability"
+    activation = dataclasses.replace(problem, mods=attach(mods.sigmoid(-8.0)).form)
+    text = str(openmla.explain(activation, target="h100_sxm"))
+    assert text.count("inlines no activation in place of softmax, got sigmoid(bias=-8.0)") == 2
 
 
 def test_explain_takes_mods_by_name(capsys, monkeypatch, tmp_path):
@@ -477,8 +481,14 @@ def test_explain_takes_mods_by_name(capsys, monkeypatch, tmp_path):
     asked = ["--mod", "soft_cap(30.0)", "--mod", "alibi", "--mod", "rope", "--mod", "my_mods_of_a_test:every_second"]
     assert cli.main(["explain", "decode", "--target", "h100_sxm", *asked]) == 0
     text = capsys.readouterr().out
-    for part in ("soft_cap(cap=30.0)#", "alibi#", "every_second#", "+rope", "does not inline mods yet"):
-        assert part in text, part
+    for part in (
+        "soft_cap(cap=30.0)#",
+        "alibi#",
+        "every_second#",
+        "+rope",
+        "reads no tables in a mod, alibi reads slopes",
+    ):
+        assert part in " ".join(text.split()), part
 
 
 @pytest.mark.parametrize(

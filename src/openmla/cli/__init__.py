@@ -216,12 +216,17 @@ def _add_compile(verbs: Any) -> None:
     )
     parser.add_argument("--arch", choices=("sm_90a",), default="sm_90a")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
+    parser.add_argument(
+        "--mods", action="append", nargs="+", default=[], metavar="NAME",
+        help="also what inlines these together, such as 'soft_cap(30.0)' my_module:my_mod; repeatable",
+    )  # fmt: skip
 
 
 def _compile(args: argparse.Namespace) -> int:
     from openmla.backends.cute import bundle, decode
+    from openmla.mods import named
 
-    manifest = bundle.build(args.out, decode.FAMILIES, say)
+    manifest = bundle.build(args.out, decode.families([named(each) for each in args.mods]), say)
     if args.json:
         print_json({"schema": JSON_SCHEMA, "arch": args.arch, "manifest": str(manifest)})
     else:

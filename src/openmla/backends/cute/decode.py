@@ -25,11 +25,14 @@ from openmla.backends.cute.decode_dense.launch import launch_merge
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
 from openmla.backends.cute.gathered import build_gather
+from openmla.backends.cute.inline import inlined, refusals
 from openmla.backends.cute.prefill_sparse import config as gather
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
+from openmla.core.errors import UnsupportedError
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.mods import Mods
 from openmla.split.schedule import Policy
 
 PLAN_SCRATCH = 64 << 20  # bytes of partials that may stay with a plan, so that no layer allocates and carves its own
@@ -117,6 +120,21 @@ FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]
 }
 
 
+def families(mods: Sequence[Mods] = ()) -> dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]:
+    """FAMILIES, and the variants that inline each of `mods`, for a bundle.
+
+    Raises:
+        UnsupportedError: a form that no kernel of this backend inlines.
+    """
+    found, (plain, build) = dict(FAMILIES), FAMILIES[large.FAMILY]
+    variants = list(plain)
+    for form in mods:
+        if why := refusals(form):
+            raise UnsupportedError(f"{form} cannot be compiled into a bundle", {large.FAMILY: why}, str(form))
+        variants += [replace(each, mods=inlined(form)) for each in plain]
+    return found | {large.FAMILY: (tuple(dict.fromkeys(variants)), build)}
+
+
 def _serve(family: str, config: Any) -> Any:
     """The launchable function of one variant."""
     build = FAMILIES[family][1]
@@ -152,7 +170,7 @@ def supports_bulk_copies(problem: DecodeProblem) -> Verdict:
         (problem.is_aligned, "needs q and kv_cache to start at and step by multiples of 16 bytes"),
         (problem.is_scale_positive, "needs softmax_scale > 0"),
         (problem.num_pages >= 1 and problem.max_pages >= 1, "needs at least one page and one column of block_table"),
-        (problem.mods is None, f"does not inline mods yet: {problem.mods}"),
+        *((False, why) for why in refusals(problem.mods)),
     )
 
 
@@ -167,7 +185,8 @@ class FewRows:
     def supports(self, problem: DecodeProblem, target: Target) -> Verdict:
         """The family's own rules, then those of bulk copies, then whether its code can be had here."""
         own = small.supports(problem, target)
-        verdict = Verdict((*own.reasons, *supports_bulk_copies(problem).reasons))
+        mods = tuple(f"inlines no mods, decode_dense does: {each}" for each in inlined(problem.mods))
+        verdict = Verdict((*own.reasons, *supports_bulk_copies(problem).reasons, *mods))
         if not verdict:
             return verdict
         return _available((small.FAMILY, small.configs(problem, target)[0]), ("schedule", ScheduleVariant()))
@@ -295,7 +314,7 @@ class ManyRows:
         launch_large(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
             s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, window=problem.window,
-            arrivals=plan.arrivals,
+            arrivals=plan.arrivals, is_natural=bool(compiled.config.mods),
         )  # fmt: skip
         if plan.arrivals is None:
             launch_merge(compiled.combine, direct, plan.num_splits, out_accum, lse2_accum, s_q=problem.s_q)

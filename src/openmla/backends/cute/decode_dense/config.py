@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 
 from openmla.backends.base import Verdict, require
+from openmla.backends.cute.inline import inlined
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.mods import Mod
 
 FAMILY, MERGE_FAMILY = "decode_dense", "decode_dense_merge"
 BLOCK_ROWS = 64  # query rows per CTA: one wgmma M
@@ -48,6 +50,7 @@ class Config:
         prefetch: tiles ahead of the ring that are fetched into L2 where a tile has one reader; at most 16, 0 for none.
             15 % at one reader and 16,384 keys; with two readers they lose each other and HBM is read 1.5 times.
         prefetch_from: the first of a tile's quarters that is fetched ahead; RoPE always is.
+        mods: functions called for each score, every score_mod before every mask_mod.
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
@@ -61,6 +64,17 @@ class Config:
     gate_right: int = -2
     prefetch: int = 2
     prefetch_from: int = 0
+    mods: tuple[Mod, ...] = ()
+
+    @property
+    def score_mods(self) -> tuple[Mod, ...]:
+        """Those that change scores, which are in natural units for them."""
+        return tuple(each for each in self.mods if each.kind == "score_mod")
+
+    @property
+    def mask_mods(self) -> tuple[Mod, ...]:
+        """Those that hide keys."""
+        return tuple(each for each in self.mods if each.kind == "mask_mod")
 
     @property
     def boxes(self) -> int:
@@ -93,14 +107,17 @@ class Config:
         schedule = {key: value for key, value in self.as_dict().items() if key not in _PROBLEM_FIELDS}
         digest = hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest()[:8]
         pages = str(self.page_size) if self.page_size else f"{self.box_rows}n"
-        return f"{FAMILY}_{self.dtype}_d{self.d_qk}_p{pages}_c{self.cluster}_{digest}"
+        plain = f"{FAMILY}_{self.dtype}_d{self.d_qk}_p{pages}_c{self.cluster}_{digest}"
+        prints = "/".join(each.fingerprint for each in self.mods)
+        return f"{plain}_mods_{hashlib.sha256(prints.encode()).hexdigest()[:12]}" if self.mods else plain
 
     def as_dict(self) -> dict[str, Any]:
-        """For the bundle's manifest."""
-        return asdict(self)
+        """For the bundle's manifest; mods by name and fingerprint."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return found | {"mods": [f"{each}#{each.fingerprint}" for each in self.mods]}
 
 
-_PROBLEM_FIELDS = ("dtype", "d_qk", "page_size", "box_rows", "cluster")
+_PROBLEM_FIELDS = ("dtype", "d_qk", "page_size", "box_rows", "cluster", "mods")
 
 
 def variant(dtype: Literal["bf16", "fp16"], d_qk: int, page_size: int, box_rows: int, cluster: int) -> Config:
@@ -190,7 +207,8 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     page_size = 64 if problem.page_size == 64 else 0
     box_rows = next(rows for rows in (64, 16, 1) if problem.page_size % rows == 0)
     cluster = 2 if row_blocks(problem) % 2 == 0 and box_rows == 64 else 1
-    return (variant(dtype, problem.d_qk, page_size, box_rows, cluster),)
+    plain = variant(dtype, problem.d_qk, page_size, box_rows, cluster)
+    return (replace(plain, mods=inlined(problem.mods)),)
 
 
 def merge_config(problem: DecodeProblem) -> MergeConfig:

@@ -28,6 +28,9 @@ Masks
     Causal, sliding window, lengths and missing pages cost full tiles nothing: the loads put a word beside each tile, and
     only where it is not FULL are scores selected away and rows of V cleared. Tiles before the window are not read.
 
+Mods
+    The scores warpgroup calls functions of the user's (`Config.mods`) between S and the exponentials: `modify`.
+
 Budget (checked by tests/compile/test_decode_dense.py against tests/compile/budgets.toml)
     shared memory 231,424 of 232,448 bytes (1,024 are reserved); registers 152 scores, 160 values, 40 loads (x 128 = 65,536), no spills.
 
@@ -72,6 +75,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
+from openmla.backends.cute import mod_math
 from openmla.backends.cute.decode_dense.config import Config
 
 THREADS = 512
@@ -147,7 +151,7 @@ class DecodeDense:
         is_varlen: Int32,
         has_sink: Int32,
         window: Int32,  # keys up to a row's own position; NO_WINDOW for all; else is_causal must be 1
-        scale_log2: Float32,  # softmax_scale * log2(e), positive
+        scale_log2: Float32,  # softmax_scale * log2(e), positive; softmax_scale itself with mods
         stream: cuda.CUstream,
     ):
         cfg, dtype = self.config, self.dtype
@@ -208,6 +212,7 @@ class DecodeDense:
             valid: cute.struct.MemRange[Int32, cfg.slots]
             missing: cute.struct.MemRange[Int32, 2 * cfg.slots]
             need: cute.struct.MemRange[Int32, 2 * 4]
+            broken: cute.struct.MemRange[Int32, 4 * 4]
             factor: cute.struct.MemRange[Float32, 2 * 64]
             inverse: cute.struct.MemRange[Float32, 64]
             ring: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(ring_layout)], 1024]
@@ -297,6 +302,7 @@ class DecodeDense:
             valid=store.valid.get_tensor(cute.make_layout(cfg.slots)),
             missing=store.missing.get_tensor(cute.make_layout((2, cfg.slots))),
             need=store.need.get_tensor(cute.make_layout((4, 2))),
+            broken=store.broken.get_tensor(cute.make_layout((4, 4))),
             factor=store.factor.get_tensor(cute.make_layout((64, 2))),
             inverse=store.inverse.get_tensor(cute.make_layout(64)),
             s_ring=store.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner),
@@ -821,6 +827,8 @@ class DecodeDense:
                     cute.arch.mbarrier_arrive(c.rope_empty, c.rank ^ other)
         if j + 1 == tiles:
             self.arrive(c.q_empty)
+        if const_expr(len(cfg.mods) > 0):
+            self.modify(c, acc, piece, j, count + 1)
         if valid != FULL:
             self.mask(c, s, acc, piece, j, valid, slot)
         m0, m1, l0, l1, f0, f1, need = self.probabilities(c, s, acc, m0, m1, l0, l1)
@@ -830,6 +838,67 @@ class DecodeDense:
             cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
         self.publish(c, s, buf, f0, f1, need)
         return slot, phase, m0, m1, l0, l1
+
+    @cute.jit
+    def modify(self, c: cutlass.Constexpr, acc: cute.Tensor, piece: Int32, j: Int32, tile: Int32):
+        """Every score_mod, on scores in natural units, then every mask_mod; what is not finite passes by the former.
+
+        With masks, a score that is not finite sets `broken`: a key that a mask hides may hold NaN, and 0 * NaN is NaN, so
+        the values of the tile must be looked through. A key with such a value has no finite score, whatever the query. The
+        flag is written before the tile's P has a place, so it has four: the values are at most two tiles behind.
+        """
+        cfg = self.config
+        index = piece & PIECES - 1
+        # Through a shuffle, which stays where it is written: kept through the loop, positions would spill.
+        lane = cute.arch.shuffle_sync_bfly(c.lane, 0)
+        m_block, _, _ = cute.arch.block_idx()
+        row = cute.arch.shuffle_sync_bfly(m_block * 64, 0) + c.warp * 16 + (lane >> 2)
+        sites = []
+        for half in cutlass.range_constexpr(2):
+            token = (row + 8 * half) // c.heads
+            head = c.kv_head * c.heads + row + 8 * half - token * c.heads
+            sites.append((c.piece[REQUEST, index], head, c.piece[LENGTH, index] - c.piece[S_Q, index] + token))
+        first = (c.piece[FIRST_BLOCK, index] + j) * 64 + (lane & 3) * 2
+        scores, masks = ([each.rebound(mod_math) for each in group] for group in (cfg.score_mods, cfg.mask_mods))
+        # A multiply-add per score tells whether any of them is not finite: rarely, and only then is each looked at. Four
+        # sums, because one would wait 32 times for itself.
+        sums = [Float32(0.0) for _ in range(4)]
+        for x in cutlass.range_constexpr(32):
+            sums[x % 4] = cute.math.fma(acc[x], Float32(0.0), sums[x % 4])
+        lost = (sums[0] + sums[1]) + (sums[2] + sums[3])
+        is_lost = cute.arch.vote_any_sync(lost != lost)  # noqa: PLR0124 - NaN alone differs from itself
+        if is_lost:
+            self.change(c, acc, sites, first, scores, masks, True)
+        else:
+            self.change(c, acc, sites, first, scores, masks, False)
+        if const_expr(len(masks) > 0):
+            broken = c.broken
+            if lane == 0:
+                broken[c.warp, tile & 3] = Int32(1) if is_lost else Int32(0)
+
+    @cute.jit
+    def change(
+        self, c: cutlass.Constexpr, acc: cute.Tensor, sites: cutlass.Constexpr, first: Int32, scores: cutlass.Constexpr,
+        masks: cutlass.Constexpr, is_lost: cutlass.Constexpr,
+    ):  # fmt: skip
+        """The functions of `modify`. The first score_mod sees finite scores unless is_lost, others what it made of them."""
+        for x in cutlass.range_constexpr(32):
+            place, score = (*sites[x // 2 % 2], first + x // 4 * 8 + x % 2), acc[x] * c.scale_log2
+            for form in scores:
+                changed = Float32(form(score, *place))
+                is_safe = form is scores[0] and not is_lost
+                score = changed if is_safe else mod_math.choose(self.is_finite(score), changed, score)
+            for form in masks:
+                score = mod_math.choose(form(*place), score, -Float32.inf)
+            acc[x] = score
+
+    def is_finite(self, x: Float32) -> Boolean:
+        """Neither infinite nor NaN."""
+        return mod_math.abs(x) < Float32.inf
+
+    def scale(self, c: Scope) -> Float32:
+        """What makes base 2 of a score behind `modify`."""
+        return Float32(LOG2_E) if self.config.mods else c.scale_log2
 
     def rounded(self, x: Float32, y: Float32) -> Float32:
         """x * y that no compiler fuses with an addition."""
@@ -860,7 +929,7 @@ class DecodeDense:
         t0, t1 = Float32(0.0), Float32(0.0)
         for x in cutlass.range_constexpr(32):
             n = n0 if (x // 2) % 2 == 0 else n1
-            value = cute.math.exp2(cute.math.fma(acc[x], c.scale_log2, n), fastmath=True)
+            value = cute.math.exp2(cute.math.fma(acc[x], self.scale(c), n), fastmath=True)
             packed[x] = value.to(self.dtype)
             t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
         f0, f1 = Float32(1.0), Float32(1.0)
@@ -877,8 +946,8 @@ class DecodeDense:
                 x0 = cute.arch.fmax(x0, cute.arch.shuffle_sync_bfly(x0, d))
                 x1 = cute.arch.fmax(x1, cute.arch.shuffle_sync_bfly(x1, d))
             x0, x1 = (
-                cute.arch.fmax(m0, self.rounded(x0, c.scale_log2)),
-                cute.arch.fmax(m1, self.rounded(x1, c.scale_log2)),
+                cute.arch.fmax(m0, self.rounded(x0, self.scale(c))),
+                cute.arch.fmax(m1, self.rounded(x1, self.scale(c))),
             )
             f0 = cute.math.exp2(m0 - x0, fastmath=True)
             f1 = cute.math.exp2(m1 - x1, fastmath=True)
@@ -886,7 +955,7 @@ class DecodeDense:
             t0, t1 = Float32(0.0), Float32(0.0)
             for x in cutlass.range_constexpr(32):
                 m = m0 if (x // 2) % 2 == 0 else m1
-                value = cute.math.exp2(self.rounded(acc[x], c.scale_log2) - m, fastmath=True)
+                value = cute.math.exp2(self.rounded(acc[x], self.scale(c)) - m, fastmath=True)
                 packed[x] = value.to(self.dtype)
                 t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
         return m0, m1, l0 + t0, l1 + t1, f0, f1, need
@@ -1018,6 +1087,10 @@ class DecodeDense:
                             acc[i * 4 + 3] = acc[i * 4 + 3] * f1
                 if c.valid[slot] != FULL:
                     self.clear_unseen(c, slot, slot1, half)
+                if const_expr(len(cfg.mask_mods) > 0):
+                    now = (turn >> 3) & 3
+                    if c.broken[0, now] | c.broken[1, now] | c.broken[2, now] | c.broken[3, now] != 0:
+                        self.clear_broken(c, slot, slot1, half)
                 cute.arch.mbarrier_wait(c.go + half * 2 + buf, phase)
                 warpgroup.fence()
                 for k in cutlass.range_constexpr(4):
@@ -1079,6 +1152,27 @@ class DecodeDense:
                     chunk += 128
         cute.arch.fence_view_async_shared()
         # One barrier per half; their numbers are literals, a computed one would reserve all 16.
+        if half == 0:
+            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+        else:
+            cute.arch.barrier(barrier_id=2, number_of_threads=128)
+
+    @cute.jit
+    def clear_broken(self, c: cutlass.Constexpr, slot: Int32, slot1: Int32, half: Int32):
+        """Zero every value of a tile that is not finite. Rows that see such a key have a weight that is not finite."""
+        ones = Int32(0x7F80 if self.config.dtype == "bf16" else 0x7C00)
+        words = cute.make_tensor(
+            cute.recast_ptr(c.s_ring.iterator, None, Int32), cute.make_layout((4096, self.config.slots))
+        )
+        for side in cutlass.range_constexpr(2):
+            where = slot if side == 0 else slot1
+            for i in cutlass.range(c.thread, 4096, 128, unroll=1):
+                word = words[i, where]
+                kept = Int32(0) if word & ones == ones else Int32(0xFFFF)
+                high = ones << 16
+                kept = kept if word & high == high else kept | Int32(-65536)
+                words[i, where] = word & kept
+        cute.arch.fence_view_async_shared()
         if half == 0:
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
         else:

@@ -107,6 +107,7 @@ def launch(
     is_causal: bool,
     window: int = 0,
     arrivals: torch.Tensor | None = None,
+    is_natural: bool = False,
 ) -> None:
     """Write out and lse of requests with one piece, out_accum and lse2_accum of the pieces of the others.
 
@@ -122,6 +123,7 @@ def launch(
         window: keys that a row sees up to its own position, which makes it causal; 0 for all.
         arrivals: int32 [pieces, h_kv * row blocks] of zeros, left as zeros: the kernel merges, `launch_merge` must not follow.
             None: it must. Not with chunk_blocks.
+        is_natural: the variant has mods, before which scores are scaled to natural units.
     """
     out, lse, cu_seqlens_q, sink = operands.out, operands.lse, operands.cu_seqlens_q, operands.attn_sink
     q, is_varlen = query_rows(operands.q, operands.kv_cache.shape[2]), cu_seqlens_q is not None
@@ -132,7 +134,8 @@ def launch(
         cu_seqlens_q if is_varlen else num_splits, metadata, num_splits, out, lse, out_accum, lse2_accum,
         num_splits[None] if arrivals is None else arrivals, no_sink(q.device) if sink is None else sink,
         operands.fault_word, s_q, chunk_blocks, int(arrivals is not None), int(is_causal or window > 0), int(is_varlen),
-        int(sink is not None), window or NO_WINDOW, operands.softmax_scale * LOG2_E,
+        int(sink is not None), window or NO_WINDOW,
+        operands.softmax_scale * (1.0 if is_natural else LOG2_E),
     )  # fmt: skip
 
 
