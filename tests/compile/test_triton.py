@@ -172,29 +172,39 @@ def within_limits(found: Any, problem: Any, choice: Any, target: str, most: int,
 MODS = library_cases(h_q=128, s_q=1, batch=2, capacity=576, d_rope=64)
 SEVERAL = MODS["several"]
 
-# What each may spill (bytes of stack; registers on AMD): the compiler of Triton 3.9. Limits may only shrink.
+# What each may spill (bytes of stack; registers on AMD): the compiler of Triton 3.9. Limits may only shrink; the two
+# that grew by 8 did so when tiles that are seen in full got a loop of their own.
 DECODE_CASES = [
     pytest.param("h100_sxm", {}, 0, id="h100-128-heads"),
-    pytest.param("h100_sxm", {"h_q": 16}, 8, id="h100-16-heads"),
+    pytest.param("h100_sxm", {"h_q": 16}, 16, id="h100-16-heads"),
     pytest.param("h100_sxm", {"layout": "bf16_512"}, 200, id="h100-without-rope"),
-    pytest.param("h100_sxm", {"s_q": 2, "is_causal": True, "has_sink": True}, 272, id="h100-causal"),
+    pytest.param("h100_sxm", {"s_q": 2, "is_causal": True, "has_sink": True}, 72, id="h100-causal"),
     pytest.param("h100_sxm", {"layout": "fp8_656", "h_q": 16}, 64, id="h100-bytes"),
     pytest.param("a100_sxm", {"layout": "fp16_576"}, 0, id="a100-fp16"),
     pytest.param("a100_sxm", {"h_q": 16, "page_size": 3, "is_varlen": True, "window": 100}, 64, id="a100-odd-pages"),
     pytest.param("l40s", {"h_q": 16}, 0, id="l40s-16-heads"),
     pytest.param("l40s", {"layout": "fp8_656"}, 0, id="l40s-bytes"),
-    pytest.param("b200", {}, 40, id="b200-128-heads"),
+    pytest.param("b200", {}, 48, id="b200-128-heads"),
     pytest.param("mi300x", {}, 0, id="mi300x-128-heads"),
     pytest.param("mi300x", {"h_q": 16, "is_causal": True, "s_q": 1}, 0, id="mi300x-16-heads"),
     pytest.param("h100_sxm", {"mods": soft_cap(30.0)}, 0, id="h100-soft-cap"),
-    pytest.param("h100_sxm", {"mods": sliding_window(512)}, 208, id="h100-mask"),
-    pytest.param("h100_sxm", {"mods": sliding_window(512), "window": 512}, 192, id="h100-window-as-a-mod"),
-    pytest.param("h100_sxm", {"mods": SEVERAL, "s_q": 2, "is_causal": True}, 384, id="h100-several-mods"),
+    pytest.param("h100_sxm", {"mods": sliding_window(512)}, 48, id="h100-mask"),
+    pytest.param("h100_sxm", {"mods": sliding_window(512), "window": 512}, 64, id="h100-window-as-a-mod"),
+    pytest.param("h100_sxm", {"mods": SEVERAL, "s_q": 2, "is_causal": True}, 0, id="h100-several-mods"),
     pytest.param("h100_sxm", {"mods": [sigmoid(-8.0)], "h_q": 16}, 0, id="h100-sigmoid"),
     pytest.param("a100_sxm", {"mods": SEVERAL, "layout": "fp16_576"}, 24, id="a100-several-mods"),
     pytest.param("b200", {"mods": SEVERAL}, 88, id="b200-several-mods"),
     pytest.param("mi300x", {"mods": SEVERAL}, 0, id="mi300x-several-mods"),
 ]
+
+
+def check_buffers(code: str) -> None:
+    """A loop that asks for the next tile before it multiplies this one keeps two; Triton 3.6 was seen to keep one."""
+    for loop in re.split(r"scf\.for ", code)[1:]:
+        copy, product = loop.find("ttg.async_copy"), loop.find("ttng.warp_group_dot")
+        if 0 <= copy < product:
+            tiles = re.findall(r"!ttg\.memdesc<(\d+)x\d+x512x", loop[:product])
+            assert "2" in tiles and "1" not in tiles, tiles
 
 
 @pytest.mark.parametrize(("target", "options", "most"), DECODE_CASES)
@@ -203,10 +213,15 @@ def test_decode(target, options, most, recorded, tmp_path):
     found = compiled(recorder, target)
     within_limits(found, problem, choice, target, most, tmp_path)
     if target == "h100_sxm" and choice.block_m >= 64:
-        # Columns of k in steps of 16, and 64 keys: twice the first number where both warpgroups make all scores.
-        once = problem.d_qk // 16 + choice.block_n // 16
-        loops = 2 if problem.is_causal and not (problem.mods and problem.mods.masks) else 1
-        assert found.asm["ptx"].count("wgmma.mma_async") == once * loops
+        # Columns of k in steps of 16, and keys: twice the first number where both warpgroups make all scores. One loop for
+        # tiles that are seen in full and one for others, or the latter alone. RoPE is there twice where `fold_tile` hides
+        # all products, which it must not where rows of a tile differ in what they see.
+        has_masks = bool(problem.mods and problem.mods.masks)
+        differs = has_masks or (problem.is_causal and problem.s_q > 1)
+        once, again = problem.d_qk // 16 + choice.block_n // 16, (problem.d_qk - problem.d_v) // 16
+        loops = 1 if has_masks else 2
+        assert found.asm["ptx"].count("wgmma.mma_async") == once * loops + again * (loops - differs)
+        check_buffers(found.asm["ttgir"])
     if target != "mi300x" and not problem.layout.is_quantised:
         assert "cp.async" in found.asm["ptx"], "tiles must not pass through registers"
 
@@ -216,6 +231,14 @@ def test_every_mod_of_the_library_compiles(target, recorded):
     for name, given in MODS.items():
         recorder, _, _ = run_decode(target, recorded, h_q=16, mods=given)
         assert compiled(recorder, target).metadata.shared, name
+
+
+@pytest.mark.parametrize("name", ["relative_bias", "tree"])
+def test_what_a_mod_reads_per_score_is_in_the_estimate(name, recorded):
+    """A table read by row and key passes through shared memory; a tile of 64 x 64 did not fit an H100 with it."""
+    recorder, problem, choice = run_decode("h100_sxm", recorded, mods=MODS[name])
+    found, where = compiled(recorder, "h100_sxm"), Target.preset("h100_sxm")
+    assert found.metadata.shared <= config.shared_bytes(choice, problem, where) <= where.smem_bytes
 
 
 def test_a_number_of_a_mod_is_part_of_the_key(recorded):

@@ -57,7 +57,7 @@ def test_scores_kept_apart(changes, machine, judged, monkeypatch):
     """The form of the tile that Hopper gets; here it is the same arithmetic in another order of blocks."""
     from openmla.backends.triton import launch
 
-    monkeypatch.setattr(launch, "keeps_scores_apart", lambda config, problem, target: True)
+    monkeypatch.setattr(launch, "kept_apart", lambda config, problem, target: "all")
     machine(4)
     sizes = {"d_qk": 576, "d_v": 512, "seqlens_q": (1,), "seqlens_k": (40,)} if "layout" in changes else {}
     judged(case_of(has_sink=True, **{**changes, **sizes}))

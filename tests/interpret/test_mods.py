@@ -84,7 +84,7 @@ def test_scores_kept_apart(machine, monkeypatch):
     """The form of the tile that Hopper gets."""
     from openmla.backends.triton import launch
 
-    monkeypatch.setattr(launch, "keeps_scores_apart", lambda config, problem, target: True)
+    monkeypatch.setattr(launch, "kept_apart", lambda config, problem, target: "all")
     machine(4)
     judge(dataclasses.replace(CASE, softmax_scale=3.0), LIBRARY["several"])
     judge(CASE, LIBRARY["sigmoid with others"])

@@ -171,8 +171,10 @@ def shared_bytes(config: Config, problem: AnyProblem, target: Target) -> int:
     _, _, latent, rope = dims(problem)
     q, tile = itemsize * config.block_m * (latent + rope), itemsize * config.block_n * (latent + rope)
     weights = itemsize * config.block_m * config.block_n + 1024
-    if keeps_scores_apart(config, problem, target) and not rope:
+    if kept_apart(config, problem, target) and not rope:
         weights = 8 * config.block_m * config.block_n  # the scores go from one block to the other as fp32, twice
+    if isinstance(problem, DecodeProblem) and _reads_by_score(problem):
+        weights += 4 * config.block_m * config.block_n  # what a mod reads per score passes through it on its way
     if family(target) == "cdna3":
         return max(tile * config.num_stages + weights, itemsize * config.block_m * latent)
     late = _LATE.get(family(target) or "", -1) if config.block_m >= 64 else -1
@@ -181,10 +183,22 @@ def shared_bytes(config: Config, problem: AnyProblem, target: Target) -> int:
     return q + max(tile * buffers + weights, 4 * config.block_m * latent)
 
 
-def keeps_scores_apart(config: Config, problem: AnyProblem, target: Target) -> bool:
-    """Whether to hide the chain of products from the compiler (`softmax.fold_tile`): two warpgroups share 64 rows."""
+def _reads_by_score(problem: DecodeProblem) -> bool:
+    """Whether a mod may read a table at places that differ by row and by key."""
+    functions = problem.mods.functions if problem.mods else ()
+    return any(indices > 1 for each in functions for _, indices in each.tables)
+
+
+def kept_apart(config: Config, problem: AnyProblem, target: Target) -> str:
+    """Which products to hide from the compiler (`softmax.fold_tile`) where two warpgroups share 64 rows; "" for none.
+
+    "all" where tiles are copied to shared memory as they are. "scores" where they pass through registers, and without
+    RoPE columns, where the compiler spills 600 bytes of "all".
+    """
     is_sm90 = target.arch.startswith("sm_90")
-    return is_sm90 and config.block_m == 64 and config.num_warps == 8 and not is_wide(problem)
+    if not (is_sm90 and config.block_m == 64 and config.num_warps == 8) or is_wide(problem):
+        return ""
+    return "all" if problem.d_qk > problem.d_v and not has_bytes(problem) else "scores"
 
 
 def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 
 from openmla.backends.triton.inline import rotate_queries
-from openmla.backends.triton.rows import load_latent, load_rope, wanted_columns
-from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, sink_share
+from openmla.backends.triton.rows import load_latent, load_rope, row_offsets, wanted_columns
+from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, no_mass, sink_share, whole_mass
 
 # Bits of openmla.core.faults.Fault.
 PAGE_OUT_OF_RANGE = tl.constexpr(1)
@@ -104,49 +104,81 @@ def piece_at(metadata, request, splits, index, blocks, chunk_blocks):
 
 
 @triton.jit
-def load_page(table, start, length, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(page [BLOCK_N] int64, offset, present, strays) of the keys start to start + BLOCK_N - 1.
+def read_pages(table, start, length, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page ids of the keys start to start + BLOCK_N - 1 below length, as the table has them; 0 for the others.
 
-    A page id outside [0, num_pages) makes its keys absent; strays is 1 where that happened.
+    Where a page holds whole tiles that is one number, and one load; else [BLOCK_N].
+    """
+    if PAGE_SIZE % BLOCK_N == 0:
+        pages = tl.load(table + start // PAGE_SIZE, mask=start < length, other=0)
+    else:
+        place = start + tl.arange(0, BLOCK_N)
+        pages = tl.load(table + place // PAGE_SIZE, mask=place < length, other=0)
+    return pages
+
+
+@triton.jit
+def find_rows(
+    pages, kv_ptr, start, length, num_pages, kv_page_stride, IS_FULL: tl.constexpr, KV_ROW_STRIDE: tl.constexpr,
+    LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(pointers, offset, present [BLOCK_N], strays [BLOCK_N]) of keys whose page ids are `pages`, of `read_pages`.
+
+    A row lies at its pointer plus its offset (int64 [BLOCK_N]), counted in elements of a plain row and in tokens of a
+    byte layout. A page id outside [0, num_pages) makes its keys absent; strays is 1 where that happened. Where a page
+    holds whole tiles there is one pointer and one test for all keys of a tile that IS_FULL.
     """
     place = start + tl.arange(0, BLOCK_N)
-    within = place < length
-    if PAGE_SIZE % BLOCK_N == 0:
-        # One page per tile: a scalar load, and rows at a constant distance.
-        page = tl.load(table + start // PAGE_SIZE, mask=start < length, other=0) + tl.zeros((BLOCK_N,), tl.int32)
-        offset = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    exists = (pages >= 0) & (pages < num_pages)
+    pointers = kv_ptr + tl.where(exists, pages, 0).to(tl.int64) * kv_page_stride
+    within = tl.full((BLOCK_N,), 1, tl.int1)
+    exists = within & exists
+    if not IS_FULL:
+        within = place < length
+    if LAYOUT[0] == "plain" and PAGE_SIZE % BLOCK_N == 0:
+        pointers += (start % PAGE_SIZE).to(tl.int64) * KV_ROW_STRIDE
+        offset = row_offsets(BLOCK_N, KV_ROW_STRIDE)
     else:
-        page = tl.load(table + place // PAGE_SIZE, mask=within, other=0)
-        offset = place % PAGE_SIZE
-    exists = within & (page >= 0) & (page < num_pages)
-    return tl.where(exists, page, 0).to(tl.int64), offset, exists, (within & ~exists).to(tl.int32)
+        pointers += tl.zeros((BLOCK_N,), tl.int32)
+        offset = (place % PAGE_SIZE).to(tl.int64)
+        if LAYOUT[0] == "plain":
+            offset *= KV_ROW_STRIDE
+    return pointers, offset, within & exists, (within & ~exists).to(tl.int32)
 
 
 @triton.jit
 def attend_range(
     q_latent, q_rope, kv_ptr, table, low, high, turn, step, begin, end, hull_begin, hull_end, num_pages, kv_page_stride,
-    sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
-    MODS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE: tl.constexpr, IS_FULL: tl.constexpr, MIXED: tl.constexpr,
+    APART: tl.constexpr, MODS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """KV tiles low to high - 1, of which those from `turn` on stand `step` tiles further; returns state and strays.
 
-    [begin, end) is what each row sees, [hull_begin, hull_end) what any of the rows sees.
+    [begin, end) is what each row sees, [hull_begin, hull_end) what any of the rows sees. IS_FULL: every row sees every
+    key of these tiles, so nothing is compared per key. Page ids are read a tile ahead:
+    fetched where they are needed, they would cost each tile the latency of a load, or the pipeline a stage.
     """
-    for index in tl.range(low, high, disable_licm=True):
+    start = (low + tl.where(low < turn, 0, step)) * BLOCK_N
+    ahead = read_pages(table, start, hull_end, PAGE_SIZE, BLOCK_N)
+    for index in tl.range(low, high, disable_licm=True, num_stages=STAGES):
+        pages = ahead
+        start = (index + 1 + tl.where(index + 1 < turn, 0, step)) * BLOCK_N
+        ahead = read_pages(table, start, hull_end, PAGE_SIZE, BLOCK_N)
         start = (index + tl.where(index < turn, 0, step)) * BLOCK_N
         place = start + tl.arange(0, BLOCK_N)
-        page, offset, present, stray = load_page(table, start, hull_end, num_pages, PAGE_SIZE, BLOCK_N)
-        strays |= tl.where(place >= hull_begin, stray, 0)
-        present = present & (place >= hull_begin)
-        pages = kv_ptr + page * kv_page_stride
-        if PAGE_SIZE % BLOCK_N == 0 and LAYOUT[0] == "plain":
-            # Rows at constant distances from one address: see row_pointers.
-            pages += (start % PAGE_SIZE).to(tl.int64) * KV_ROW_STRIDE
-            offset = tl.arange(0, BLOCK_N)
-        latent = load_latent(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
+        pointers, offset, present, stray = find_rows(
+            pages, kv_ptr, start, hull_end, num_pages, kv_page_stride, IS_FULL, KV_ROW_STRIDE, LAYOUT, PAGE_SIZE,
+            BLOCK_N,
+        )  # fmt: skip
+        if not IS_FULL:
+            stray = tl.where(place >= hull_begin, stray, 0)
+            present = present & (place >= hull_begin)
+        strays |= stray
+        latent = load_latent(pointers, offset, present, q_latent.dtype, LAYOUT, DIMS)
         rope = latent
         if DIMS[3] > 0:
-            rope = load_rope(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
+            rope = load_rope(pointers, offset, present, q_latent.dtype, LAYOUT, DIMS)
         seen = present[None, :]
         if MIXED:
             seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
@@ -161,7 +193,7 @@ def attend_piece(
     q_latent, q_rope, kv_ptr, table, first_block, end_block, token, token_low, token_high, count, length, num_pages,
     kv_page_stride, sign, scale2, strays, site, KV_ROW_STRIDE: tl.constexpr, IS_CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr, MODS: tl.constexpr, LAYOUT: tl.constexpr,
-    DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(out [BLOCK_M, D_LATENT], lse2 [BLOCK_M], strays) of the rows over KV tiles first_block to end_block - 1.
 
@@ -170,7 +202,7 @@ def attend_piece(
     token [BLOCK_M] is the query of each row, from token_low to token_high; token_high < 0 where there is no row.
     """
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
+    mass = no_mass(BLOCK_M, APART)
     D_LATENT: tl.constexpr = DIMS[2]
     acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)
     begin, end = visible(token, count, length, IS_CAUSAL, WINDOW)
@@ -179,29 +211,26 @@ def attend_piece(
     hull_end = tl.where(token_high < 0, 0, hull_end)
     low = tl.maximum(first_block, hull_begin // BLOCK_N)
     high = tl.maximum(tl.minimum(end_block, (hull_end + BLOCK_N - 1) // BLOCK_N), low)
-    # Tiles that every row sees in full come first; those at the edges of causal and window need care and come last.
-    inner_low, inner_high = low, high
-    if MIXED == "edges":
-        inner_low = tl.minimum(tl.maximum((high_begin + BLOCK_N - 1) // BLOCK_N, low), high)
-        inner_high = tl.maximum(tl.minimum(low_end // BLOCK_N, high), inner_low)
+    # Tiles that every row sees in full come first; those at the ends of what rows see need care and come last.
+    inner_low = tl.minimum(tl.maximum((high_begin + BLOCK_N - 1) // BLOCK_N, low), high)
+    inner_high = tl.maximum(tl.minimum(low_end // BLOCK_N, high), inner_low)
     if MIXED == "everywhere":
         inner_high = inner_low
     else:
         peak, mass, acc, strays = attend_range(
             q_latent, q_rope, kv_ptr, table, inner_low, inner_high, inner_high, 0, begin, end, hull_begin, hull_end,
-            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE, False, APART, MODS,
-            LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
+            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE, True, False, APART,
+            MODS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N, STAGES,
         )  # fmt: skip
-    if MIXED != "nowhere":
-        inner = inner_high - inner_low
-        peak, mass, acc, strays = attend_range(
-            q_latent, q_rope, kv_ptr, table, low, high - inner, inner_low, inner, begin, end, hull_begin, hull_end,
-            num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE, True, APART, MODS,
-            LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
-        )  # fmt: skip
+    inner = inner_high - inner_low
+    peak, mass, acc, strays = attend_range(
+        q_latent, q_rope, kv_ptr, table, low, high - inner, inner_low, inner, begin, end, hull_begin, hull_end,
+        num_pages, kv_page_stride, sign, scale2, peak, mass, acc, strays, site, KV_ROW_STRIDE, False,
+        MIXED != "nowhere", APART, MODS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N, STAGES,
+    )  # fmt: skip
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
     if HAS_ACTIVATION:
-        out, lse2 = acc, mass
+        out, lse2 = acc, whole_mass(mass)
     else:
         out, lse2 = finish(peak, mass, acc, scale2)
     return out, lse2, strays
@@ -251,6 +280,7 @@ def decode_kernel(
     H_KV: tl.constexpr, GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MIXED: tl.constexpr,
     IS_VARLEN: tl.constexpr, HAS_SINK: tl.constexpr, COMPUTE: tl.constexpr, APART: tl.constexpr, MODS: tl.constexpr,
     LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """See the module. GROUP = h_q / h_kv; MIXED: see `attend_piece`; COMPUTE: dtype of the products; APART: see
     `fold_tile`; MODS: see `inline`; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
@@ -295,7 +325,7 @@ def decode_kernel(
                 q_latent.to(COMPUTE), q_rope.to(COMPUTE), kv_ptr + tl.cast(kv_head, tl.int64) * kv_head_stride,
                 table_ptr + tl.cast(request, tl.int64) * table_stride, first_block, end_block, token, token_low,
                 token_high, count, length, num_pages, kv_page_stride, sign, scale2, strays, site, KV_ROW_STRIDE,
-                IS_CAUSAL, WINDOW, MIXED, APART, MODS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N,
+                IS_CAUSAL, WINDOW, MIXED, APART, MODS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
             if splits == 1:
                 if HAS_ACTIVATION:

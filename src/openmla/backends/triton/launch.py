@@ -20,7 +20,7 @@ from openmla.backends.triton.config import (
     Config,
     dims,
     is_wide,
-    keeps_scores_apart,
+    kept_apart,
     num_parts,
     sparse_splits,
     stored_rows,
@@ -63,9 +63,10 @@ def make_ready(problem: AnyProblem, config: Config, target: Target) -> Ready:
     common: dict[str, Any] = {"H_KV": problem.h_kv, "GROUP": group, "HAS_SINK": has_sink, "DIMS": dims(problem)}
     constants = common | {
         "COMPUTE": tl.float32 if is_wide(problem) else ELEMENT[problem.dtype],
-        "APART": keeps_scores_apart(config, problem, target),
+        "APART": kept_apart(config, problem, target),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
     }
     merge = common | {"IS_VARLEN": False, "SPLITS": 0, "IS_SUM": False, "BLOCK_ROWS": COMBINE_ROWS}
     parts = splits = 1
@@ -97,11 +98,11 @@ def _mixed(problem: DecodeProblem) -> str:
 
 
 def _sources(problem: SparseDecodeProblem | SparsePrefillProblem) -> dict[str, Any]:
-    """Layout constants of one or two caches; rows of an unpaged tensor are pages of one token."""
+    """Layout constants of one or two caches; PAGE_SIZE 0 for rows without pages."""
     if isinstance(problem, SparsePrefillProblem):
         plain = ("plain", "none", 0, 0, 0, 0, 0, 0)
         return {
-            "HAS_MAX": True, "LAYOUT": plain, "PAGE_SIZE": 1, "EXTRA_LAYOUT": None, "EXTRA_PAGE_SIZE": 1,
+            "HAS_MAX": True, "LAYOUT": plain, "PAGE_SIZE": 0, "EXTRA_LAYOUT": None, "EXTRA_PAGE_SIZE": 1,
             "EXTRA_HAS_LENGTH": False,
         }  # fmt: skip
     extra = problem.extra
@@ -305,7 +306,7 @@ def sparse_prefill(problem: SparsePrefillProblem, ready: Ready, operands: Sparse
             o.q, o.kv, o.indices, _or(o.topk_length, o.indices), o.kv, o.indices, o.indices, _or(o.attn_sink, o.lse),
             o.out, o.lse, o.max_logits, o.lse, o.lse, o.fault_word, *sign_and_scale(o.softmax_scale), abs(o.softmax_scale),
             problem.s_q, num_tiles, problem.topk, min(problem.s_kv, MAX_INT32), 0, 0, 0, o.q.stride(0), o.q.stride(1),
-            o.kv.stride(0), o.kv.stride(1), 0, o.indices.stride(0), o.indices.stride(1), 0, 1, 0, 0, 0, 0, 0, 0,
-            o.out.stride(0), o.out.stride(1), 0, o.lse.stride(0), o.lse.stride(1), KV_ROW_STRIDE=0, EXTRA_ROW_STRIDE=0,
+            0, o.kv.stride(1), 0, o.indices.stride(0), o.indices.stride(1), 0, 1, 0, 0, 0, 0, 0, 0,
+            o.out.stride(0), o.out.stride(1), 0, o.lse.stride(0), o.lse.stride(1), KV_ROW_STRIDE=o.kv.stride(0), EXTRA_ROW_STRIDE=0,
             **ready.constants, **ready.options,
         )  # fmt: skip

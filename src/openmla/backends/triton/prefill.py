@@ -82,7 +82,7 @@ def attend_keys(
         seen = exists[None, :]
         if MIXED:
             seen = seen & (place[None, :] < end[:, None])
-        peak, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, (), place, None, value.dtype)
+        peak, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, (), place, "", None, value.dtype)
         acc = acc * rescale[:, None]
         if MIXED:
             # A value that some rows do not see must not reach them as 0 * NaN.

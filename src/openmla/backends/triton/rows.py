@@ -116,6 +116,19 @@ def wanted_columns(rows, COUNT: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def row_offsets(COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    """int64 [COUNT]: elements from row 0 to each row, as a number per thread plus constants.
+
+    Neighbouring rows are loaded by different threads, distant ones by the same thread: with the constants apart the
+    compiler keeps one address per thread, and puts them into the instructions.
+    """
+    ALIGNED: tl.constexpr = 8 if STRIDE % 8 == 0 else 1  # elements; lost on the way through reshape
+    far = (tl.arange(0, COUNT // 4).to(tl.int64) * (4 * STRIDE))[:, None]
+    near = (tl.arange(0, 4).to(tl.int64) * STRIDE)[None, :]
+    return tl.multiple_of(tl.reshape(far + near, (COUNT,)), ALIGNED)
+
+
+@triton.jit
 def load_plain(row, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr):
     """[BLOCK_N, PADDED]: columns FIRST to FIRST + COUNT of plain rows, zeros behind them."""
     column = FIRST + tl.arange(0, PADDED)
@@ -123,28 +136,35 @@ def load_plain(row, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
-def load_latent(
-    page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr
-):
+def load_rows(page, offset, seen, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr):
+    """`load_plain` of the rows at page + offset. From one page, columns are added first: a thread has one address."""
+    if len(page.shape) == 0:
+        place = (page + FIRST + tl.arange(0, PADDED))[None, :] + offset[:, None]
+        tile = tl.load(place, mask=wanted_columns(seen, COUNT, PADDED), other=0.0)
+    else:
+        tile = load_plain(page + offset, seen, FIRST, COUNT, PADDED)
+    return tile
+
+
+@triton.jit
+def load_latent(page, offset, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
     """[BLOCK_N, D_LATENT] in `dtype`: the columns of v, which are also the first columns of k.
 
-    page: pointers to each row's page (elements, or bytes of a byte layout), [BLOCK_N]; offset: token within it;
-    ROW_STRIDE: elements between tokens of a page, plain layouts only; DIMS: (d_qk, d_v, D_LATENT, D_ROPE).
+    page: pointers to elements of a plain layout, one or [BLOCK_N], or to the bytes of each row's page; offset [BLOCK_N]:
+    elements from there to the row, or its token within the page; DIMS: (d_qk, d_v, D_LATENT, D_ROPE).
     """
     if LAYOUT[0] == "plain":
-        tile = load_plain(page + offset.to(tl.int64) * ROW_STRIDE, seen, 0, DIMS[1], DIMS[2])
+        tile = load_rows(page, offset, seen, 0, DIMS[1], DIMS[2])
     else:
         tile = load_quantised(page, offset, seen, LAYOUT, DIMS[2])
     return tile.to(dtype)
 
 
 @triton.jit
-def load_rope(
-    page, offset, ROW_STRIDE: tl.constexpr, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr
-):
+def load_rope(page, offset, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr):
     """[BLOCK_N, D_ROPE] in `dtype`: the columns of k behind those of v. Arguments as in `load_latent`."""
     if LAYOUT[0] == "plain":
-        tile = load_plain(page + offset.to(tl.int64) * ROW_STRIDE, seen, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])
+        tile = load_rows(page, offset, seen, DIMS[1], DIMS[0] - DIMS[1], DIMS[3])
     else:
         column = tl.arange(0, DIMS[3])
         row = page + offset.to(tl.int64) * LAYOUT[4]

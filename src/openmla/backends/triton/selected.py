@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from openmla.backends.triton.rows import load_latent, load_rope, wanted_columns
-from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, sink_share
+from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, no_mass, sink_share
 
 # Bits of openmla.core.faults.Fault.
 INDEX_OUT_OF_RANGE = tl.constexpr(8)
@@ -41,25 +41,35 @@ def selection_length(length_ptr, topk, fault_ptr, is_reporter, HAS_LENGTH: tl.co
 def attend_selection(
     q_latent, q_rope, kv_ptr, indices, topk, length, split, num_slots, kv_page_stride, sign, scale2,
     peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, APART: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A split's stretch of one index list (pointer `indices`); returns state and strays."""
     blocks = (topk + BLOCK_N - 1) // BLOCK_N
     low = split * blocks // SPLITS
     high = tl.minimum((split + 1) * blocks // SPLITS, (length + BLOCK_N - 1) // BLOCK_N)
-    for block in tl.range(low, high, disable_licm=True):
+    place = low * BLOCK_N + tl.arange(0, BLOCK_N)
+    ahead = tl.load(indices + place, mask=place < length, other=-1)
+    for block in tl.range(low, high, disable_licm=True, num_stages=STAGES):
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        listed = place < length
-        slot = tl.load(indices + place, mask=listed, other=-1)
-        present = (slot >= 0) & (slot < num_slots)
+        slot = ahead
+        if STAGES > 1:  # read a tile ahead, as `decode.attend_range` does with page ids
+            ahead = tl.load(indices + place + BLOCK_N, mask=place < length - BLOCK_N, other=-1)
+        else:
+            slot = tl.load(indices + place, mask=place < length, other=-1)
+        present = slot.to(tl.uint32, bitcast=True) < num_slots.to(tl.uint32)  # one comparison; a negative one is large
         strays |= tl.where(present | (slot == -1), 0, 1)
         slot = tl.where(present, slot, 0)
-        pages = kv_ptr + (slot // PAGE_SIZE).to(tl.int64) * kv_page_stride
-        offset = slot % PAGE_SIZE
-        latent = load_latent(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
+        if PAGE_SIZE == 0:
+            pages, offset = kv_ptr, slot.to(tl.int64)
+        else:
+            pages = kv_ptr + (slot // PAGE_SIZE).to(tl.int64) * kv_page_stride
+            offset = (slot % PAGE_SIZE).to(tl.int64)
+        if LAYOUT[0] == "plain":
+            offset *= KV_ROW_STRIDE
+        latent = load_latent(pages, offset, present, q_latent.dtype, LAYOUT, DIMS)
         rope = latent
         if DIMS[3] > 0:
-            rope = load_rope(pages, offset, KV_ROW_STRIDE, present, q_latent.dtype, LAYOUT, DIMS)
+            rope = load_rope(pages, offset, present, q_latent.dtype, LAYOUT, DIMS)
         peak, mass, acc = fold_tile(
             q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, (), place, False, APART,
             None, DIMS,
@@ -110,7 +120,7 @@ def selected_kernel(
     KV_ROW_STRIDE: tl.constexpr, EXTRA_ROW_STRIDE: tl.constexpr, H_KV: tl.constexpr, GROUP: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_MAX: tl.constexpr,
     COMPUTE: tl.constexpr, APART: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     EXTRA_LAYOUT: tl.constexpr, EXTRA_PAGE_SIZE: tl.constexpr, EXTRA_HAS_LENGTH: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """See the module. GROUP = h_q / h_kv; COMPUTE: dtype of the products; APART: see `fold_tile`; EXTRA_LAYOUT None:
     one cache; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
@@ -132,7 +142,7 @@ def selected_kernel(
     q_latent, q_rope = load_queries(query, valid, DIMS)
     q_latent, q_rope = q_latent.to(COMPUTE), q_rope.to(COMPUTE)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
+    mass = no_mass(BLOCK_M, APART)
     D_LATENT: tl.constexpr = DIMS[2]
     acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)
     strays = tl.zeros((BLOCK_N,), tl.int32)
@@ -142,7 +152,7 @@ def selected_kernel(
     indices = indices_ptr + batch * indices_batch_stride + place * indices_token_stride + lead * indices_head_stride
     peak, mass, acc, strays = attend_selection(
         q_latent, q_rope, kv_ptr + lead * kv_head_stride, indices, topk, length, split, num_slots, kv_page_stride,
-        sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, APART, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
+        sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, APART, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N, STAGES,
     )  # fmt: skip
     if EXTRA_LAYOUT is not None:
         length = selection_length(
@@ -153,7 +163,7 @@ def selected_kernel(
         peak, mass, acc, strays = attend_selection(
             q_latent, q_rope, extra_kv_ptr, indices, extra_topk, length, split, extra_num_slots, extra_page_stride,
             sign, scale2, peak, mass, acc, strays, EXTRA_ROW_STRIDE, APART, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
-            BLOCK_N,
+            BLOCK_N, STAGES,
         )  # fmt: skip
     stray = tl.max(strays, 0)
     tl.atomic_or(fault_ptr, stray * INDEX_OUT_OF_RANGE, mask=stray != 0, sem="relaxed")

@@ -3,7 +3,7 @@
 State of a tile of BLOCK_M query rows, fp32:
 
     peak [BLOCK_M]              largest score so far, unscaled
-    mass [BLOCK_M]              sum of 2^((score - peak) * scale2)
+    mass [BLOCK_M]              sum of 2^((score - peak) * scale2), or its parts: see `add_mass`
     acc [BLOCK_M, D_LATENT]     sum of 2^((score - peak) * scale2) * v
 
 with scale2 = |softmax_scale| * log2(e) and scores multiplied by the sign of softmax_scale, so that the largest score
@@ -37,7 +37,40 @@ def load_queries(row, valid, DIMS: tl.constexpr):
 
 
 @triton.jit
-def weigh(scores, seen, sign, scale2, peak, mass, site, place, MODS: tl.constexpr, dtype: tl.constexpr):
+def no_mass(BLOCK_M: tl.constexpr, APART: tl.constexpr):
+    """The sum of no weights: [BLOCK_M], or with all APART [BLOCK_M, 2, 4], a share of each row per thread of its tile."""
+    SHAPE: tl.constexpr = (BLOCK_M, 2, 4) if APART == "all" else (BLOCK_M,)
+    return tl.zeros(SHAPE, tl.float32)
+
+
+@triton.jit
+def add_mass(mass, rescale, weights, APART: tl.constexpr):
+    """The sum after a tile: mass * rescale + weights, summed over columns.
+
+    With all APART over those alone that a thread of wgmma's result holds: columns 8 i + 2 lane and the one behind, in
+    one of two halves. Threads and warpgroups need not meet for that, as they must for a sum per row.
+    """
+    if APART == "all":
+        BLOCK_M: tl.constexpr = weights.shape[0]
+        parts = tl.reshape(weights, (BLOCK_M, 2, weights.shape[1] // 16, 4, 2))
+        mass = mass * rescale[:, None, None] + tl.sum(tl.sum(parts, 4), 2)
+    else:
+        mass = mass * rescale + tl.sum(weights, 1)
+    return mass
+
+
+@triton.jit
+def whole_mass(mass):
+    """[BLOCK_M] of either form."""
+    if len(mass.shape) == 3:
+        mass = tl.sum(tl.sum(mass, 2), 1)
+    return mass
+
+
+@triton.jit
+def weigh(
+    scores, seen, sign, scale2, peak, mass, site, place, APART: tl.constexpr, MODS: tl.constexpr, dtype: tl.constexpr
+):
     """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile.
 
     With MODS, scores are in natural units behind `change`, scale2 is log2(e) and sign 1; an activation leaves the peak
@@ -49,14 +82,14 @@ def weigh(scores, seen, sign, scale2, peak, mass, site, place, MODS: tl.constexp
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
     if HAS_ACTIVATION:
         higher = peak
-        rescale = tl.zeros_like(mass) + 1.0
+        rescale = tl.zeros_like(peak) + 1.0
         weights = activate(scores, site, place, MODS)
     else:
         higher = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2((scores - shift[:, None]) * scale2)
         rescale = tl.exp2((peak - shift) * scale2)
-    return higher, mass * rescale + tl.sum(weights, 1), rescale, weights.to(dtype)
+    return higher, add_mass(mass, rescale, weights, APART), rescale, weights.to(dtype)
 
 
 @triton.jit
@@ -76,12 +109,17 @@ def fold_tile(
     a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
     site, place, MODS: see `openmla.backends.triton.inline`; place [BLOCK_N] is the position of each key.
 
-    APART hides from the compiler that the product with v needs the scores: each is made inside a condition that always
-    holds. It would else give both of Hopper's warpgroups the same rows, and have each of them compute all scores.
+    APART hides products from the compiler in conditions that always hold: "", "scores" or "all" of them. Seeing that the
+    product with v needs the scores, it gives both of Hopper's warpgroups the same rows, and each of them computes all
+    scores. And seeing products that wgmma reads from shared memory, it keeps a tile more for each stage and asks for
+    the next tile behind them: with room for two tiles nothing would then be on its way while a tile is multiplied.
+    Inside conditions, and with two uses of each operand, loads come first and two buffers do. Never so where a tile also
+    goes through registers, as values of a MIXED one do: Triton 3.6 then keeps one buffer, and the next tile arrives in it
+    while the scores read this one.
     """
     # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
     BLOCK_N: tl.constexpr = latent.shape[0]
-    if APART:
+    if APART != "":
         higher, rescale = peak, peak
         if scale2 > 0:
             scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
@@ -91,8 +129,10 @@ def fold_tile(
             if DIMS[3] > 0:
                 scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
             higher, mass, rescale, weights = weigh(
-                scores, seen, sign, scale2, peak, mass, site, place, MODS, latent.dtype
+                scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
             )  # fmt: skip
+        elif APART == "all" and not MIXED and DIMS[3] > 0:  # the second use of rope
+            weights = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee").to(latent.dtype)
         else:
             weights = unused_tile(peak, BLOCK_N).to(latent.dtype)
     else:
@@ -100,17 +140,23 @@ def fold_tile(
         if DIMS[3] > 0:
             scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
         higher, mass, rescale, weights = weigh(
-            scores, seen, sign, scale2, peak, mass, site, place, MODS, latent.dtype
+            scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
         )  # fmt: skip
+    values = latent
     if MIXED:
-        latent = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
-    acc = tl.dot(weights, latent, acc=acc * rescale[:, None], input_precision="ieee")
+        values = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
+    if APART == "all" and not MIXED:
+        if scale2 > -1.0:
+            acc = tl.dot(weights, values, acc=acc * rescale[:, None], input_precision="ieee")
+    else:
+        acc = tl.dot(weights, values, acc=acc * rescale[:, None], input_precision="ieee")
     return higher, mass, acc
 
 
 @triton.jit
 def finish(peak, mass, acc, scale2):
     """(out fp32 [BLOCK_M, D_LATENT], lse2 [BLOCK_M]) of a state; 0 and -inf where no key was seen."""
+    mass = whole_mass(mass)
     is_empty = mass == 0.0
     divisor = tl.where(is_empty, 1.0, mass)
     lse2 = tl.where(is_empty, float("-inf"), peak * scale2 + tl.log2(divisor))
