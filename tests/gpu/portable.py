@@ -1,21 +1,28 @@
-"""What is left to show for the Triton backend on a GPU: mods in decode, varlen prefill with gradients, cache append.
+"""What the portable kernels and mods must show on a GPU: mods in decode, varlen prefill with gradients, cache append.
 
-    python tests/gpu/portable.py [mods prefill append times] [--out portable.jsonl]
+    python tests/gpu/portable.py [mods cute prefill append times] [--out portable.jsonl]
     TRITON_INTERPRET=1 python tests/gpu/portable.py --device cpu          the script itself, without a GPU
 
-Each section is a process of its own and at most `--seconds` long. Correctness is the tolerance rule against the fp64
-oracle (append: equal bytes; gradients: autograd in fp64); `times` runs behind it and compares decode with and without
-mods, and times the first call of a mod that no cache has seen. One JSON line per item; exit status 0 when all passed.
+Each section is at most `--seconds` long and runs in processes of its own: most of the time goes into compiling a kernel
+per item, so `--jobs` of them share the items (`times` has one). Correctness is the tolerance rule against the fp64
+oracle (append: equal bytes; gradients: autograd in fp64). `cute` runs the mods below in the Hopper kernels, which
+needs CuTe DSL or a bundle that holds them (`openmla compile --mods`). `times` compares decode with and without mods on
+both backends and sparse prefill with FlashMLA's, and times the first call of a mod that no cache has seen. One JSON line per item; exit status 0 when all passed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import importlib
+import inspect
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,13 +33,13 @@ import torch
 import openmla
 from openmla import mods
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
-from openmla.mods import Rope, m, score_mod
+from openmla.mods import Rope, m, mask_mod, score_mod
 from openmla.reference import attention, quant
 from openmla.testing import budget
 from openmla.testing.cases import Case, native_arguments
 from openmla.testing.mod_cases import library_cases
 
-SECTIONS = ("mods", "prefill", "append", "times")
+SECTIONS = ("mods", "cute", "prefill", "append", "times")
 Item = tuple[str, Callable[[], dict[str, Any]]]
 
 
@@ -55,25 +62,75 @@ def section_mods(device: str) -> Iterator[Item]:
     """Every mod of the library, both tiles of Hopper, whole and split, one and two tokens."""
     is_gpu = device != "cpu"
     sizes = {"d_qk": 576, "d_v": 512} if is_gpu else {"d_qk": 40, "d_v": 32}
-    for h_q in (128, 16) if is_gpu else (4,):
-        base = Case(
+    for layout, h_q in itertools.product(("", "fp8_656") if is_gpu else ("",), (128, 16) if is_gpu else (4,)):
+        case = Case(
             op="decode", seed=3, family="unit", dtype=torch.bfloat16 if is_gpu else torch.float16, h_q=h_q, h_kv=1,
             softmax_scale=0.1, seqlens_q=(2, 2, 2), seqlens_k=(900 if is_gpu else 90, 0, 33), is_causal=True,
-            page_size=64 if is_gpu else 16, **sizes,
+            page_size=64 if is_gpu else 16, layout=layout, **sizes,
         )  # fmt: skip
-        capacity = 64 * 20
-        library = library_cases(h_q=h_q, capacity=capacity, d_rope=sizes["d_qk"] - sizes["d_v"])
+        library = library_cases(h_q=h_q, capacity=64 * 20, d_rope=sizes["d_qk"] - sizes["d_v"])
         for name, given in library.items():
-            for layout in ("", "fp8_656") if is_gpu else ("",):
-                case = dataclasses.replace(base, layout=layout)
-                yield f"{name} h_q={h_q} {layout}", lambda case=case, given=given: judge_decode(case, given, device)
+            yield f"{name} h_q={h_q} {layout}", lambda a=case, b=given: judge_decode(a, b, device)
 
 
-def judge_decode(case: Case, given: Any, device: str) -> dict[str, Any]:
+@score_mod
+def fading(score, b, h, q_idx, kv_idx):
+    """A key loses weight with its distance, faster in the first heads."""
+    age = q_idx - kv_idx
+    return score - 0.002 * age * m.exp2(0.0 - 0.05 * h)
+
+
+@mask_mod
+def every_third(b, h, q_idx, kv_idx):
+    """Keys whose place is no multiple of 3, and the last ones."""
+    return (m.mod(kv_idx + b, 3) != 0) | (q_idx - kv_idx < 8)
+
+
+# What the Hopper kernels inline: of the library, and of a user.
+CUTE_MODS = {
+    "soft_cap": [mods.soft_cap(30.0)],
+    "sink_tokens": [mods.sink_tokens(4, 512)],
+    "window": [mods.sliding_window(512)],
+    "fading": [fading],
+    "every_third": [every_third],
+    "several": [mods.soft_cap(30.0), fading, mods.sink_tokens(4, 512), every_third],
+}
+
+
+def section_cute(device: str) -> Iterator[Item]:
+    """Mods in the Hopper kernels: many and few heads, causal, and NaN in keys that a mask hides."""
+    for h_q, s_q in ((128, 1), (128, 2), (16, 2), (64, 1)):
+        case = Case(
+            op="decode", seed=3, family="unit", dtype=torch.bfloat16, h_q=h_q, h_kv=1, d_qk=576, d_v=512,
+            softmax_scale=0.1, seqlens_q=(s_q,) * 3, seqlens_k=(900, 0, 133), is_causal=s_q > 1, page_size=64,
+        )  # fmt: skip
+        for name, given in CUTE_MODS.items():
+            is_one_block = h_q * s_q <= 64
+            if is_one_block and name in ("fading", "every_third", "several"):
+                continue  # one variant of a user's mod is enough for a bundle to hold
+            yield f"{name} h_q={h_q} s_q={s_q}", lambda a=case, b=given: judge_decode(a, b, device, "cute")
+    for name in ("sink_tokens", "every_third", "several"):
+        yield f"{name}, hidden NaN", lambda a=CUTE_MODS[name]: judge_hidden(a, device)
+
+
+def judge_hidden(given: Any, device: str) -> dict[str, Any]:
+    """Keys that every row's mask hides hold NaN and infinity: the same bits as without."""
+    arguments = decode_arguments(128, 640, 2, device) | {"backend": "cute", "mods": given}
+    cache = arguments["kv_cache"].clone()
+    cache.view(-1, 576)[60] = torch.nan  # hidden by each of the masks
+    cache.view(-1, 576)[63, 100] = torch.inf
+    cache.view(-1, 576)[66, 570] = -torch.inf
+    clean, _ = openmla.decode(**arguments)
+    dirty, _ = openmla.decode(**{**arguments, "kv_cache": cache})
+    assert clean.isfinite().all() and torch.equal(clean, dirty)
+    return {"rows": clean.shape[0] * clean.shape[2]}
+
+
+def judge_decode(case: Case, given: Any, device: str, backend: str = "triton") -> dict[str, Any]:
     operands = case.tensors()
     arguments = to(device, native_arguments("decode", operands))
-    out, lse = openmla.decode(**arguments, mods=to(device, given), backend="triton")
-    again, _ = openmla.decode(**arguments, mods=to(device, given), backend="triton")
+    out, lse = openmla.decode(**arguments, mods=to(device, given), backend=backend)
+    again, _ = openmla.decode(**arguments, mods=to(device, given), backend=backend)
     golden = attention.decode(**operands, mods=given, precision="fp64", with_bounds=True)
     report = budget.check(out.cpu(), lse.cpu(), golden, dtype=case.dtype)
     report.require()
@@ -165,12 +222,19 @@ def judge_append(layout: str, dtype: torch.dtype, has_rope: bool, device: str) -
 
 
 def section_times(device: str) -> Iterator[Item]:
-    """Decode with and without mods, interleaved; the first call of a mod nobody has seen."""
-    is_gpu = device != "cpu"
-    shapes = ((128, 4096, 128), (16, 16384, 128)) if is_gpu else ((4, 40, 2),)
-    for h_q, s_k, batch in shapes:
-        yield f"decode h_q={h_q} s_k={s_k} batch={batch}", lambda a=h_q, b=s_k, c=batch: time_mods(a, b, c, device)
+    """Decode with and without mods, interleaved; sparse prefill; the first call of a mod nobody has seen."""
+    if device == "cpu":
+        yield "triton decode with mods", lambda: time_mods(4, 40, 2, device, "triton")
+        yield "first call", lambda: time_first_call(device)
+        return
+    for h_q, s_k, batch in ((128, 4096, 128), (128, 16384, 64), (16, 4096, 128), (16, 16384, 128)):
+        yield "triton decode", lambda a=h_q, b=s_k, c=batch: time_decode(h_q=a, s_k=b, batch=c)
+    yield "cute decode with mods", lambda: time_mods(128, 4096, 128, device, "cute")
+    yield "sparse prefill", lambda: time_sparse_prefill(s_q=4096, h_q=128, topk=2048, s_kv=8192)
     yield "first call", lambda: time_first_call(device)
+    yield "cute decode with mods", lambda: time_mods(16, 16384, 128, device, "cute")
+    for h_q, s_k in ((128, 4096), (16, 16384)):
+        yield "triton decode with mods", lambda a=h_q, b=s_k: time_mods(a, b, 128, device, "triton")
 
 
 def decode_arguments(h_q: int, s_k: int, batch: int, device: str) -> dict[str, Any]:
@@ -184,34 +248,111 @@ def decode_arguments(h_q: int, s_k: int, batch: int, device: str) -> dict[str, A
     }  # fmt: skip
 
 
-def time_mods(h_q: int, s_k: int, batch: int, device: str) -> dict[str, Any]:
-    arguments = decode_arguments(h_q, s_k, batch, device)
-    slopes = torch.linspace(0, 1, h_q, device=device)
-    contenders = {
-        "plain": None, "soft_cap": mods.soft_cap(30.0), "alibi": mods.alibi(slopes),
-        "window": mods.sliding_window(s_k // 2), "sigmoid": mods.sigmoid(-8.0),
-        "rope": to(device, Rope.of_base(64, s_k + 64)),
-    }  # fmt: skip
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(23 if device != "cpu" else 2):
-        for name, given in contenders.items():
-            seconds = elapsed(lambda given=given: openmla.decode(**arguments, mods=given), device)
+def time_mods(h_q: int, s_k: int, batch: int, device: str, backend: str) -> dict[str, Any]:
+    arguments = decode_arguments(h_q, s_k, batch, device) | {"backend": backend}
+    contenders: dict[str, Any] = {"plain": None, "window": mods.sliding_window(s_k // 2)}
+    if backend == "cute":
+        contenders |= CUTE_MODS
+        contenders["window"] = mods.sliding_window(s_k // 2)
+    else:
+        slopes = torch.linspace(0, 1, h_q, device=device)
+        contenders |= {
+            "soft_cap": mods.soft_cap(30.0), "alibi": mods.alibi(slopes), "sigmoid": mods.sigmoid(-8.0),
+            "rope": to(device, Rope.of_base(64, s_k + 64)),
+        }  # fmt: skip
+    calls = {"window option": lambda: openmla.decode(**arguments, window=s_k // 2)}
+    for name, given in contenders.items():
+        calls[name] = lambda given=given: openmla.decode(**arguments, mods=given)
+    found = medians(calls, device, 20)
+    over = {f"{name}_over": round(us / found["plain"] - 1, 4) for name, us in found.items() if name != "plain"}
+    tflops = 2 * batch * h_q * s_k * (576 + 512) / found["plain"] / 1e6
+    shape = {"h_q": h_q, "s_k": s_k, "batch": batch, "plain_tflops": round(tflops, 1)}
+    return shape | {f"{name}_us": round(us, 1) for name, us in found.items()} | over
+
+
+def time_decode(*, h_q: int, s_k: int, batch: int) -> dict[str, Any]:
+    """The plain Triton kernel, plan made beforehand, beside FlashMLA where it is installed."""
+    arguments = decode_arguments(h_q, s_k, batch, "cuda")
+    tensors = [arguments[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")]
+    plan = openmla.plan(*tensors, backend="triton")
+    calls: dict[str, Callable[[], Any]] = {"triton": lambda: openmla.decode(**arguments, plan=plan)}
+    peer = flash_mla_module()
+    if peer is not None:
+        metadata = peer.get_mla_metadata(tensors[3], h_q, 1)
+        options = legacy(peer.flash_mla_with_kvcache)
+        calls["flash_mla"] = lambda: peer.flash_mla_with_kvcache(*tensors, 512, *metadata, **options)
+        difference = float((calls["triton"]()[0].float() - calls["flash_mla"]()[0].float()).abs().max())
+        assert difference < 1e-2, f"they differ by {difference}"
+    found = medians(calls, "cuda", 12)
+    row: dict[str, Any] = {"h_q": h_q, "s_k": s_k, "batch": batch}
+    row["tflops"] = round(2 * batch * h_q * s_k * (576 + 512) / found["triton"] / 1e6, 1)
+    row["gbps"] = round(batch * s_k * 576 * 2 / found["triton"] / 1e3, 1)
+    return row | beside(found)
+
+
+def time_sparse_prefill(*, s_q: int, h_q: int, topk: int, s_kv: int) -> dict[str, Any]:
+    """Beside FlashMLA where it is installed."""
+    q = (0.3 * torch.randn(s_q, h_q, 576, device="cuda")).bfloat16()
+    kv = (0.3 * torch.randn(s_kv, 1, 576, device="cuda")).bfloat16()
+    indices = torch.randint(0, s_kv, (s_q, 1, topk), device="cuda", dtype=torch.int32)
+    calls: dict[str, Callable[[], Any]] = {
+        "triton": lambda: openmla.sparse_prefill(q, kv, indices, softmax_scale=576**-0.5, backend="triton")
+    }
+    peer = flash_mla_module()
+    if peer is not None:
+        options = legacy(peer.flash_mla_sparse_fwd)
+        calls["flash_mla"] = lambda: peer.flash_mla_sparse_fwd(q, kv, indices, 576**-0.5, **options)
+        difference = float((calls["triton"]()[0].float() - calls["flash_mla"]()[0].float()).abs().max())
+        assert difference < 2e-3, f"they differ by {difference}"
+    found = medians(calls, "cuda", 8)
+    row: dict[str, Any] = {"s_q": s_q, "h_q": h_q, "topk": topk, "s_kv": s_kv}
+    row["tflops"] = round(2 * s_q * h_q * topk * (576 + 512) / found["triton"] / 1e6, 1)
+    return row | beside(found)
+
+
+def flash_mla_module() -> Any:
+    """FlashMLA, or None where it is not installed."""
+    try:
+        return importlib.import_module("flash_mla")
+    except ImportError as error:
+        print(f"FlashMLA is not measured: {error}", file=sys.stderr)
+        return None
+
+
+def legacy(function: Callable[..., Any]) -> dict[str, Any]:
+    """SGLang's fork keeps the Hopper kernels behind this name."""
+    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
+
+
+def beside(found: dict[str, float]) -> dict[str, float]:
+    """Times, and FlashMLA's over ours."""
+    row = {f"{name}_us": round(us, 1) for name, us in found.items()}
+    return row | ({"ratio": round(found["flash_mla"] / found["triton"], 4)} if "flash_mla" in found else {})
+
+
+def medians(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
+    """Microseconds of each call, taken in turn; on a GPU behind a pause, so that launches do not wait for the host."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 3 if device != "cpu" else 2):
+        for name, call in calls.items():
+            microseconds = elapsed(call, device)
             if turn >= 3 or device == "cpu":
-                found[name].append(seconds)
-    return {f"{name}_us": round(1e6 * statistics.median(each), 1) for name, each in found.items()}
+                found[name].append(microseconds)
+    return {name: statistics.median(each) for name, each in found.items()}
 
 
 def elapsed(run: Callable[[], Any], device: str) -> float:
     if device == "cpu":
         begin = time.perf_counter()
         run()
-        return time.perf_counter() - begin
+        return 1e6 * (time.perf_counter() - begin)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)
     begin.record()
     run()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return 1e3 * begin.elapsed_time(end)
 
 
 def time_first_call(device: str) -> dict[str, Any]:
@@ -235,11 +376,13 @@ def time_first_call(device: str) -> dict[str, Any]:
     return {"first_s": round(first, 2), "second_ms": round(1e3 * (time.perf_counter() - begin), 3)}
 
 
-def run_section(name: str, device: str) -> int:
-    """Every item of one section, a line each; the number that failed."""
+def run_section(name: str, device: str, share: int, jobs: int) -> int:
+    """Every item of one section that is `share` modulo `jobs`, a line each; the number that failed."""
     failed = 0
-    for item, check in globals()[f"section_{name}"](device):
+    for item, check in itertools.islice(globals()[f"section_{name}"](device), share, None, jobs):
         row: dict[str, Any] = {"section": name, "item": item.strip()}
+        if name == "times":
+            row["device"] = torch.cuda.get_device_name() if device != "cpu" else "cpu"
         try:
             row |= {"passed": True, **check()}
         except Exception as error:  # what one item raises must not hide the others
@@ -255,31 +398,54 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=150.0, help="per section")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--here", action="store_true", help="in this process")
+    parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes per section")
+    parser.add_argument("--here", type=int, metavar="SHARE", help="in this process, and only this share of the items")
     args = parser.parse_args()
-    if args.here:
-        return int(sum(run_section(name, args.device) for name in args.sections) > 0)
+    if args.here is not None:
+        return int(sum(run_section(name, args.device, args.here, args.jobs) for name in args.sections) > 0)
     lines, status = [], 0
     for name in args.sections or SECTIONS:
-        command = [sys.executable, __file__, name, "--here", "--device", args.device]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds, check=False)
-            text, code, tail = done.stdout, done.returncode, done.stderr[-1500:]
-        except subprocess.TimeoutExpired as error:
-            text, code, tail = (error.stdout or b"").decode(), 124, f"cut after {args.seconds} s"
-        found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        found, texts, is_fine = run_processes(name, args)
         lines += found
         passed = sum(row["passed"] for row in found)
-        print(f"{name}: {passed} of {len(found)} passed, exit {code}")
+        print(f"{name}: {passed} of {len(found)} passed{'' if is_fine else ', and not all ran'}", flush=True)
         for row in found:
             if not row["passed"] or name == "times":
-                print("  ", json.dumps(row))
-        if code and passed == len(found):
-            print("  ", tail)
-        status |= code != 0
-    if args.out:
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return status
+                print("  ", json.dumps(row), flush=True)
+        for text in texts:
+            print("  ", text[-1500:], flush=True)
+        status |= passed < len(found) or not is_fine
+        if args.out:
+            args.out.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return int(status)
+
+
+def run_processes(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """(rows, what processes that broke off said, whether none did) of one section."""
+    jobs = 1 if name == "times" else args.jobs
+    own = [sys.executable, __file__, name, "--device", args.device, "--jobs", str(jobs), "--here"]
+    deadline = time.monotonic() + args.seconds
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * jobs)]
+        running = [
+            subprocess.Popen([*own, str(share)], stdout=logs[2 * share], stderr=logs[2 * share + 1])
+            for share in range(jobs)
+        ]
+        rows, texts, is_fine = [], [], True
+        for share, each in enumerate(running):
+            try:
+                code = each.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                each.kill()
+                code = 124
+            out, err = logs[2 * share], logs[2 * share + 1]
+            out.seek(0), err.seek(0)
+            mine = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
+            rows += mine
+            if code and all(row["passed"] for row in mine):
+                is_fine = False
+                texts.append(f"process {share} ended with {code}: {err.read()}")
+        return rows, texts, is_fine
 
 
 if __name__ == "__main__":
