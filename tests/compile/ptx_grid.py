@@ -14,10 +14,17 @@ from typing import Any
 import numpy as np
 from ptx_lanes import Warp
 from ptx_machine import Cta, Deadlock
-from ptx_program import LANES, Memory, Program, from_bf16, swizzle
+from ptx_program import LANES, TYPES, Memory, Program, from_bf16, swizzle
 
 GONE = 1 << 40  # the place of lanes that have returned
-TOGETHER = ("shfl", "vote", "elect", "bar")  # instructions that all lanes of a warp execute at once
+TOGETHER = (
+    "shfl",
+    "vote",
+    "elect",
+    "bar",
+    "redux",
+    "ldmatrix",
+)  # instructions that all lanes of a warp execute at once
 
 
 class GridCta(Cta):
@@ -115,6 +122,50 @@ class GridCta(Cta):
     def do_abs(self, p: list[str], o: list[str]) -> Any:
         return self._map(o, "f32", "f32", np.abs)
 
+    def do_redux(self, p: list[str], o: list[str]) -> Any:
+        assert p[2] in ("max", "add"), p
+        write, value, total = self.writer(o[0]), self.reader(o[1], p[-1]), {"max": np.max, "add": np.sum}[p[2]]
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "redux.sync of lanes that are elsewhere"
+            write(warp, mask, np.full(32, total(value(warp)), TYPES[p[-1]]))
+
+        return run
+
+    def do_popc(self, p: list[str], o: list[str]) -> Any:
+        return self._map(o, "u32", "u32", np.bitwise_count)
+
+    def do_prmt(self, p: list[str], o: list[str]) -> Any:
+        write, a, b, how = (
+            self.writer(o[0]),
+            self.reader(o[1], "u32"),
+            self.reader(o[2], "u32"),
+            self.reader(o[3], "u32"),
+        )
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            both = a(warp).astype(np.uint64) | b(warp).astype(np.uint64) << np.uint64(32)
+            found = np.zeros(32, np.uint64)
+            for i in range(4):
+                chosen = how(warp) >> (4 * i) & 15
+                assert (chosen < 8).all(), "prmt that repeats signs"
+                byte = both >> (chosen.astype(np.uint64) * np.uint64(8)) & np.uint64(255)
+                found |= byte << np.uint64(8 * i)
+            write(warp, mask, found.astype(np.uint32))
+
+        return run
+
+    def do_cvt(self, p: list[str], o: list[str]) -> Any:
+        if p[-2] != "f16x2" or p[-1] != "f32":
+            return super().do_cvt(p, o)
+        write, high, low = self.writer(o[0]), self.reader(o[1], "f32"), self.reader(o[2], "f32")
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            both = np.stack([low(warp), high(warp)], -1).astype(np.float16)
+            write(warp, mask, np.ascontiguousarray(both).view(np.uint32).reshape(32))
+
+        return run
+
     # ------------------------------------------------------------------ memory
 
     def address(self, operand: str) -> Any:
@@ -198,12 +249,13 @@ class GridCta(Cta):
 
     def do_ldmatrix(self, p: list[str], o: list[str]) -> Any:
         where, writes = self.address(o[1]), [self.writer(x) for x in self.vector(o[0])]
-        assert "trans" not in p
 
         def run(warp: Warp, mask: np.ndarray) -> None:
             assert mask.all(), "ldmatrix of lanes that are elsewhere"
             for matrix, write in enumerate(writes):
                 rows = self.fetch("shared", where(warp)[8 * matrix : 8 * matrix + 8], 16)
+                if "trans" in p:
+                    rows = np.ascontiguousarray(rows).view(np.uint16).reshape(8, 8).T
                 write(warp, mask, np.ascontiguousarray(rows).view(np.uint32).reshape(32).copy())
 
         return run

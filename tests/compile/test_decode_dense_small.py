@@ -34,13 +34,14 @@ def test_variant_compiles_within_budget(config, tmp_path):
     from openmla.backends.cute.decode_dense_small.launch import build
 
     resources = build(config, tmp_path).resources
-    budget = BUDGETS["decode_dense_small"][f"n{config.rows}"]
+    budget = BUDGETS["decode_dense_small"][f"n{config.rows}" if config.layout == "plain" else f"n{config.rows}_codes"]
     assert resources.spills == 0, resources
     assert resources.registers <= budget["registers"], resources
     assert resources.dynamic_smem_bytes <= min(budget["smem_bytes"], small.SMEM_LIMIT), resources
-    # 18 score and 16 value instructions per tile and warpgroup (16 with 512 columns); one bulk load in a loop
+    # 18 score and 16 value instructions per tile and warpgroup (16 with 512 columns); one bulk load in a loop, of rows two
     assert resources.sass["HGMMA"] == config.d_qk // 32 + 16, resources
-    assert resources.sass["UTMALDG"] == 1, resources
+    assert resources.sass["UTMALDG"] == (config.layout == "plain"), resources
+    assert resources.sass["UBLKCP"] == 2 * (config.layout != "plain"), resources
 
 
 @pytest.mark.parametrize("columns", [512, 128])
@@ -81,7 +82,9 @@ def test_names_are_unique():
         ({"total_q": 0}, "at least one query"),
         ({"d_v": 256}, "d_v 512"),
         ({"batch": 5000, "total_q": 5000}, "batch of 1 to 4096"),
-        ({"layout": kv_layout("fp8_656")}, "bf16 and fp16 caches"),
+        ({"layout": kv_layout("fp8_584"), "d_qk": 512}, "fp8_656 and fp8_528 with q in bf16; this is fp8_584"),
+        ({"layout": kv_layout("fp8_656"), "dtype": torch.float16}, "with q in float16"),
+        ({"layout": kv_layout("fp8_656")}, "has not passed on a GPU with fp8_656"),
     ],
 )
 def test_a_refusal_names_its_reason(changes, reason):
@@ -100,12 +103,15 @@ def test_a_refusal_names_its_reason(changes, reason):
         {"h_q": 32, "has_sink": True},
         {"dtype": torch.float16, "layout": kv_layout("fp16_512"), "d_qk": 512},
         {"page_size": 8},
+        {"layout": kv_layout("fp8_656"), "h_q": 32},
+        {"layout": kv_layout("fp8_528"), "d_qk": 512, "page_size": 3},
         {"page_size": 1},
         {"page_size": 12, "window": 100},
         {"is_varlen": True, "s_q": 2, "total_q": 5},
     ],
 )
-def test_supported_problems_have_a_compiled_variant(changes):
+def test_supported_problems_have_a_compiled_variant(changes, monkeypatch):
+    monkeypatch.setattr(small, "CHECKED", small.CODES)
     asked = problem(**changes)
     assert small.supports(asked, H100)
     chosen = small.configs(asked, H100)

@@ -15,7 +15,8 @@ from ptx_program import Memory, Program, TensorMap, describe, parse
 
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import LOG2_E, build
-from openmla.reference import attention
+from openmla.core.layout import kv_layout
+from openmla.reference import attention, quant
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget
 
@@ -35,26 +36,37 @@ class Call:
 
     def __init__(
         self, lengths, *, h_q=16, s_q=1, page=64, parts=3, chunk=0, causal=False, sink=False, window=0, offsets=(),
-        ranges=None,
+        ranges=None, layout="plain",
     ) -> None:  # fmt: skip
         gen = torch.Generator().manual_seed(0)
+        self.layout = layout
+        d_qk = 576 if layout == "plain" else kv_layout(layout).d_qk
         self.options = {"is_causal": causal, "window": window}
         self.page, self.parts, self.chunk = page, parts, chunk
         used, batch = [-(-length // page) for length in lengths], len(lengths)
         pages = sum(used) + 2
-        self.kv = 0.5 * torch.randn(pages, page, 1, 576, generator=gen).bfloat16()
+        self.kv = 0.5 * torch.randn(pages, page, 1, d_qk, generator=gen).bfloat16()
+        if layout != "plain":  # scales of all sizes, and some that are no powers of two
+            self.kv *= torch.exp2(torch.randint(-6, 3, (pages, page, 1, d_qk // 64), generator=gen)).repeat_interleave(
+                64, -1
+            )
+            self.kv = quant.quantise(self.kv, layout)
+            scales = self.kv[..., 512:528].contiguous().view(torch.float32)
+            scales[:, ::3] *= 1.37
+            self.kv[..., 512:528] = scales.view(torch.uint8)
+        poison = NAN if layout == "plain" else 255  # every code, scale and bf16 number a NaN
         order = torch.randperm(pages, generator=gen).int()
         self.table = torch.full((batch, max(used) + 1), 2**31 - 1, dtype=torch.int32)
         for b, count in enumerate(used):
             self.table[b, :count] = order[sum(used[:b]) : sum(used[:b]) + count]
             if lengths[b] % page:
-                self.kv[self.table[b, count - 1].long(), lengths[b] % page :] = NAN
-        self.kv[order[sum(used) :].long()] = NAN
+                self.kv[self.table[b, count - 1].long(), lengths[b] % page :] = poison
+        self.kv[order[sum(used) :].long()] = poison
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
         self.max_s_q = int(np.diff(offsets).max()) if offsets else 0
         self.offsets = torch.tensor(offsets or (0,) * (batch + 1), dtype=torch.int32)
         lead = (1, offsets[-1] + 1) if offsets else (batch, s_q)
-        self.q = torch.randn(*lead, h_q, 576, generator=gen).bfloat16()
+        self.q = torch.randn(*lead, h_q, d_qk, generator=gen).bfloat16()
         self.sink = torch.randn(h_q, generator=gen) if sink else None
         reach = [min(n, window + (self.max_s_q or s_q) + 62) if window else n for n in lengths]
         plan = plan_decode(
@@ -70,7 +82,8 @@ class Call:
 
     def run(self, seed: int, blocks=None) -> None:
         """One launch. `blocks`: the parts that take part."""
-        program, smem = compiled(small.Config())
+        config = next(each for each in small.VARIANTS if each.layout == self.layout and each.rows == 16)
+        program, smem = compiled(config)
         self.out.fill_(NAN)
         self.lse.fill_(NAN)
         memory = Memory()
@@ -85,7 +98,8 @@ class Call:
         boxes = TensorMap(memory.place(kv), [64, self.page, 9, 1, kv.shape[0]], steps, [64, 8, 9])
         window = self.options["window"]
         params = [
-            boxes, np.array([self.page, 1, kv.shape[0]], np.int32).tobytes(), free(self.q, (3,), (3,)),
+            *([boxes, np.array([self.page, 1, kv.shape[0]], np.int32).tobytes()] if self.layout == "plain" else []),
+            free(self.q, (3,), (3,)),
             free(kv, (3,), (3,)), free(self.table, (), (1,)), free(self.lengths, (), (0,)),
             free(self.metadata, (2,), (1, 2)), free(self.num_splits, (), (0,)), free(self.out, (3,), (3,)),
             free(self.lse), free(self.exchange, (2,), (1, 2)), free(sink, (), (0,)), free(self.offsets, (), (0,)),
@@ -95,8 +109,9 @@ class Call:
                 self.sink is not None,
             )),
         ]  # fmt: skip
+        threads = 288 if self.layout == "plain" else 384
         try:
-            launch(program, memory, params, [(x, 0, 0) for x in blocks or range(self.parts)], 288, smem, seed)
+            launch(program, memory, params, [(x, 0, 0) for x in blocks or range(self.parts)], threads, smem, seed)
         finally:
             memory.read_back()
 
@@ -106,6 +121,7 @@ class Call:
         golden = attention.decode(
             self.q[0] if is_packed else self.q, self.kv, self.table, self.lengths, softmax_scale=576**-0.5, d_v=512,
             cu_seqlens_q=self.offsets if is_packed else None, attn_sink=self.sink, with_bounds=True, **self.options,
+            layout=None if self.layout == "plain" else self.layout,
         )  # fmt: skip
         out, lse = (self.out[0], self.lse[0]) if is_packed else (self.out, self.lse)
         budget.check(out, lse, golden, dtype=torch.bfloat16).require()
@@ -123,6 +139,27 @@ class Call:
         ),
         pytest.param({"lengths": (640,), "h_q": 4, "chunk": 64, "parts": 5}, id="teams-of-2"),
         pytest.param({"lengths": (300, 70, 0), "h_q": 4, "chunk": 64, "parts": 3, "ranges": 3}, id="lists-of-ranges"),
+        pytest.param({"lengths": (130, 70), "layout": "fp8_656", "parts": 2}, id="fp8_656"),
+        pytest.param(
+            {"lengths": (300, 70), "layout": "fp8_656", "h_q": 3, "s_q": 2, "window": 100, "sink": True},
+            id="fp8_656-window",
+        ),
+        pytest.param({"lengths": (200, 30, 0), "layout": "fp8_656", "page": 3, "parts": 2}, id="fp8_656-page3"),
+        pytest.param(
+            {
+                "lengths": (300, 70, 9),
+                "layout": "fp8_528",
+                "h_q": 8,
+                "offsets": (1, 2, 4, 4),
+                "parts": 5,
+                "causal": True,
+            },
+            id="fp8_528-varlen",
+        ),
+        pytest.param(
+            {"lengths": (300, 70, 0), "layout": "fp8_656", "h_q": 4, "chunk": 64, "parts": 3, "ranges": 3},
+            id="fp8_656-lists-of-ranges",
+        ),
     ],
 )
 def test_the_machine_code_computes_attention(options):

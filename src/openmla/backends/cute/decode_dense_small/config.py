@@ -14,6 +14,7 @@ import torch
 
 from openmla.backends.base import Verdict, require
 from openmla.core.errors import ProblemError
+from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.split.schedule import Policy
@@ -34,6 +35,9 @@ D_V = 512
 SMEM_LIMIT = 232_448
 UNWRITTEN = -1  # what every word of a new exchange holds
 NO_WINDOW = 1 << 30  # the window of a problem without one
+CODES = ("fp8_656", "fp8_528")  # byte layouts that it reads: 512 e4m3 codes, four fp32 scales, RoPE or none
+CHECKED: tuple[str, ...] = ()  # those whose machine code as it is has passed tests/gpu/decode_dense_small_codes.py
+CODE_STAGES = 4  # tiles of 41,984 bytes; 32 rows, four copies of P and four tiles are 231 KB
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,25 @@ class Config:
         rows: query rows per KV head, padded to 16 or 32: N of the matrix instructions.
         d_qk: 576, or 512 without RoPE columns.
         stages: tiles of 64 keys in the ring.
+        layout: of the cache: elements of dtype, or a byte layout of CODES.
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
     rows: int = 16
     d_qk: int = 576
     stages: int = 2
+    layout: str = "plain"
 
     @property
     def name(self) -> str:
         """Exported function name; says every field."""
-        return f"{FAMILY}_{self.dtype}_n{self.rows}_d{self.d_qk}_s{self.stages}"
+        name = f"{FAMILY}_{self.dtype}_n{self.rows}_d{self.d_qk}_s{self.stages}"
+        return name if self.layout == "plain" else f"{name}_{self.layout}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token of a byte layout; 0 for plain elements."""
+        return kv_layout(self.layout).bytes_per_token if self.layout in CODES else 0
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
@@ -72,7 +84,7 @@ VARIANTS: tuple[Config, ...] = tuple(
     for dtype in ("bf16", "fp16")
     for rows in (16, 32)
     for d_qk in (576, 512)
-)
+) + tuple(Config("bf16", rows, kv_layout(layout).d_qk, CODE_STAGES, layout) for layout in CODES for rows in (16, 32))
 
 
 def rows_per_kv_head(problem: DecodeProblem) -> int:
@@ -104,8 +116,15 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
     return require(
         (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
         (
-            not problem.layout.is_quantised and problem.dtype in (torch.bfloat16, torch.float16),
-            f"reads bf16 and fp16 caches, this one is {problem.layout}",
+            problem.dtype in (torch.bfloat16, torch.float16)
+            if not problem.layout.is_quantised
+            else problem.dtype == torch.bfloat16 and problem.layout.name in CODES,
+            f"reads bf16 and fp16 caches, and {' and '.join(CODES)} with q in bf16; this is {problem.layout} with q in "
+            f"{str(problem.dtype).removeprefix('torch.')}",
+        ),
+        (
+            problem.layout.name not in CODES or problem.layout.name in CHECKED,
+            f"this machine code has not passed on a GPU with {problem.layout} yet (tests/gpu/decode_dense_small_codes.py)",
         ),
         (problem.d_qk in (576, 512), f"needs d_qk 576 or 512, got {problem.d_qk}"),
         (problem.d_v == D_V, f"needs d_v {D_V}, got {problem.d_v}"),
@@ -125,6 +144,8 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     problem = grouped(problem)
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
     rows = 16 if rows_per_kv_head(problem) <= 16 else 32
+    if problem.layout.is_quantised:
+        return (Config(dtype, rows, problem.d_qk, CODE_STAGES, problem.layout.name),)
     return (Config(dtype, rows, problem.d_qk, _stages(rows, problem.d_qk)),)
 
 

@@ -28,14 +28,18 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float16, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+
+from openmla.backends.cute.decode_dense_small.codes import GROUPS, LOWEST_OF_ALL, Codes
 
 M = 64  # of one wgmma: keys of a score, columns of a value
 BOX = 8  # rows of one bulk load; a page holds a multiple of it
 SLICE = 64  # columns of one swizzled line
 D_V = 512
 THREADS = 288  # two consumer warpgroups and the producer warp; up to 168 registers each
+CODE_THREADS = 384  # with codes: a whole third warpgroup, which gives most of its registers to the others
+
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 EVICT_FIRST = 0x12F0000000000000
@@ -52,7 +56,7 @@ LENGTH_NEGATIVE = 2
 LENGTH_OVER_CAPACITY = 4
 
 
-class DecodeDenseSmall:
+class DecodeDenseSmall(Codes):
     """One compiled variant.
 
     Args:
@@ -60,10 +64,14 @@ class DecodeDenseSmall:
         rows: N, 16 or 32; query rows per KV head, padded.
         d_qk: 576 or 512.
         stages: tiles in the ring.
+        row_bytes: of a token of a byte cache (see `codes`); 0 where KV has q's dtype.
     """
 
-    def __init__(self, dtype: Any, rows: int, d_qk: int = 576, stages: int = 2) -> None:
-        self.dtype, self.n, self.d_qk, self.stages = dtype, rows, d_qk, stages
+    def __init__(self, dtype: Any, rows: int, d_qk: int = 576, stages: int = 2, row_bytes: int = 0) -> None:
+        self.dtype, self.n, self.d_qk, self.stages, self.row_bytes = dtype, rows, d_qk, stages, row_bytes
+        self.has_codes = row_bytes > 0
+        self.steps, self.in_flight = (2, 4) if rows == 16 else (4, 2)
+        self.p_dtype = Float16 if self.has_codes else dtype
         self.boxes = M // BOX
         self.piece_bytes = rows * 2304
         self.slices = d_qk // SLICE
@@ -73,7 +81,7 @@ class DecodeDenseSmall:
     def __call__(
         self,
         q: cute.Tensor,  # [batch, s_q, h_q, d_qk]; with cu_seqlens_q [1, total_q, h_q, d_qk]
-        kv: cute.Tensor,  # [num_pages, page_size, h_kv, d_qk]
+        kv: cute.Tensor,  # [num_pages, page_size, h_kv, d_qk]; a byte cache: uint8 [..., row_bytes]
         table: cute.Tensor,  # int32 [batch, max_pages]
         lengths: cute.Tensor,  # int32 [batch]
         metadata: cute.Tensor,  # int32 [num_parts, 8]
@@ -100,22 +108,30 @@ class DecodeDenseSmall:
 
         # eight rows of all columns lie together, so that a bulk load reads contiguous memory
         ring_layout = cute.tile_to_shape(atom, (M, self.d_qk), order=(1, 0))
-        q_layout, p_layout = tile(self.n, self.d_qk), tile(self.n, M)
-        ring_size = self.stages * M * self.d_qk
+        q_layout = tile(self.n, self.d_qk)
+        p_layout = tile(self.n, M, GROUPS) if const_expr(self.has_codes) else tile(self.n, M)
+        ring_size = self.stages * M * (self.row_bytes if const_expr(self.has_codes) else self.d_qk)
+        ring_type = Uint8 if const_expr(self.has_codes) else self.dtype
         x_size = M * self.n
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, self.n))
-        pv = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, mn_major, k_major, Float32, (1, 1, 1), (64, self.n))
-        sliced = cute.make_tensor(
-            kv.iterator,
-            cute.make_layout(
-                (kv.shape[1], SLICE, self.slices, kv.shape[2], kv.shape[0]),
-                stride=(kv.stride[1], 1, SLICE, kv.stride[2], kv.stride[0]),
-            ),
-        )
-        tma, tma_kv = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), sliced, tile(BOX, SLICE, self.slices), (BOX, SLICE, self.slices)
-        )
+        if const_expr(self.has_codes):  # keys and values come from registers: bf16 RoPE, fp16 codes
+            qk, pv = self.products(self.dtype), self.products(Float16)
+            tma, tma_kv = None, None
+        else:
+            qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, self.n))
+            pv = sm90.make_trivial_tiled_mma(
+                self.dtype, self.dtype, mn_major, k_major, Float32, (1, 1, 1), (64, self.n)
+            )
+            sliced = cute.make_tensor(
+                kv.iterator,
+                cute.make_layout(
+                    (kv.shape[1], SLICE, self.slices, kv.shape[2], kv.shape[0]),
+                    stride=(kv.stride[1], 1, SLICE, kv.stride[2], kv.stride[0]),
+                ),
+            )
+            tma, tma_kv = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileG2SOp(), sliced, tile(BOX, SLICE, self.slices), (BOX, SLICE, self.slices)
+            )
 
         @cute.struct
         class Storage:
@@ -125,10 +141,11 @@ class DecodeDenseSmall:
             top: cute.struct.Align[cute.struct.MemRange[Float32, self.n * 4], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
             last: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
-            ring: cute.struct.Align[cute.struct.MemRange[self.dtype, ring_size], 1024]
+            ring: cute.struct.Align[cute.struct.MemRange[ring_type, ring_size], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
             x: cute.struct.Align[cute.struct.MemRange[Float32, x_size], 16]
+            unit: cute.struct.Align[cute.struct.MemRange[Float32, self.n if self.has_codes else 0], 16]
 
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
@@ -137,7 +154,7 @@ class DecodeDenseSmall:
             scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
             grid=[metadata.shape[1], kv.shape[2], 1],
-            block=[THREADS, 1, 1],
+            block=[CODE_THREADS if const_expr(self.has_codes) else THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
             cooperative=True,
@@ -177,26 +194,35 @@ class DecodeDenseSmall:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         st = cutlass.memory.SmemAllocator().allocate(self.Storage)
         full, empty = st.full.data_ptr(), st.empty.data_ptr()
-        sm_info = st.info.get_tensor(cute.make_layout(self.stages))
-        stage_step = cute.make_layout(self.stages, stride=M * self.d_qk)
-        sm_ring = st.ring.get_tensor(cute.append(ring_layout.outer, stage_step), swizzle=ring_layout.inner)
+        sm_ring = None
+        if const_expr(not self.has_codes):
+            stage_step = cute.make_layout(self.stages, stride=M * self.d_qk)
+            sm_ring = st.ring.get_tensor(cute.append(ring_layout.outer, stage_step), swizzle=ring_layout.inner)
 
-        is_boxed = kv.shape[1] % BOX == 0
+        is_boxed = (kv.shape[1] % BOX == 0) | self.has_codes
         sm_info = st.info.get_tensor(cute.make_layout((2, self.stages)))
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + i, 1 if is_boxed else 32)
                     cute.arch.mbarrier_init(empty + i, 8)
-            cpasync.prefetch_descriptor(tma)
+            if const_expr(not self.has_codes):
+                cpasync.prefetch_descriptor(tma)
         if warp == 1:
             self.prefetch(table, lengths, metadata.shape[1], part)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
         if warp >= 8:
+            if const_expr(self.has_codes):
+                cute.arch.setmaxregister_decrease(72)
             if warp == 8:
-                if is_boxed:
+                if const_expr(self.has_codes):
+                    self.produce_rows(
+                        kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv, full, empty,
+                        sm_info, st.ring.data_ptr().toint().to(Int32),
+                    )  # fmt: skip
+                elif is_boxed:
                     self.produce(
                         tma, tma_kv, kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv,
                         full, empty, sm_info, sm_ring,
@@ -207,6 +233,8 @@ class DecodeDenseSmall:
                         sm_info, st.ring.data_ptr().toint().to(Int32),
                     )  # fmt: skip
         else:
+            if const_expr(self.has_codes):
+                cute.arch.setmaxregister_increase(216)
             self.consume(
                 st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink,
                 cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
@@ -400,6 +428,8 @@ class DecodeDenseSmall:
         stage = Int32(0)
         phase = Int32(1)
         bad = Int32(0)
+        pages = cute.make_rmem_tensor(cute.make_layout(2), Int32)  # with codes, of the next tile
+        pages.fill(0)
         rows = cute.make_rmem_tensor(cute.make_layout(2), Int64)  # addresses of rows lane and lane + 32 of a tile
         number = Int32(0)
         while number < metadata.shape[0]:
@@ -415,43 +445,62 @@ class DecodeDenseSmall:
                 end = length
                 if request == end_request:
                     end = unseen + last_end if unseen + last_end < length else length
+                if const_expr(self.has_codes):
+                    self.look_up(pages, table, page_size, request, begin, end)
                 for token in cutlass.range(begin, end, M, unroll=1):
-                    cute.arch.mbarrier_wait(empty + stage, phase)
-                    for half in cutlass.range_constexpr(2):
-                        position = token + lane + half * 32
-                        column = position // page_size
-                        page = Int32(-1)
-                        if position < end:
-                            page = table[request, column]
-                            if (page < 0) | (page >= kv.shape[0]):
-                                page = Int32(-1)
-                                bad = bad | PAGE_OUT_OF_RANGE
-                        seen = Int32(cute.arch.vote_ballot_sync(page >= 0))
-                        if lane == 0:
-                            sm_info[half, stage] = seen
-                        line = kv[page if page >= 0 else Int32(0), position - column * page_size, head_kv, None]
-                        rows[half] = line.iterator.toint() + (0 if page >= 0 else 1)
-                    for half in cutlass.range_constexpr(2):
-                        for i in cutlass.range(0, 32, 4, unroll=1):
-                            group = (
-                                ring_base
-                                + stage * (M * self.d_qk * 2)
-                                + (half * 4 + i // 8) * self.box_bytes
-                                + i % 8 * 128
-                            )
-                            for j in cutlass.range_constexpr(4):
-                                source = cute.arch.shuffle_sync(rows[half], i + j)
-                                swizzled = group + j * 128 + ((lane ^ (i + j)) % 8) * 16 + lane // 8 * 1024
-                                self.copy_16(swizzled, source, lane * 16)
-                                self.copy_16(swizzled + 4096, source, lane * 16 + 512)
-                            if const_expr(self.d_qk > D_V):
-                                source = cute.arch.shuffle_sync(rows[half], i + lane // 8)
-                                swizzled = group + 8192 + lane // 8 * 128 + ((lane ^ (i + lane // 8)) % 8) * 16
-                                self.copy_16(swizzled, source, lane % 8 * 16 + 1024)
-                    cute.arch.cp_async_commit_group()
-                    cute.arch.cp_async_wait_group(0)
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.mbarrier_arrive(full + stage)
+                    if const_expr(self.has_codes):
+                        bad = bad | self.fetch_rows(
+                            kv,
+                            table,
+                            request,
+                            token,
+                            end,
+                            head_kv,
+                            full,
+                            empty,
+                            stage,
+                            phase,
+                            sm_info,
+                            ring_base,
+                            pages,
+                        )
+                    else:
+                        cute.arch.mbarrier_wait(empty + stage, phase)
+                        for half in cutlass.range_constexpr(2):
+                            position = token + lane + half * 32
+                            column = position // page_size
+                            page = Int32(-1)
+                            if position < end:
+                                page = table[request, column]
+                                if (page < 0) | (page >= kv.shape[0]):
+                                    page = Int32(-1)
+                                    bad = bad | PAGE_OUT_OF_RANGE
+                            seen = Int32(cute.arch.vote_ballot_sync(page >= 0))
+                            if lane == 0:
+                                sm_info[half, stage] = seen
+                            line = kv[page if page >= 0 else Int32(0), position - column * page_size, head_kv, None]
+                            rows[half] = line.iterator.toint() + (0 if page >= 0 else 1)
+                        for half in cutlass.range_constexpr(2):
+                            for i in cutlass.range(0, 32, 4, unroll=1):
+                                group = (
+                                    ring_base
+                                    + stage * (M * self.d_qk * 2)
+                                    + (half * 4 + i // 8) * self.box_bytes
+                                    + i % 8 * 128
+                                )
+                                for j in cutlass.range_constexpr(4):
+                                    source = cute.arch.shuffle_sync(rows[half], i + j)
+                                    swizzled = group + j * 128 + ((lane ^ (i + j)) % 8) * 16 + lane // 8 * 1024
+                                    self.copy_16(swizzled, source, lane * 16)
+                                    self.copy_16(swizzled + 4096, source, lane * 16 + 512)
+                                if const_expr(self.d_qk > D_V):
+                                    source = cute.arch.shuffle_sync(rows[half], i + lane // 8)
+                                    swizzled = group + 8192 + lane // 8 * 128 + ((lane ^ (i + lane // 8)) % 8) * 16
+                                    self.copy_16(swizzled, source, lane % 8 * 16 + 1024)
+                        cute.arch.cp_async_commit_group()
+                        cute.arch.cp_async_wait_group(0)
+                        cute.arch.fence_view_async_shared()
+                        cute.arch.mbarrier_arrive(full + stage)
                     stage += 1
                     if stage == self.stages:
                         stage = Int32(0)
@@ -551,7 +600,7 @@ class DecodeDenseSmall:
         pair = (lane % 4) * 2  # its rows: 8 g + pair and the next, for each g
 
         sm_q = st.q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
-        sm_p = st.p.get_tensor(p_layout.outer, swizzle=p_layout.inner)
+        sm_p = st.p.get_tensor(p_layout.outer, swizzle=p_layout.inner, dtype=self.p_dtype)
         sm_top = st.top.get_tensor(cute.make_layout((n, 4), stride=(4, 1)))  # [row, warp]
         sm_factor = st.factor.get_tensor(cute.make_layout(n))
         sm_last = st.last.get_tensor(cute.make_layout(n))
@@ -562,11 +611,20 @@ class DecodeDenseSmall:
         ring_base = st.ring.data_ptr().toint().to(Int32)
 
         thr_qk, thr_pv = qk.get_slice(wtid), pv.get_slice(wtid)
-        a_k = qk.make_fragment_A(thr_qk.partition_A(sm_ring))
         b_q = qk.make_fragment_B(thr_qk.partition_B(sm_q))
-        sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
-        a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (M, M))))
+        if const_expr(self.has_codes):
+            sm_moved = st.q.get_tensor(q_layout.outer, swizzle=q_layout.inner, dtype=Float16)
+            b_codes = pv.make_fragment_B(thr_pv.partition_B(sm_moved))
+            sm_unit = st.unit.get_tensor(cute.make_layout(n))
+        else:
+            a_k = qk.make_fragment_A(thr_qk.partition_A(sm_ring))
+            sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
+            a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (M, M))))
         b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
+        to_log2 = cute.make_rmem_tensor(cute.make_layout(own), Float32)  # from scores to base-2 logits, per row
+        to_log2.fill(scale_log2)
+        held, before = Int32(0), Int32(0)  # see codes.follow_scales
+        tile_bytes = M * self.row_bytes if const_expr(self.has_codes) else self.boxes * self.box_bytes
         s = qk.make_fragment_C(qk.partition_shape_C((64, n)))
         o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(4)]
         mine = cute.make_rmem_tensor(cute.make_layout(per), Float32)
@@ -607,7 +665,12 @@ class DecodeDenseSmall:
                     # everybody is done with the previous request's Q: its last read lies before a barrier of its epilogue
                     where, first_query, s_q = self.queries(cu_seqlens_q, q, request, max_s_q)
                     rows = s_q * group
-                    self.load_q(q, where, first_query, head_kv, group, per_group, rows, q_base, tid)
+                    if const_expr(self.has_codes):
+                        self.load_q_moved(
+                            q, where, first_query, head_kv, group, per_group, rows, q_base, sm_unit, scale_log2, tid
+                        )
+                    else:
+                        self.load_q(q, where, first_query, head_kv, group, per_group, rows, q_base, tid)
                     raw = lengths[request]
                     first_slot = num_splits[request]
                     pieces = num_splits[request + 1] - first_slot
@@ -623,6 +686,9 @@ class DecodeDenseSmall:
                     cute.arch.cp_async_wait_group(0)
                     cute.arch.fence_view_async_shared()
                     cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
+                    if const_expr(self.has_codes):
+                        for i in cutlass.range_constexpr(own):
+                            to_log2[i] = sm_unit[half * (n // 2) + (i // 2) * 8 + pair + i % 2]
 
                     count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
                     begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
@@ -638,20 +704,28 @@ class DecodeDenseSmall:
                             total[i] = Float32(0.0)
                         for m in cutlass.range_constexpr(4):
                             o[m].fill(0.0)
+                        held = Int32(LOWEST_OF_ALL)
                         for token in cutlass.range(start, stop, M, unroll=1):
                             # ---- S^T, this warpgroup's share
                             cute.arch.mbarrier_wait(full + stage, phase)
-                            warpgroup.fence()
-                            for k in cutlass.range_constexpr(2 * self.slices):
-                                at = (
-                                    half * 2 + k % 2,
-                                    k // 2,
-                                )  # 32 of a slice's 64 columns: one copy of the code for both
-                                qk.set(warpgroup.Field.ACCUMULATE, k != 0)
-                                cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
-                            warpgroup.commit_group()
-                            seen_keys = sm_info[0, stage], sm_info[1, stage]
-                            warpgroup.wait_group(0)
+                            tile_base = ring_base + stage * tile_bytes
+                            if const_expr(self.has_codes):
+                                before = held
+                                held, is_odd = self.follow_scales(held, tile_base, earliest - token, stop - token, lane)
+                                self.score_codes(s, b_codes, b_q, tile_base, is_odd, half, wwarp, lane)
+                                seen_keys = sm_info[0, stage], sm_info[1, stage]
+                            else:
+                                warpgroup.fence()
+                                for k in cutlass.range_constexpr(2 * self.slices):
+                                    at = (
+                                        half * 2 + k % 2,
+                                        k // 2,
+                                    )  # 32 of a slice's 64 columns: one copy of the code for both
+                                    qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                                    cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
+                                warpgroup.commit_group()
+                                seen_keys = sm_info[0, stage], sm_info[1, stage]
+                                warpgroup.wait_group(0)
 
                             # ---- X: give the other warpgroup its rows, add what it gives
                             for i in cutlass.range_constexpr(per):
@@ -663,12 +737,16 @@ class DecodeDenseSmall:
                             cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
                             for j in cutlass.range_constexpr(per // 4):
                                 for i in cutlass.range_constexpr(4):
-                                    mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * scale_log2
+                                    mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * to_log2[
+                                        j * 2 + i % 2
+                                    ]
                             if (token + M > stop) | (token < earliest):
                                 # keys that nobody sees may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
                                 # behind X, because every warp must be done with these rows as keys
-                                tile_base = ring_base + stage * self.boxes * self.box_bytes
-                                self.clear_unseen(tile_base, half, wtid, earliest - token, stop - token)
+                                if const_expr(self.has_codes):
+                                    self.clear_unseen_codes(tile_base, half, wtid, earliest - token, stop - token)
+                                else:
+                                    self.clear_unseen(tile_base, half, wtid, earliest - token, stop - token)
                             last_seen = stop if stop < shortest else shortest
                             is_partial = (token + M > last_seen) | (token < length - window)
                             if is_partial | (seen_keys[0] != -1) | (seen_keys[1] != -1):
@@ -719,7 +797,12 @@ class DecodeDenseSmall:
                                 if wwarp == 0:
                                     if lane < 4:
                                         sm_factor[row] = factor
-                            self.store_p(mine, p_base, half, wwarp, lane)
+                            if const_expr(self.has_codes):
+                                self.store_weights(
+                                    mine, held, tile_base, earliest - token, stop - token, p_base, half, wwarp, lane
+                                )
+                            else:
+                                self.store_p(mine, p_base, half, wwarp, lane)
                             cute.arch.fence_view_async_shared()
                             cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
 
@@ -731,14 +814,22 @@ class DecodeDenseSmall:
                                     o[m][g * 4 + 1] = o[m][g * 4 + 1] * f1
                                     o[m][g * 4 + 2] = o[m][g * 4 + 2] * f0
                                     o[m][g * 4 + 3] = o[m][g * 4 + 3] * f1
-                            warpgroup.fence()
-                            pv.set(warpgroup.Field.ACCUMULATE, True)
-                            for k in cutlass.range_constexpr(M // 16):
-                                for m in cutlass.range_constexpr(4):
-                                    cute.gemm(
-                                        pv, o[m], a_v[None, None, k, half * 4 + m, 0, stage], b_p[None, None, k], o[m]
-                                    )
-                            warpgroup.commit_group()
+                            if const_expr(self.has_codes):
+                                self.rescale(o, before, held, 0, half)
+                                self.weigh_codes(o, b_p, tile_base, is_odd, half, wwarp, lane)
+                            else:
+                                warpgroup.fence()
+                                pv.set(warpgroup.Field.ACCUMULATE, True)
+                                for k in cutlass.range_constexpr(M // 16):
+                                    for m in cutlass.range_constexpr(4):
+                                        cute.gemm(
+                                            pv,
+                                            o[m],
+                                            a_v[None, None, k, half * 4 + m, 0, stage],
+                                            b_p[None, None, k],
+                                            o[m],
+                                        )
+                                warpgroup.commit_group()
                             if token + M >= stop:
                                 self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
                             warpgroup.wait_group(0)
@@ -754,6 +845,8 @@ class DecodeDenseSmall:
                                 barrier_id=BAR_Q, number_of_threads=256
                             )  # sums of the piece before are read
                             self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
+                        if const_expr(self.has_codes):
+                            self.rescale(o, held, Int32(0), -141, half)
                         if pieces > 1:
                             self.store_partial(o, target + (half * n * 1024 + wwarp * 512 + lane * 16), rows)
                         else:
@@ -980,11 +1073,19 @@ class DecodeDenseSmall:
             row = row + (lane >> 2 & 1)
             if (member == 0) & (many > 0) & (row < rows):
                 token, head = self.split_row(row, head_kv, group, per_group)
-                packed.store(four.load().to(self.dtype))
-                words = cute.recast_tensor(packed, Int32)
                 line = cute.recast_tensor(out[where, first_query + token, head, None], Int32)
-                line[eighth * 8 + (lane >> 3)] = words[0]
-                line[eighth * 8 + 4 + (lane >> 3)] = words[1]
+                words = cute.recast_tensor(packed, Int32)
+                if const_expr(self.has_codes):  # its columns are 2 c and 2 c + 1
+                    x = four[1]
+                    four[1] = four[2]
+                    four[2] = x
+                    packed.store(four.load().to(self.dtype))
+                    line[eighth * 8 + (lane >> 3) * 2] = words[0]
+                    line[eighth * 8 + (lane >> 3) * 2 + 1] = words[1]
+                else:
+                    packed.store(four.load().to(self.dtype))
+                    line[eighth * 8 + (lane >> 3)] = words[0]
+                    line[eighth * 8 + 4 + (lane >> 3)] = words[1]
 
     @cute.jit
     def await_stats(self, held: cute.Tensor, address: Int64, count: Int32, lane: Int32):
@@ -1106,8 +1207,8 @@ class DecodeDenseSmall:
     @cute.jit
     def store_p(self, mine: cute.Tensor, p_base: Int32, half: Int32, wwarp: Int32, lane: Int32):
         """P as [row, key], rounded, transposed on the way: eight rows and sixteen keys per stmatrix."""
-        packed = cute.make_rmem_tensor(mine.layout, self.dtype)
-        packed.store(mine.load().to(self.dtype))
+        packed = cute.make_rmem_tensor(mine.layout, self.p_dtype)
+        packed.store(mine.load().to(self.p_dtype))
         words = cute.recast_tensor(packed, Int32)
         for g in cutlass.range_constexpr(self.n // 16):
             row = half * (self.n // 2) + g * 8 + lane % 8
@@ -1225,12 +1326,15 @@ class DecodeDenseSmall:
             for m in cutlass.range_constexpr(4):
                 values[0], values[1] = o[m][g * 4] * f0, o[m][g * 4 + 1] * f1
                 values[2], values[3] = o[m][g * 4 + 2] * f0, o[m][g * 4 + 3] * f1
-                packed.store(values.load().to(self.dtype))
                 chunk = (half * 4 + m) * 8 + wwarp * 2 + (lane // 8) % 2  # eight columns
-                cute.arch.inline_ptx(
-                    "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
-                    read_only_args=[stage_base + row * (D_V * 2) + (chunk ^ (lane % 8)) * 16, words[0], words[1]],
-                )
+                if const_expr(self.has_codes):
+                    self.stage_pairs(values, packed, stage_base, g * 8 + pair, (half * 4 + m) * 8 + wwarp * 2, lane)
+                else:
+                    packed.store(values.load().to(self.dtype))
+                    cute.arch.inline_ptx(
+                        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
+                        read_only_args=[stage_base + row * (D_V * 2) + (chunk ^ (lane % 8)) * 16, words[0], words[1]],
+                    )
         cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
         for i in cutlass.range_constexpr(n // 8):
             row = tid // 32 + i * 8
@@ -1272,7 +1376,7 @@ class DecodeDenseSmall:
         )
 
 
-def fake_arguments(dtype: Any, rows: int, d_qk: int = 576) -> list[Any]:
+def fake_arguments(dtype: Any, rows: int, d_qk: int = 576, row_bytes: int = 0) -> list[Any]:
     """Arguments for `toolchain.compile_kernel(DecodeDenseSmall(...), ...)`: every extent and stride left open."""
     from cutlass.cute.runtime import make_fake_tensor
 
@@ -1281,7 +1385,10 @@ def fake_arguments(dtype: Any, rows: int, d_qk: int = 576) -> list[Any]:
     sym, div = cute.sym_int, [cute.sym_int64(divisibility=8) for _ in range(6)]  # rows start at 16-byte multiples
     out_step = [cute.sym_int64(divisibility=8) for _ in range(3)]
     q = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[:3], 1), assumed_align=16)
-    kv = make_fake_tensor(dtype, (sym(), sym(), sym(), d_qk), stride=(*div[3:], 1), assumed_align=16)
+    kv_type, kv_step = (
+        (dtype, div[3:]) if not row_bytes else (Uint8, [cute.sym_int64(divisibility=16) for _ in range(3)])
+    )
+    kv = make_fake_tensor(kv_type, (sym(), sym(), sym(), row_bytes or d_qk), stride=(*kv_step, 1), assumed_align=16)
     return [
         q,
         kv,

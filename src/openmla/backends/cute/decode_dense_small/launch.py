@@ -23,8 +23,9 @@ def build(config: Config, out_dir: Path) -> CompiledObject:
     from openmla.backends.cute.decode_dense_small import kernel
 
     element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
-    code = kernel.DecodeDenseSmall(element, config.rows, d_qk=config.d_qk, stages=config.stages)
-    return compile_kernel(code, kernel.fake_arguments(element, config.rows, config.d_qk), config.name, out_dir=out_dir)
+    shape = {"d_qk": config.d_qk, "row_bytes": config.row_bytes}
+    code = kernel.DecodeDenseSmall(element, config.rows, stages=config.stages, **shape)
+    return compile_kernel(code, kernel.fake_arguments(element, config.rows, **shape), config.name, out_dir=out_dir)
 
 
 @cache
@@ -69,6 +70,8 @@ def launch(
     else:
         q, out, lse = q[None], out[None], lse[None]
     kv_cache = operands.kv_cache
+    if kv_cache.element_size() == 1 and kv_cache.dtype != torch.uint8:
+        kv_cache = kv_cache.view(torch.uint8)
     if groups != kv_cache.shape[2]:
         kv_cache = kv_cache.expand(-1, -1, groups, -1)
     function(
