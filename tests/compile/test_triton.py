@@ -16,7 +16,13 @@ import pytest
 import torch
 
 from openmla import backends
-from openmla.backends.base import DecodeOperands, PrefillOperands, SparseDecodeOperands, SparsePrefillOperands
+from openmla.backends.base import (
+    AppendOperands,
+    DecodeOperands,
+    PrefillOperands,
+    SparseDecodeOperands,
+    SparsePrefillOperands,
+)
 from openmla.backends.triton import DECODE, KERNELS, PREFILL, SPARSE_DECODE, SPARSE_PREFILL, config, prefill_config
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem, PrefillProblem, SparseDecodeProblem, SparsePrefillProblem
@@ -395,11 +401,12 @@ def test_append(target, layout, monkeypatch, tmp_path):
     recorder = Recorder(append.append_kernel)
     monkeypatch.setattr(append, "append_kernel", recorder)
     stored = kv_layout(layout)
-    append.append(
-        stored.empty_cache(4, 64), stored, torch.zeros(3, dtype=torch.int64),
-        torch.zeros(3, stored.d_qk, dtype=torch.bfloat16), rope=Rope.of_base(64, 16),
-        positions=torch.zeros(3, dtype=torch.int64),
+    operands = AppendOperands(
+        stored.empty_cache(4, 64), torch.zeros(3, dtype=torch.int64), torch.zeros(3, stored.d_qk, dtype=torch.bfloat16),
+        torch.zeros(1, dtype=torch.int32), Rope.of_base(64, 16), torch.zeros(3, dtype=torch.int64),
     )  # fmt: skip
+    monkeypatch.setattr(append, "converts_to_e4m3", lambda device: target in ("h100_sxm", "b200"))
+    append.append(stored, operands, 2)
     found = compiled(recorder, target)
     assert spilled(found, tmp_path) <= 8  # the return address of an exact division
     assert found.metadata.shared <= 4096

@@ -202,17 +202,24 @@ def section_append(device: str) -> Iterator[Item]:
 
 
 def judge_append(layout: str, dtype: torch.dtype, has_rope: bool, device: str) -> dict[str, Any]:
-    from openmla.backends.triton.append import append
+    from openmla.backends.triton import kernels
+    from openmla.ops.append import append
+
+    kernels.APPENDED = BYTE_LAYOUT_NAMES  # what this section is about to check
 
     generator, stored = torch.Generator().manual_seed(0), kv_layout(layout)
     count = 2000 if device != "cpu" else 20
     rows = torch.randn(count, stored.d_qk, generator=generator) * torch.exp2(torch.arange(count) % 30 - 15.0)[:, None]
+    rows = rows.clamp(-65504, 65504)  # the bytes of a group with an inf are free
     rows, slots = rows.to(dtype), torch.randperm(64 * 40, generator=generator)[:count]
     rope = Rope.of_base(64, 4000) if has_rope else None
     positions = torch.randint(0, 4000, (count,), generator=generator) if has_rope else None
     mine, expected = (stored.empty_cache(40, 64).fill_(1) for _ in range(2))
     mine = mine.to(device) if not stored.page_align_bytes > 1 else stored.empty_cache(40, 64, device=device).fill_(1)
-    append(mine, layout, slots.to(device), rows.to(device), rope=to(device, rope), positions=to(device, positions))
+    append(
+        mine, slots.to(device), rows.to(device), kv_layout=layout, rope=to(device, rope), positions=to(device, positions),
+        backend="triton",
+    )  # fmt: skip
     if rope is not None and positions is not None:
         rows = rope.rotated(rows[:, None], stored.d_qk - 64, positions)[:, 0]
     quant.write_rows(expected, layout, slots, rows)

@@ -8,16 +8,21 @@ import triton
 import triton.language as tl
 
 import openmla
-from openmla.backends.triton.append import append, bf16_bits, encode_e2m1, encode_e4m3
+from openmla.backends.triton.append import bf16_bits, encode_e2m1, encode_e4m3
 from openmla.core.errors import ProblemError
 from openmla.core.faults import Fault
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
 from openmla.mods import Rope
+from openmla.ops.append import append as append_anywhere
 from openmla.reference import quant
 
 LAYOUTS = [*BYTE_LAYOUT_NAMES, "bf16_576", "fp16_40", "fp32_576"]
 PAGE_SIZE, NUM_PAGES = 5, 4
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def append(cache, layout, slots, rows, **rope):
+    append_anywhere(cache, slots, rows, kv_layout=layout, backend="triton", **rope)
 
 
 def poisoned(layout: str) -> torch.Tensor:
@@ -120,7 +125,7 @@ def test_bad_arguments_are_listed_at_once():
     with pytest.raises(ProblemError) as caught:
         append(cache[..., 1:], "fp8_656", torch.zeros(3), torch.zeros(2, 576), positions=torch.zeros(3))
     assert len(caught.value.violations) == 4
-    with pytest.raises(ProblemError, match="rope rotates 1024 columns, but a token of fp8_656 has 576"):
+    with pytest.raises(ProblemError, match="rope rotates 1024 columns, but rows have 576"):
         append(
             cache, "fp8_656", torch.zeros(1, dtype=torch.int64), torch.zeros(1, 576), rope=Rope.of_base(1024, 3),
             positions=torch.zeros(1, dtype=torch.int32),
@@ -135,9 +140,9 @@ def encode(x_ptr, out_ptr, FORMAT: tl.constexpr, COUNT: tl.constexpr):
     place = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     x = tl.load(x_ptr + place)
     if FORMAT == "e4m3":
-        code = encode_e4m3(x)
+        code = encode_e4m3(x).to(tl.int32)
     elif FORMAT == "e2m1":
-        code = encode_e2m1(x)
+        code = encode_e2m1(x, x * 0 + 1.0)
     else:
         code = bf16_bits(x).to(tl.int32)
     tl.store(out_ptr + place, code)

@@ -25,6 +25,7 @@ from openmla.core import env, incidents
 from openmla.core.errors import ConfigError, UnsupportedError
 from openmla.core.layout import kv_layout
 from openmla.core.problem import (
+    AppendProblem,
     DecodeProblem,
     PrefillProblem,
     Problem,
@@ -34,7 +35,7 @@ from openmla.core.problem import (
 from openmla.core.target import Target
 
 BACKENDS: tuple[str, ...] = ("cute", "triton", "torch")
-OPS: tuple[str, ...] = ("decode", "sparse_decode", "sparse_prefill", "prefill")
+OPS: tuple[str, ...] = ("decode", "sparse_decode", "sparse_prefill", "prefill", "append")
 
 _log = logging.getLogger("openmla")
 
@@ -72,6 +73,10 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
         Unbuilt("prefill", "cute", "prefill_varlen", "not built yet: dense prefill through flash-attn-4 on Hopper"),
         Unbuilt("prefill", "triton", "prefill_varlen", _NOT_ON_A_GPU),
         Slot("openmla.backends.torch", "PREFILL"),
+    ),
+    "append": (
+        Slot("openmla.backends.triton", "APPEND"),
+        Slot("openmla.backends.torch", "APPEND"),
     ),
 }
 
@@ -290,4 +295,6 @@ def typical_problem(op: str) -> Problem:
         return SparsePrefillProblem(4096, 32768, 128, 1, 576, 512, dtype, 2048)
     if op == "prefill":
         return PrefillProblem(2, 16384, 16384, 8192, 8192, 128, 128, 192, 128, dtype, is_causal=True)
+    if op == "append":
+        return AppendProblem(576, dtype, kv_layout("fp8_656"), 64, 65536, 64)
     raise ConfigError(f"unknown operation {op!r}; use one of: {', '.join(OPS)}")

@@ -16,7 +16,7 @@ import torch
 
 from openmla.core.problem import Problem
 from openmla.core.target import Target
-from openmla.mods import Attached
+from openmla.mods import Attached, Rope
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,23 @@ Repeatable = Callable[
 ]  # of q, kv_cache, block_table, cache_seqlens, out, lse
 
 
+class AppendOperands(NamedTuple):
+    """Tensors of one append. `out` is the cache: of its rows, those of the slots are written."""
+
+    out: torch.Tensor  # [num_pages, page_size, 1, row_elements]
+    slots: torch.Tensor  # [n] int64 or int32: page * page_size + offset; -1 is no slot
+    rows: torch.Tensor  # [n, d_qk]
+    fault_word: torch.Tensor
+    rope: Rope | None = None
+    positions: torch.Tensor | None = None  # [n] int64 or int32, with rope
+
+
 class Kernel(Protocol):
     """One way to run one operation. `config` is the kernel's own frozen dataclass, opaque to everybody else."""
 
     @property
     def op(self) -> str:
-        """The operation: decode, sparse_decode, sparse_prefill or prefill."""
+        """The operation: decode, sparse_decode, sparse_prefill, prefill or append."""
         ...
 
     @property

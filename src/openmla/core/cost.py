@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from openmla.core.problem import DecodeProblem, PrefillProblem, Problem, SparseDecodeProblem, SparsePrefillProblem
+from openmla.core.problem import (
+    AppendProblem,
+    DecodeProblem,
+    PrefillProblem,
+    Problem,
+    SparseDecodeProblem,
+    SparsePrefillProblem,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def cost(problem: Problem, seqlens_k: Sequence[int] | None = None, seqlens_q: Se
 
     Args:
         problem: what is asked.
-        seqlens_k: keys per request (decode, prefill); default: every request at its capacity.
+        seqlens_k: keys per request (decode, prefill), or new ones (append); default: every request at its capacity, 1 in all.
         seqlens_q: query tokens per request (varlen); default: s_q (max_seqlen_q) for each.
     """
     if isinstance(problem, DecodeProblem):
@@ -66,6 +73,9 @@ def cost(problem: Problem, seqlens_k: Sequence[int] | None = None, seqlens_q: Se
             unique * problem.h_kv * problem.d_qk * itemsize
             + rows * (_row_bytes(problem.d_qk, problem.d_v, itemsize) + 4),
         )
+    if isinstance(problem, AppendProblem):
+        tokens = 1 if seqlens_k is None else sum(int(s_k) for s_k in seqlens_k)
+        return Cost(0, tokens * (problem.d_qk * problem.dtype.itemsize + problem.layout.bytes_per_token))
     return _prefill(problem, seqlens_k, seqlens_q)
 
 

@@ -18,7 +18,7 @@ from openmla.core.errors import ConfigError, ProblemError
 from openmla.core.layout import KVLayout, kv_layout, plain_layout
 
 if TYPE_CHECKING:  # a layer above
-    from openmla.mods import Attached, Mods
+    from openmla.mods import Attached, Mods, Rope
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,13 +36,7 @@ class _Violations:
         return holds
 
     def tensor(
-        self,
-        name: str,
-        value: object,
-        ndim: int,
-        dtypes: tuple[torch.dtype, ...],
-        device: torch.device,
-        shape: str,
+        self, name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...], device: torch.device, shape: str
     ) -> bool:
         """Rank, dtype, device and a contiguous last dimension of one argument."""
         if not isinstance(value, torch.Tensor):
@@ -51,9 +45,7 @@ class _Violations:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         fine = self.rule(value.dim() == ndim, f"{name} must be {shape}, got shape {tuple(value.shape)}")
         fine &= self.rule(value.dtype in dtypes, f"{name} must be {names}, got {_short(value.dtype)}; convert it first")
-        fine &= self.rule(
-            value.device == device, f"{name} must be on {device} like the first argument, got {value.device}"
-        )
+        fine &= self.rule(value.device == device, f"{name} must be on {device} like the others, got {value.device}")
         fine &= self.rule(value.layout == torch.strided, f"{name} must be a strided tensor, got {value.layout}")
         if value.layout == torch.strided and value.dim() == ndim and ndim > 0:
             fine &= self.rule(
@@ -218,7 +210,6 @@ class DecodeProblem:
     """s_q new tokens per request over a dense paged latent cache."""
 
     op = "decode"
-
     batch: int
     s_q: int  # tokens per request; with is_varlen the longest of the batch
     total_q: int  # query tokens in all; batch * s_q unless is_varlen
@@ -302,8 +293,7 @@ class DecodeProblem:
             is_scale_positive=softmax_scale is None or softmax_scale > 0, is_batch_invariant=is_batch_invariant, mods=None if mods is None else mods.form,
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        return _describe(self)
+    __str__ = _describe
 
 
 @dataclass(frozen=True)
@@ -325,7 +315,6 @@ class SparseDecodeProblem:
     """s_q new tokens per request, each over its own `topk` slots of a paged latent cache."""
 
     op = "sparse_decode"
-
     batch: int
     s_q: int
     total_q: int
@@ -403,8 +392,7 @@ class SparseDecodeProblem:
             is_aligned=_pages_are_aligned(kv_cache) and (extra is None or _pages_are_aligned(extra_kv_cache)),
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        return _describe(self)
+    __str__ = _describe
 
 
 def _selection(
@@ -438,7 +426,6 @@ class SparsePrefillProblem:
     """s_q tokens, each over its own `topk` rows of an unpaged latent KV tensor."""
 
     op = "sparse_prefill"
-
     s_q: int
     s_kv: int
     h_q: int
@@ -493,8 +480,7 @@ class SparsePrefillProblem:
             has_topk_length=topk_length is not None, has_sink=attn_sink is not None,
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        return _describe(self)
+    __str__ = _describe
 
 
 @dataclass(frozen=True)
@@ -502,7 +488,6 @@ class PrefillProblem:
     """Varlen multi-head attention over expanded K and V: the prefill (and training) form of MLA."""
 
     op = "prefill"
-
     batch: int
     total_q: int
     total_k: int
@@ -568,8 +553,48 @@ class PrefillProblem:
             is_causal=is_causal, needs_grad=q.requires_grad or k.requires_grad or v.requires_grad,
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        return _describe(self)
+    __str__ = _describe
 
 
-Problem = DecodeProblem | SparseDecodeProblem | SparsePrefillProblem | PrefillProblem
+@dataclass(frozen=True)
+class AppendProblem:
+    """New tokens for a paged latent cache. Their number is no part of it."""
+
+    op = "append"
+    d_qk: int
+    dtype: torch.dtype  # of the rows
+    layout: KVLayout
+    page_size: int
+    num_pages: int
+    d_rope: int = 0  # last columns of a row that are rotated on their way; 0: none
+
+    @classmethod
+    def from_tensors(
+        cls, cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, layout: KVLayout | str | None,
+        rope: Rope | None = None, positions: torch.Tensor | None = None,
+    ) -> AppendProblem:  # fmt: skip
+        """Raises ProblemError with every violation at once."""
+        bad = _Violations("append")
+        device = cache.device if isinstance(cache, torch.Tensor) else torch.device("cpu")
+        fine = bad.tensor("rows", rows, 2, QUERY_DTYPES, device, "[n, d_qk]")
+        for name, each in ({"slots": slots} | ({} if positions is None else {"positions": positions})).items():
+            if bad.tensor(name, each, 1, (torch.int64, torch.int32), device, "[n]") and fine:
+                bad.rule(len(each) == len(rows), f"{name} must have {len(rows)} entries like rows, got {len(each)}")
+        bad.rule((rope is None) == (positions is None), "rope and positions belong together; give both or neither")
+        if not fine:
+            bad.raise_if_any()
+        d_qk = rows.shape[1]
+        found = _cache(bad, "cache", cache, layout, getattr(cache, "dtype", rows.dtype), d_qk, min(d_qk, 512), device)
+        if found is not None:
+            bad.rule(cache.shape[2] == 1, f"cache must have one KV head, got {cache.shape[2]}; append head by head")
+        d_rope = 0 if rope is None else 2 * rope.cos.shape[1]
+        bad.found += [] if rope is None else rope.violations(d_rope, 0, 0, device)
+        bad.rule(d_rope <= d_qk, f"rope rotates {d_rope} columns, but rows have {d_qk}")
+        bad.raise_if_any()
+        assert found is not None
+        return cls(d_qk, rows.dtype, found, cache.shape[1], cache.shape[0], d_rope)
+
+    __str__ = _describe
+
+
+Problem = DecodeProblem | SparseDecodeProblem | SparsePrefillProblem | PrefillProblem | AppendProblem

@@ -21,6 +21,8 @@ import torch
 from openmla.core.errors import OutOfPagesError, ProblemError
 from openmla.core.layout import KVLayout, kv_layout
 from openmla.kv.allocator import PageAllocator
+from openmla.mods import Rope
+from openmla.ops.append import append
 from openmla.reference import quant
 
 
@@ -119,16 +121,26 @@ class PagedKVCache:
             self._written[request] = [self.allocator.length(request)] * self.num_layers
         return torch.tensor(slots, dtype=torch.int64, device=self.device)
 
-    def write(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Write rows into slots of one layer, quantised if the layout is.
+    def write(
+        self,
+        layer: int,
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        rope: Rope | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        """Write rows into slots of one layer, quantised if the layout is; on a GPU with Triton in one launch, without waiting.
 
         Args:
             layer: which pool.
             slots: [n] int64, page * page_size + offset, from `extend` or `slots`. A slot of -1 is skipped.
             rows: [n, d_qk] bf16|fp16|fp32: latent, then RoPE, of each token.
+            rope, positions: rotate the RoPE columns on their way, see `openmla.ops.append.append`; default: they are rotated.
 
         Raises:
-            ProblemError: shapes contradict each other or the layout.
+            ProblemError: shapes contradict each other or the layout; on a CPU also a slot outside of the cache, which on a
+                GPU is skipped and reported by `openmla.check_errors`.
         """
         pool = self.pages(layer)
         bad = []
@@ -141,7 +153,8 @@ class PagedKVCache:
             )
         if bad:
             raise ProblemError("write", bad)
-        quant.write_rows(pool, self.layout, slots, rows)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        append(pool, slots, rows, kv_layout=self.layout, rope=rope, positions=positions)
 
     def append(self, layer: int, request: Hashable, rows: torch.Tensor) -> torch.Tensor:
         """Add tokens of one request to one layer; the first layer to get them makes room in all.

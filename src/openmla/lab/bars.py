@@ -156,6 +156,8 @@ def _value(kind: str, case: str, table: dict[str, list[Row]]) -> float | None:
     if kind == "gemm":
         product = next((row for row in run if row.who == "gemm"), None)
         return own.tflops / product.tflops if product else None
+    if kind == "copy":
+        return own.ratio.get("copy")
     base = ours(table.get(case.replace(_BASE_POLICY, ""), []))
     return own.median_us / base.median_us - 1 if base else None
 

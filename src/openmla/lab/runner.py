@@ -26,7 +26,7 @@ import torch
 
 from openmla.core.cost import Cost, cost
 from openmla.core.target import Target
-from openmla.lab import ceilings, clock, gate, peers, store, workload
+from openmla.lab import ceilings, clock, gate, peers, store, workload, writers
 from openmla.lab.peers import Contender, Refusal
 from openmla.lab.progress import LiveDisplay
 from openmla.lab.store import Row
@@ -106,11 +106,12 @@ def run_case(
     """Measure one case."""
     result = CaseResult(case)
     device = torch.device("cuda" if target.is_cuda else "cpu")
-    first = workload.decode_inputs(case, device)
+    make: Callable[..., Any] = writers.append_inputs if case.op == "append" else workload.decode_inputs
+    first = make(case, device)
     work = _work(case, first)
     in_graph = target.is_cuda and _floor_us(work, roof, case) < GRAPH_BELOW_US
     count = workload.num_sets(case, target, work.bytes, is_rotated=in_graph or not target.is_cuda)
-    sets = [first, *(workload.decode_inputs(case, device, index) for index in range(1, count))]
+    sets = [first, *(make(case, device, index) for index in range(1, count))]
     contenders = _contenders(suite, case, sets, options, target, result)
     passed: list[tuple[Contender, str]] = []
     for each in contenders:
@@ -170,8 +171,9 @@ def _contenders(
 ) -> list[Contender]:
     """Ours and the peers; those that cannot take part leave their reason in `result`."""
     names = case.peers or suite.peers if options.peers is None else options.peers
-    asked = [peers.backend(case, sets, target, name) for name in options.backends]
-    asked += [peers.peer(case, sets, target, name) for name in names]
+    source: Any = writers if case.op == "append" else peers
+    asked = [source.backend(case, sets, target, name) for name in options.backends]
+    asked += [source.peer(case, sets, target, name) for name in names]
     ready: dict[str, Contender] = {}
     for each in asked:
         if isinstance(each, Refusal):
@@ -181,8 +183,8 @@ def _contenders(
     return list(ready.values())
 
 
-def _work(case: Case, inputs: workload.DecodeInputs) -> Cost:
-    return cost(peers.problem_of(case, inputs), inputs.lengths)
+def _work(case: Case, inputs: Any) -> Cost:
+    return cost(writers.problem(case) if case.op == "append" else peers.problem_of(case, inputs), inputs.lengths)
 
 
 def _floor_us(work: Cost, roof: ceilings.Ceilings, case: Case) -> float:
@@ -198,7 +200,7 @@ def _gate(case: Case, sets: peers.Sets, contender: Contender, say: Progress) -> 
         out, lse = contender.call(0)
     except (RuntimeError, AssertionError, MemoryError) as error:
         return gate.Verdict(False, f"failed: {type(error).__name__}: {error}")
-    verdict = gate.check(case, sets[0], out, lse)
+    verdict = writers.check(case, sets[0]) if case.op == "append" else gate.check(case, sets[0], out, lse)  # type: ignore[arg-type]
     say(f"  gate {contender.who}: {'green' if verdict.is_green else 'RED'}, {verdict.text}")
     return verdict
 

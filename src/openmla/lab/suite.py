@@ -39,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16,
 
 # key -> legal values; a range stands for every int in it. 2^21 keys is twice the longest context in use (1 M tokens).
 _RULES: dict[str, tuple[object, ...] | range | type] = {
-    "op": ("decode",),
+    "op": ("decode", "append"),
     "batch": range(1, 65_537),
     "s_q": range(1, 1025),
     "h_q": range(1, 1025),
@@ -112,7 +112,12 @@ class Case:
         return DTYPES[self.dtype]
 
     def draw_lengths(self) -> list[int]:
-        """Keys of each request; a function of the case alone, so that every machine and day measures the same batch."""
+        """Keys of each request; a function of the case alone, so that every machine and day measures the same batch.
+
+        With op "append", the keys that are written: s_q behind s_k others (see `openmla.lab.writers`).
+        """
+        if self.op == "append":
+            return [self.s_q] * self.batch
         if self.lengths == "fixed":
             return [self.s_k] * self.batch
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.batch} {self.s_k} {self.seed}".encode()))
@@ -123,6 +128,7 @@ class Case:
 BAR_VALUES = {
     "ratio": "the fastest peer's time over ours",
     "gemm": "our TFLOP/s over those of the square product timed in turn",
+    "copy": "the time of a copy of as many bytes, timed in turn, over ours",
     "read": "our GB/s over the measured read bandwidth",
     "median_us": "our median time",
     "policy_cost": "our time over the same case's under the policy balanced, less 1",
@@ -256,7 +262,7 @@ def sweep(choices: Mapping[str, Any], peers: tuple[str, ...] = ()) -> Suite:
 
 
 _NAME = re.compile(
-    r"(?P<op>decode)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
+    r"(?P<op>decode|append)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
     r"(-hkv(?P<h_kv>\d+))?(-d(?P<d_qk>\d+)x(?P<d_v>\d+))?"
     rf"(-(?P<layout>{'|'.join(sorted(BYTE_LAYOUT_NAMES, key=len, reverse=True))}))?"
     r"(-p(?P<page_size>\d+))?(-(?P<lengths>varlen))?(?P<is_causal>-causal)?(-(?P<policy>batch_invariant))?"

@@ -51,12 +51,13 @@ def try_out(kernel: Kernel, config: Any, problem: Any, target: Target, device: t
     """Try a variant once per process.
 
     Returns:
-        Why its result is wrong; empty when it is right, was tried before, or cannot be tried (mods, capture).
+        Why its result is wrong; empty when it is right, was tried before, or cannot be tried (mods, capture, an operation
+        that computes no attention).
 
     Raises:
         Whatever planning, compiling and launching raise.
     """
-    if not is_wanted(kernel, target) or getattr(problem, "mods", None) is not None:
+    if problem.op not in _TRIALS or not is_wanted(kernel, target) or getattr(problem, "mods", None) is not None:
         return ""
     # A Hopper kernel's config says all of its code. Triton compiles more variants than that, one per option of a call:
     # trying each of them would cost seconds apiece, so one call per tile, dtype and layout stands for them.

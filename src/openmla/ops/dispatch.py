@@ -121,6 +121,8 @@ def _make(selection: Selection, problem: Problem, target: Target, wanted: str, d
 
 
 def _tokens(problem: Any) -> int:
+    if problem.op == "append":
+        return 0  # of one call: they are no part of the problem
     return int(problem.s_q if problem.op == "sparse_prefill" else problem.total_q)
 
 

@@ -1,4 +1,4 @@
-"""The four kernels of the PyTorch backend."""
+"""The kernels of the PyTorch backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from openmla.backends.torch import anywhere, tiled
 from openmla.backends.torch.backward import prefill_backward
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.reference import quant
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class TorchConfig:
 
 @dataclass(frozen=True)
 class _TorchKernel:
-    """Runs every valid problem on every device; the shared half of the four kernels."""
+    """Runs every valid problem on every device; the shared half of the kernels."""
 
     op: str
     name: str
@@ -81,8 +82,24 @@ class _PrefillKernel(_TorchKernel):
             return prefill_backward(problem, operands, grad_out)
 
 
+@dataclass(frozen=True)
+class _AppendKernel(_TorchKernel):
+    def launch(self, compiled: TorchConfig, problem: Any, operands: Any, plan: Any) -> None:
+        """Writes the rows into their slots. Looks at the slots' values, so on a GPU it waits.
+
+        Raises:
+            ProblemError: a slot is below -1 or beyond the cache.
+        """
+        rows = operands.rows
+        with torch.no_grad():
+            if operands.rope is not None:
+                rows = operands.rope.rotated(rows[:, None], problem.d_qk - problem.d_rope, operands.positions)[:, 0]
+            quant.write_rows(operands.out, problem.layout, operands.slots, rows)
+
+
 DECODE = _DecodeKernel("decode", "decode_tiled")
 SPARSE_DECODE = _DecodeKernel("sparse_decode", "sparse_decode_tiled")
 SPARSE_PREFILL = _TorchKernel("sparse_prefill", "sparse_prefill_tiled")
 PREFILL = _PrefillKernel("prefill", "prefill_tiled")
-KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL, PREFILL)
+APPEND = _AppendKernel("append", "append")
+KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL, PREFILL, APPEND)

@@ -1,5 +1,5 @@
-"""Portable kernels in Triton: dense decode, sparse decode and sparse prefill on NVIDIA, AMD and in the interpreter."""
+"""Portable kernels in Triton, on NVIDIA, AMD and in the interpreter: attention over caches, and writing them."""
 
-from openmla.backends.triton.kernels import DECODE, KERNELS, PREFILL, SPARSE_DECODE, SPARSE_PREFILL
+from openmla.backends.triton.kernels import APPEND, DECODE, KERNELS, PREFILL, SPARSE_DECODE, SPARSE_PREFILL
 
-__all__ = ["DECODE", "KERNELS", "PREFILL", "SPARSE_DECODE", "SPARSE_PREFILL"]
+__all__ = ["APPEND", "DECODE", "KERNELS", "PREFILL", "SPARSE_DECODE", "SPARSE_PREFILL"]

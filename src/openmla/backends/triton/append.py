@@ -1,36 +1,31 @@
 """Cache append: RoPE of k_pe, quantisation and the scatter into a paged cache in one launch.
 
 A program stores one token. The bytes are those of `openmla.reference.quant.write_rows`, bit for bit, for every layout:
-scales are powers of two found in the bits of the largest magnitude, codes are rounded to nearest even with integer
-arithmetic, divisions are exact and products are not fused with sums. Where a group holds NaN or inf, its scale is not
-finite either, with any payload.
+scales of e4m3 codes are powers of two found in the bits of the largest magnitude, so a product with the reciprocal is the
+exact quotient; codes are rounded to nearest even by the machine's conversion where it has one, else with integer
+arithmetic; other divisions are exact and products are not fused with sums. Where a group holds NaN or inf, its scale is
+not finite either, with any payload.
 
     e4m3   scale = 2 ** ceil(log2(max(amax / 448, 1e-4)))          code = e4m3(x / scale)
     e2m1   scale = e4m3(min(max(amax / 6, 2 ** -9), 448))          code = e2m1(x / scale)
-
-Not connected to `openmla.kv` yet: it has not run on a GPU.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
+from functools import cache as remember
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from openmla.backends.base import AppendOperands
 from openmla.backends.triton.config import stored_rows
 from openmla.backends.triton.launch import MAX_INT32, on_device
 from openmla.backends.triton.rows import decode_e4m3
-from openmla.core import faults
-from openmla.core.errors import ProblemError
-from openmla.core.layout import KVLayout, kv_layout
-from openmla.core.problem import QUERY_DTYPES
-from openmla.mods import Rope
-
-NUM_WARPS = 4  # 512 columns of a token: four per thread
+from openmla.core.layout import KVLayout
 
 # Bit of openmla.core.faults.Fault.
 INDEX_OUT_OF_RANGE = tl.constexpr(8)
@@ -45,8 +40,14 @@ def bf16_bits(x):
 
 
 @triton.jit
-def encode_e4m3(x):
-    """int32 codes of fp32 values of magnitude up to 448, to nearest even; NaN is the pattern of all ones."""
+def encode_e4m3(x, HAS_E4M3: tl.constexpr = False):
+    """uint8 codes of fp32 values of magnitude up to 448, to nearest even; NaN is the pattern of all ones."""
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if HAS_E4M3 else encode_e4m3_by_hand(x).to(tl.uint8)
+
+
+@triton.jit
+def encode_e4m3_by_hand(x):
+    """`encode_e4m3` in integer arithmetic, int32."""
     size = tl.abs(x)
     bits = size.to(tl.uint32, bitcast=True)
     # From 2^-6 on, three bits of mantissa are left, and the exponent changes its bias from 127 to 7.
@@ -59,20 +60,27 @@ def encode_e4m3(x):
 
 
 @triton.jit
-def encode_e2m1(x):
-    """int32 codes 0 to 15 of fp32 values, to nearest even, saturating at 6; NaN becomes 0."""
+def encode_e2m1(x, scale):
+    """int32 codes 0 to 15 of x / scale, to nearest even, saturating at 6; NaN becomes 0.
+
+    A quotient of 24 bits may round to a midpoint, so fp32 rows are divided before (scale 1). One of 11 bits by one of 4
+    cannot, and beside 3 bits of a midpoint the product is exact.
+    """
     size = tl.abs(x)
     # Midpoints between neighbours; a tie goes to the even code.
-    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
-    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
-    code += (size > 5.0).to(tl.int32)
+    code = (size > 0.25 * scale).to(tl.int32) + (size >= 0.75 * scale).to(tl.int32) + (size > 1.25 * scale).to(tl.int32)
+    code += (size >= 1.75 * scale).to(tl.int32) + (size > 2.5 * scale).to(tl.int32)
+    code += (size >= 3.5 * scale).to(tl.int32) + (size > 5.0 * scale).to(tl.int32)
     sign = (x.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) << 3
-    return tl.where(x != x, 0, code | sign)
+    return tl.where((x != x) | (scale != scale), 0, code | sign)
 
 
 @triton.jit
 def load_values(row, column, wanted, cos_row, sin_row, is_beyond, ROPE: tl.constexpr, D_QK: tl.constexpr, D_ROPE: tl.constexpr):  # fmt: skip
-    """fp32 columns of a token, the last D_ROPE of them rotated and rounded to the token's dtype; 0 where not wanted."""
+    """fp32 columns of a token, the last D_ROPE of them rotated and rounded to the token's dtype; 0 where not wanted.
+
+    ROPE None: none of these columns is rotated.
+    """
     x = tl.load(row + column, mask=wanted, other=0.0).to(tl.float32)
     if ROPE is not None:
         FIRST: tl.constexpr = D_QK - D_ROPE
@@ -113,8 +121,11 @@ def store_scales(page, offset, group, scales, LAYOUT: tl.constexpr, SCALE_BYTES:
 def store_token(
     row, page, offset, cos_row, sin_row, is_beyond, ROW_STRIDE: tl.constexpr, LAYOUT: tl.constexpr,
     SCALE_BYTES: tl.constexpr, D_QK: tl.constexpr, D_ROPE: tl.constexpr, D_PADDED: tl.constexpr, ROPE: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
 ):  # fmt: skip
     """Writes the token at `row` to place `offset` of the page that begins at `page`."""
+    # Rotated columns that are quantised too, or not: where all of them come behind the codes, codes skip the rotation.
+    CODED_ROPE: tl.constexpr = None if LAYOUT[2] <= D_QK - D_ROPE else ROPE
     if LAYOUT[0] == "plain":
         column = tl.arange(0, D_PADDED)
         wanted = column < D_QK
@@ -130,32 +141,36 @@ def store_token(
         GROUP: tl.constexpr = LAYOUT[3]
         group = tl.arange(0, D_PADDED // GROUP)
         if LAYOUT[0] == "e2m1":
-            # Two codes per byte: even columns and odd ones as two tiles.
+            # Two codes per byte: loaded side by side, then even columns and odd ones as two tiles.
             byte = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-            wanted = byte * 2 < LAYOUT[2]
-            even = load_values(row, byte * 2, wanted, cos_row, sin_row, is_beyond, ROPE, D_QK, D_ROPE)
-            odd = load_values(row, byte * 2 + 1, wanted, cos_row, sin_row, is_beyond, ROPE, D_QK, D_ROPE)
-            amax = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 1)
-            is_odd = tl.max(((tl.abs(even) < float("inf")) & (tl.abs(odd) < float("inf"))).to(tl.int32) ^ 1, 1) > 0
+            column = byte[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+            x = load_values(row, column, column < LAYOUT[2], cos_row, sin_row, is_beyond, CODED_ROPE, D_QK, D_ROPE)
+            peak = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2), 1)
+            amax = peak.to(tl.float32, bitcast=True)
             size = tl.minimum(tl.maximum(tl.div_rn(amax, 6.0), 0.001953125), 448.0)
-            code = tl.where(is_odd, 0x7F, encode_e4m3(size))
+            code = tl.where(peak >= 0x7F800000, 0x7F, encode_e4m3(size, HAS_E4M3).to(tl.int32))
             scale = decode_e4m3(code.to(tl.uint8))[:, None]
-            pair = encode_e2m1(tl.div_rn(even, scale)) | (encode_e2m1(tl.div_rn(odd, scale)) << 4)
-            tl.store(target + byte, pair.to(tl.uint8), mask=wanted)
+            even, odd = tl.split(x)
+            if row.dtype.element_ty == tl.float32:
+                even, odd = tl.div_rn(even, scale), tl.div_rn(odd, scale)
+                scale = tl.where(scale != scale, scale, 1.0)
+            pair = encode_e2m1(even, scale) | (encode_e2m1(odd, scale) << 4)
+            tl.store(target + byte, pair.to(tl.uint8), mask=byte * 2 < LAYOUT[2])
             store_scales(page, offset, group, code, LAYOUT, SCALE_BYTES)
         else:
             column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             wanted = column < LAYOUT[2]
-            x = load_values(row, column, wanted, cos_row, sin_row, is_beyond, ROPE, D_QK, D_ROPE)
-            amax = tl.max(tl.abs(x), 1)
-            has_nan = tl.max((x != x).to(tl.int32), 1) > 0
-            ratio = tl.maximum(tl.div_rn(amax, 448.0), 1e-4).to(tl.uint32, bitcast=True)
-            exponent = ((ratio >> 23) + ((ratio & 0x7FFFFF) != 0).to(tl.uint32)).to(tl.int32)
-            scale = (exponent << 23).to(tl.float32, bitcast=True)
-            is_odd = has_nan | (amax == float("inf"))
-            scale = tl.where(has_nan, float("nan"), tl.where(is_odd, float("inf"), scale))
-            code = encode_e4m3(tl.div_rn(x, scale[:, None]))
-            tl.store(target + column, code.to(tl.uint8), mask=wanted)
+            x = load_values(row, column, wanted, cos_row, sin_row, is_beyond, CODED_ROPE, D_QK, D_ROPE)
+            # As integers, magnitudes come in their order, then inf, then NaN.
+            peak = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+            ratio = tl.maximum(tl.div_rn(peak.to(tl.float32, bitcast=True), 448.0), 1e-4).to(tl.int32, bitcast=True)
+            exponent = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).to(tl.int32)
+            is_odd = peak >= 0x7F800000
+            # 2^exponent, and 2^-exponent: x times it is x / scale. Over an infinite scale: 0 or NaN.
+            scale = tl.where(is_odd, peak, exponent << 23).to(tl.float32, bitcast=True)
+            inverse = tl.where(is_odd, tl.where(peak > 0x7F800000, peak, 0), (254 - exponent) << 23)
+            code = encode_e4m3(x * inverse.to(tl.float32, bitcast=True)[:, None], HAS_E4M3)
+            tl.store(target + column, code, mask=wanted)
             if LAYOUT[1] == "fp32":
                 store_scales(page, offset, group, scale, LAYOUT, SCALE_BYTES)
             else:
@@ -178,7 +193,7 @@ def append_kernel(
     fault_ptr,  # [1] int32
     num_slots, rows_stride, page_stride, cos_stride, sin_stride, positions,
     ROW_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, LAYOUT: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    D_QK: tl.constexpr, D_ROPE: tl.constexpr, D_PADDED: tl.constexpr, ROPE: tl.constexpr,
+    D_QK: tl.constexpr, D_ROPE: tl.constexpr, D_PADDED: tl.constexpr, ROPE: tl.constexpr, HAS_E4M3: tl.constexpr,
 ):  # fmt: skip
     """See the module. LAYOUT as in `openmla.backends.triton.rows`; ROPE "pairs", "halves" or None; D_PADDED: d_qk as a
     power of two.
@@ -202,37 +217,13 @@ def append_kernel(
     if is_stored:
         store_token(
             row, page, offset, cos_row, sin_row, is_beyond, ROW_STRIDE, LAYOUT, SCALE_BYTES, D_QK, D_ROPE, D_PADDED,
-            ROPE,
+            ROPE, HAS_E4M3,
         )  # fmt: skip
 
 
-def append(
-    cache: torch.Tensor,
-    layout: KVLayout | str,
-    slots: torch.Tensor,
-    rows: torch.Tensor,
-    *,
-    rope: Rope | None = None,
-    positions: torch.Tensor | None = None,
-) -> None:
-    """Store tokens in a paged cache, in place, on the current stream and without waiting.
-
-    Args:
-        cache: [num_pages, page_size, 1, row_elements] in `layout`; pages may be padded.
-        layout: a KVLayout or its name.
-        slots: [n] int64|int32, page * page_size + offset. -1 skips a token; any other value outside the cache is
-            treated as -1 and reported by `openmla.check_errors`. Distinct, else one of the tokens wins.
-        rows: [n, d_qk] bf16|fp16|fp32, contiguous in its last dimension: latent, then RoPE.
-        rope: rotates the last 2 * cos.shape[1] columns in fp32, rounded once to the dtype of rows, before they are stored.
-        positions: [n] int32|int64 with rope; one behind the tables makes the rotated columns NaN.
-
-    Raises:
-        ProblemError: shapes, dtypes or devices contradict each other; lists all violations.
-    """
-    layout = kv_layout(layout)
-    broken = _violations(cache, layout, slots, rows, rope, positions)
-    if broken:
-        raise ProblemError("append", broken)
+def append(layout: KVLayout, operands: AppendOperands, num_warps: int) -> None:
+    """Store tokens, in place, on the current stream and without waiting. The operands are checked."""
+    cache, slots, rows, fault_word, rope, positions = operands
     if slots.numel() == 0 or cache.numel() == 0:
         return
     page_size = cache.shape[1]
@@ -241,11 +232,17 @@ def append(
     cos, sin = (rows, rows) if rope is None else (rope.cos, rope.sin)
     with on_device(cache.device):
         append_kernel[(slots.shape[0],)](
-            rows, slots, data, cos, sin, slots if positions is None else positions, faults.fault_word(cache.device),
+            rows, slots, data, cos, sin, slots if positions is None else positions, fault_word,
             min(cache.shape[0] * page_size, MAX_INT32), rows.stride(0), data.stride(0), cos.stride(0), sin.stride(0),
             cos.shape[0], **_constants(layout, data, page_size, kind, 0 if rope is None else 2 * cos.shape[1]),
-            num_warps=NUM_WARPS, enable_fp_fusion=False,
+            HAS_E4M3=converts_to_e4m3(cache.device), num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+@remember
+def converts_to_e4m3(device: torch.device) -> bool:
+    """Whether the machine has an instruction for it: NVIDIA from sm_89 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _constants(layout: KVLayout, data: torch.Tensor, page_size: int, kind: str | None, d_rope: int) -> dict[str, Any]:
@@ -260,39 +257,3 @@ def _constants(layout: KVLayout, data: torch.Tensor, page_size: int, kind: str |
         "D_PADDED": 1 << max(columns - 1, 1).bit_length(),
         "ROPE": kind,
     }
-
-
-def _violations(
-    cache: torch.Tensor, layout: KVLayout, slots: torch.Tensor, rows: torch.Tensor, rope: Rope | None,
-    positions: torch.Tensor | None,
-) -> list[str]:  # fmt: skip
-    found = []
-    if cache.dim() != 4 or tuple(cache.shape[2:]) != (1, layout.row_elements) or cache.stride(-1) != 1:
-        found.append(
-            f"cache must be [num_pages, page_size, 1, {layout.row_elements}], contiguous in its last dimension, in layout "
-            f"{layout}, got {tuple(cache.shape)} with strides {cache.stride()}"
-        )
-    if (layout.is_quantised and cache.dtype.itemsize != 1) or (not layout.is_quantised and cache.dtype != layout.dtype):
-        found.append(f"cache in layout {layout} must be {layout.dtype}, got {cache.dtype}")
-    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        found.append(f"slots must be contiguous [n] int64 or int32, got {tuple(slots.shape)} {slots.dtype}")
-    if tuple(rows.shape) != (*slots.shape, layout.d_qk) or rows.dtype not in QUERY_DTYPES or rows.stride(-1) != 1:
-        found.append(
-            f"rows must be [n, {layout.d_qk}] bf16, fp16 or fp32, contiguous in its last dimension, got "
-            f"{tuple(rows.shape)} {rows.dtype} with strides {rows.stride()}"
-        )
-    if (rope is None) != (positions is None):
-        found.append("rope and positions belong together; give both or neither")
-    if rope is not None and positions is not None:
-        found += rope.violations(2 * rope.cos.shape[1], 0, 0, cache.device)
-        if 2 * rope.cos.shape[1] > layout.d_qk:
-            found.append(f"rope rotates {2 * rope.cos.shape[1]} columns, but a token of {layout} has {layout.d_qk}")
-        if positions.shape != slots.shape or positions.dtype not in (torch.int32, torch.int64):
-            found.append(f"positions must be [n] int32 or int64, got {tuple(positions.shape)} {positions.dtype}")
-    others = {"slots": slots, "rows": rows, "positions": positions}
-    found += [
-        f"{name} must be on {cache.device} like cache, got {each.device}"
-        for name, each in others.items()
-        if each is not None and each.device != cache.device
-    ]
-    return found

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from openmla.backends.base import DecodePlan, Kernel, Verdict
+from openmla.backends.base import DecodePlan, Kernel, Verdict, require
 from openmla.backends.triton import config as choice
 from openmla.backends.triton import prefill_config
-from openmla.core.problem import DecodeProblem, PrefillProblem
+from openmla.core.problem import AppendProblem, DecodeProblem, PrefillProblem
 from openmla.core.target import Target
 
 
@@ -98,8 +98,41 @@ class _PrefillKernel:
         return prefill_launch.prefill_backward(problem, compiled, operands, grad_out)
 
 
+# Byte layouts that append.py has written on a GPU as it is, bit for bit (tests/gpu/portable.py append).
+APPENDED: tuple[str, ...] = ("fp8_656", "fp8_584")
+
+
+@dataclass(frozen=True)
+class _AppendKernel:
+    op: str = "append"
+    name: str = "append"
+    backend: str = "triton"
+
+    def supports(self, problem: AppendProblem, target: Target) -> Verdict:
+        """Every reason against, without importing Triton. Nothing is multiplied, so the interpreter may have bf16."""
+        found = require((choice.is_installed(), "triton is not installed: pip install openmla[triton]"))
+        machine = choice.machine_verdict(torch.float32, target) if found else found
+        is_checked = target.arch == "cpu" or not problem.layout.is_quantised or problem.layout.name in APPENDED
+        return require((is_checked, f"has not written {problem.layout} on a GPU yet")) if machine else machine
+
+    def configs(self, problem: AppendProblem, target: Target) -> Sequence[int]:
+        """Warps per token."""
+        return (2,)
+
+    def compile(self, problem: AppendProblem, config: int, target: Target) -> int:
+        """Machine code follows at the first launch."""
+        return config
+
+    def launch(self, compiled: int, problem: AppendProblem, operands: Any, plan: Any) -> None:
+        """Writes the rows into their slots, on the current stream."""
+        from openmla.backends.triton.append import append
+
+        append(problem.layout, operands, compiled)
+
+
 DECODE = _DecodeKernel("decode", "decode_split")
 SPARSE_DECODE = _TritonKernel("sparse_decode", "decode_sparse")
 SPARSE_PREFILL = _TritonKernel("sparse_prefill", "prefill_sparse")
 PREFILL = _PrefillKernel()
-KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL, PREFILL)
+APPEND = _AppendKernel()
+KERNELS: tuple[Kernel, ...] = (DECODE, SPARSE_DECODE, SPARSE_PREFILL, PREFILL, APPEND)

@@ -1,0 +1,58 @@
+"""Writing new tokens into a paged latent cache: RoPE, quantisation and the scatter to pages in one launch."""
+
+from __future__ import annotations
+
+import torch
+
+from openmla.backends.base import AppendOperands
+from openmla.core import faults
+from openmla.core.layout import KVLayout
+from openmla.core.problem import AppendProblem
+from openmla.mods import Rope
+from openmla.ops import dispatch
+
+
+def append(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    kv_layout: KVLayout | str | None = None,
+    rope: Rope | None = None,
+    positions: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Store tokens in a paged cache, in place.
+
+    cache[slots[i] // page_size, slots[i] % page_size, 0] = pack(rotate(rows[i], positions[i])), the bytes of
+    `openmla.reference.quant.write_rows`, bit for bit (a group that holds NaN or inf reads as NaN; its bytes are free).
+
+    Args:
+        cache: [num_pages, page_size, 1, row_elements] in `kv_layout`; pages may be padded.
+        slots: [n] int64|int32, page * page_size + offset; -1 skips a token. Distinct, else one of the tokens wins.
+        rows: [n, d_qk] bf16|fp16|fp32: latent, then RoPE.
+        kv_layout: layout of the cache; default: plain elements.
+        rope: rotates the last 2 * cos.shape[1] columns in fp32, rounded once to the dtype of rows, before they are stored.
+        positions: [n] int64|int32 with rope; one behind the tables makes the rotated columns NaN.
+        backend: auto, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
+
+    Raises:
+        ProblemError: shapes, dtypes, devices or strides contradict each other; lists all violations. Backend torch also
+            looks at the slots, and raises for one that is neither -1 nor in the cache.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Backend triton does not wait for the device: a bad slot stores nothing and is reported by `openmla.check_errors`.
+        OPENMLA_CHECKS and observers of launches do not see it. CUDA graphs: safe after one warm call. Deterministic where slots are distinct.
+    """
+    tables = (
+        (None, None, None) if rope is None else (*map(dispatch.signature, (rope.cos, rope.sin)), rope.is_interleaved)
+    )
+    prepared = dispatch.prepare(
+        ("append", *map(dispatch.signature, (cache, slots, rows, positions)), *tables, kv_layout),
+        lambda: AppendProblem.from_tensors(cache, slots, rows, layout=kv_layout, rope=rope, positions=positions),
+        dispatch.device_of(cache),
+        backend,
+    )
+    operands = AppendOperands(cache, slots, rows, faults.fault_word(cache.device), rope, positions)
+    prepared.kernel.launch(prepared.compiled, prepared.problem, operands, None)  # what looks on expects attention
