@@ -1373,15 +1373,16 @@ class DecodeDense:
                 total += cute.arch.shuffle_sync_bfly(total, d)
             if many > 0:
                 # of the units of 16 rows, whoever has the first writes their lse
-                factor = self.close_row(c, index, row, peak, total, (begin <= (row >> 4) * 64) & (eighth == 0))
+                factor = self.close_row(c, index, row, peak, total, eighth == 0, begin <= (row >> 4) * 64)
                 for piece in cutlass.range(eighth, many, 8, unroll=1):
                     table[piece] = table[piece] * factor
         cute.arch.barrier(barrier_id=3, number_of_threads=256)
 
     @cute.jit
     def close_row(
-        self, c: cutlass.Constexpr, index: Int32, row: Int32, peak: Float32, total: Float32, is_writer: Boolean
-    ):
+        self, c: cutlass.Constexpr, index: Int32, row: Int32, peak: Float32, total: Float32, is_writer: Boolean,
+        has_lse: Boolean,
+    ):  # fmt: skip
         """What the weights of a row are multiplied by; its lse to memory, its place in out to `lines`."""
         lse, lines, line = c.lse, c.lines, Int64(0)
         factor, lse2 = Float32(1.0) / total, peak + cute.math.log2(total, fastmath=True)
@@ -1396,9 +1397,10 @@ class DecodeDense:
                 extra = cute.math.exp2(c.attn_sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
                 factor = factor / (Float32(1.0) + extra) if total != 0.0 else factor
             line = c.out[coord, token, head, None].iterator.toint()
-            if is_writer:
+            if is_writer & has_lse:
                 lse[coord, head, token] = lse2 * Float32(LN2)
-        lines[row] = line
+        if is_writer:
+            lines[row] = line
         return factor
 
     @cute.jit
