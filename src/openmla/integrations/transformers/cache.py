@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicIndexedLayer
 
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout, kv_layout, plain_layout
-from openmla.reference import quant
+from openmla.ops.append import append
 
 PAGE_SIZE = 64  # what the Hopper kernels read; one place more is kept for tokens that are not stored
 
@@ -91,7 +91,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _store(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Rows [batch, s, d_qk] into slots [batch, s]; -1 keeps nothing."""
         if self.layout.is_quantised:
-            quant.write_rows(self.pool, self.layout, slots.flatten(), rows.flatten(0, 1))
+            append(self.pool, slots.flatten(), rows.flatten(0, 1), kv_layout=self.layout)
         else:  # slot -1 is the last of the pool, which is for what is not kept
             self.pool.view(-1, self.layout.d_qk)[slots.flatten()] = rows.flatten(0, 1).to(self.pool.dtype)
 
