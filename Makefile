@@ -48,7 +48,7 @@ test-oldest: ## the lower end of every dependency range in an environment of its
 	@$(PYTHON) -m venv .venv-oldest
 	@grep -v '^torch==' constraints/oldest.txt > .venv-oldest/constraints.txt
 	@$(OLDEST) -m pip install -q torch==$(TORCH) -c .venv-oldest/constraints.txt
-	@$(OLDEST) -m pip install -q -e '.[cuda,monitor,triton]' pytest hypothesis pytest-timeout pytest-xdist packaging \
+	@$(OLDEST) -m pip install -q -e '.[cuda,monitor,triton]' pytest hypothesis numpy pytest-timeout pytest-xdist packaging \
 		-c .venv-oldest/constraints.txt torch==$(TORCH)
 	@$(OLDEST) -m pip list 2>/dev/null | grep -iE 'torch|triton|tvm|cutlass-dsl |prometheus|nvidia-ml'
 	@$(OLDEST) -m pytest -q -n 2 tests/interpret $(foreach t,native flash_mla kv schedule combine quant torch_backend \

@@ -63,13 +63,19 @@ def attempt(documented: str) -> Callable[[Attempt], Attempt]:
     return register
 
 
+PATIENCE = 300.0  # a machine that is busy with other tests takes a minute to import PyTorch
+CHILDREN: list[subprocess.Popen[str]] = []
+
+
 def child(code: str, **variables: str) -> subprocess.Popen[str]:
-    """A Python process that can import this tree."""
+    """A Python process that can import this tree; none outlives its attempt."""
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "PYTHONPATH": path, **variables}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    CHILDREN.append(started)
+    return started
 
 
 def settings(folder: Path, **more: str) -> dict[str, str]:
@@ -176,7 +182,7 @@ def _workers(folder: Path, count: int, rounds: int, keys: int = 4) -> list[subpr
 
 @attempt("8 processes fetch the same keys 800 times: every one gets whole, right bytes")
 def crowded_cache(folder: Path) -> str:
-    results = [each.communicate(timeout=120) for each in _workers(folder, 8, 100)]
+    results = [each.communicate(timeout=PATIENCE) for each in _workers(folder, 8, 100)]
     assert [out.strip() for out, _ in results] == ["0"] * 8, results
     entries = [path for path in (folder / "cache" / "jit").glob("??/*") if not path.name.startswith(".")]
     assert len(entries) == 16, entries
@@ -200,7 +206,7 @@ def killed_builders(folder: Path) -> str:
                 for path in entry.iterdir():
                     path.unlink()
                 entry.rmdir()
-    out, err = _workers(folder, 1, 4, keys=3)[0].communicate(timeout=60)
+    out, err = _workers(folder, 1, 4, keys=3)[0].communicate(timeout=PATIENCE)
     assert out.strip() == "0", err
     return f"{killed} killed with SIGKILL; the next process got right bytes at once"
 
@@ -272,7 +278,7 @@ def planted_folders(folder: Path) -> str:
                 (f / "kernel.so").write_bytes(b"ours"); return f / "kernel.so"
             print(diskcache.fetch("k" * 64, produce))
         """
-        out, err = child(code, OPENMLA_CACHE_DIR=str(place)).communicate(timeout=60)
+        out, err = child(code, OPENMLA_CACHE_DIR=str(place)).communicate(timeout=PATIENCE)
         assert out.strip() and str(place) not in out and "cache_unusable" in err, (kind, out, err)
         ends.append(kind)
     return f"refused: {', '.join(ends)}; each compiled privately, with one line in the log"
@@ -298,7 +304,7 @@ def full_disk(folder: Path) -> str:
         openmla.decode(q, q, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), d_v=32)
         print("served")
     """
-    out, err = child(code, **settings(folder)).communicate(timeout=60)
+    out, err = child(code, **settings(folder)).communicate(timeout=PATIENCE)
     assert "CompileError no folder to compile in" in out and "set OPENMLA_CACHE_DIR" in out, (out, err)
     assert out.strip().endswith("served"), (out, err)
     assert not list((folder / "cache").rglob("kernel.so"))
@@ -311,7 +317,7 @@ def full_disk(folder: Path) -> str:
             incidents.note("lock_stuck", "cache/lock", f"reason {n}")
         print(sum(incidents.counts().values()))
     """
-    out, err = child(code).communicate(timeout=60)
+    out, err = child(code).communicate(timeout=PATIENCE)
     assert out.strip() == "100", (out, err)
     return "no space to compile: one CompileError, decode goes on; a log on /dev/full loses lines and no request"
 
@@ -327,7 +333,7 @@ def no_home(folder: Path) -> str:
         q = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
         print(openmla.decode(q, q, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), d_v=32)[0].shape)
     """
-    out, err = child(code, HOME="/proc/nowhere", XDG_CACHE_HOME="", OPENMLA_CACHE_DIR="").communicate(timeout=60)
+    out, err = child(code, HOME="/proc/nowhere", XDG_CACHE_HOME="", OPENMLA_CACHE_DIR="").communicate(timeout=PATIENCE)
     assert "b'ours'" in out and "torch.Size" in out and err.count("cache_unusable") == 1, (out, err)
     return "kernel made in a private temporary folder, one line in the log, decode served"
 
@@ -379,6 +385,8 @@ def lying_metrics_client(folder: Path) -> str:
 @attempt("a process killed while it serves leaves nothing behind that the next one trips over")
 def killed_servers(folder: Path) -> str:
     code = """
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
         import openmla, torch
         from openmla.observe import monitor, watchdog
         monitor.start(port=0); watchdog.start(5)
@@ -393,7 +401,7 @@ def killed_servers(folder: Path) -> str:
         assert each.stdout is not None and each.stdout.readline().strip() == "serving"
         time.sleep(0.1 * number)
         each.send_signal(how)
-        each.communicate(timeout=20)
+        each.communicate(timeout=PATIENCE)
         ends.append(each.returncode)
     assert ends == [-9, -15, ends[2], -9] and ends[2] in (-2, 1, 130), ends
     rests = [path for path in (folder / "cache").rglob("*") if path.is_file()]
@@ -421,6 +429,12 @@ def main() -> int:
                 found, passed = each.run(Path(folder)), True
             except Exception as error:  # whatever it is, it is how this attempt ended
                 found, passed = f"{type(error).__name__}: {error}"[:2000], False
+            finally:
+                for started in CHILDREN:
+                    if started.poll() is None:
+                        started.kill()
+                        started.communicate()
+                CHILDREN.clear()
         ends[each.name] = {"passed": passed, "documented": each.documented, "found": found}
         print(
             f"{each.name:<22} {'as documented' if passed else 'BROKEN'} ({time.monotonic() - begin:.1f} s): {found}",
