@@ -312,7 +312,8 @@ def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: deco
         pytest.param({"num_pages": 0}, "at least one page", id="no-pages"),
         pytest.param({"s_q": 5}, "up to 32 query rows", id="many-rows"),
         pytest.param({"total_q": 0}, "at least one query", id="no-queries"),
-        pytest.param({"layout": kv_layout("fp8_656")}, "reads bf16 and fp16", id="fp8"),
+        pytest.param({"layout": kv_layout("fp8_584")}, "reads bf16 and fp16", id="fp8_584"),
+        pytest.param({"layout": kv_layout("fp8_656")}, "has not passed on a GPU", id="fp8_656"),
         pytest.param({"dtype": torch.float32}, "reads bf16 and fp16", id="fp32"),
     ],
 )
