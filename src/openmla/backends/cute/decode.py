@@ -24,6 +24,7 @@ from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense.launch import launch_merge
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
+from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.backends.cute.gathered import build_gather
 from openmla.backends.cute.inline import inlined, refusals
 from openmla.backends.cute.prefill_sparse import config as gather
@@ -102,6 +103,13 @@ def build_many_rows(config: large.Config, folder: Path) -> CompiledObject:
     return build(config, folder)
 
 
+def build_sparse(config: sparse.Config, folder: Path) -> CompiledObject:
+    """Compile one variant of decode_sparse. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_sparse.launch import build
+
+    return build(config, folder)
+
+
 def build_merge(config: large.MergeConfig, folder: Path) -> CompiledObject:
     """Compile one variant of the merge of decode_dense. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_dense.launch import build_merge
@@ -116,6 +124,7 @@ FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]
     small.FAMILY: (small.VARIANTS, build_few_rows),
     large.FAMILY: (large.VARIANTS, build_many_rows),
     large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
+    sparse.FAMILY: (sparse.VARIANTS, build_sparse),
     gather.FAMILY: (gather.VARIANTS, build_gather),
 }
 

@@ -16,7 +16,7 @@ import torch
 
 from openmla.backends.base import SparseDecodeOperands, Verdict
 from openmla.backends.cute import bundle
-from openmla.backends.cute.decode import CombineVariant, build_combine
+from openmla.backends.cute.decode import CombineVariant, build_combine, build_sparse
 from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.backends.cute.toolchain import CompiledObject
 from openmla.core.problem import SparseDecodeProblem
@@ -31,13 +31,6 @@ class Compiled:
     num_parts: int
     decode: Any
     combine: Any
-
-
-def build_sparse(config: sparse.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of decode_sparse. Needs the DSL, no GPU."""
-    from openmla.backends.cute.decode_sparse.launch import build
-
-    return build(config, folder)
 
 
 def _combine_variant(problem: SparseDecodeProblem) -> CombineVariant:
