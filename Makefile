@@ -35,7 +35,7 @@ pytest: venv-test ## the test tiers alone; ARGS="-k name" narrows
 	[ -n "$$gpu" ] || echo "tests/gpu: not collected, PyTorch sees no CUDA device here"; \
 	$(BIN)/python -m pytest $(TIERS) $$gpu $(ARGS)
 
-reliability: venv-test ## the CPU reliability suite, at most 12 minutes on 2 cores; record in build/reliability.json
+reliability: venv-test ## the CPU reliability suite, two processes; record in build/reliability.json
 	@$(BIN)/python tests/reliability/suite.py $(ARGS)
 
 break-it: venv-test ## hostile tensors, killed processes, corrupted caches, a full disk, a lying metrics client

@@ -1,7 +1,7 @@
 """The CPU reliability suite by one command: `make reliability`, or `python tests/reliability/suite.py [--out FILE]`.
 
 The same tests as everywhere, with as many cases as a release deserves, two processes at a time; then the attempts of
-`break_it.py` and a short soak. Needs no GPU and at most 12 minutes on two cores. The record says how many cases ran,
+`break_it.py` and a short soak. Needs no GPU; meant for 12 minutes on two quiet cores. The record says how many cases ran,
 which mutants were caught, what failed. Exit status 0: everything passed.
 """
 

@@ -45,6 +45,9 @@ def remove(observer: Observer) -> None:
 def around(prepared: Any, operands: Any, plan: Any) -> None:
     """The launch, between the two calls of every observer."""
     watching = [each for each in observers if each.wants()]
+    if not watching:
+        prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
+        return
     begun = [_guarded(each.before, prepared, operands, plan) for each in watching]
     prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
     for each, state in zip(watching, begun, strict=True):
