@@ -339,6 +339,15 @@ def test_f33_a_right_kernel_passes_its_canary_once(monkeypatch):
     assert kernel.launched == 1 + 3 + 1 and not incidents.counts()
 
 
+def test_f33_a_trial_that_fails_itself_keeps_nobody_from_running(monkeypatch, ends):
+    monkeypatch.setattr(canary, "is_wanted", lambda kernel, target: kernel.backend == "cute")
+    monkeypatch.setattr(canary, "smaller", failing(AttributeError("a mistake of the trial")))
+    kernel = install(monkeypatch, Fragile())
+    served_elsewhere(kernel)
+    ends("canary_skipped", SUBJECT, "a mistake of the trial")
+    assert kernel.launched == 3 and not aside.anything()
+
+
 def test_f33_an_operation_without_a_canary_is_let_through(monkeypatch):
     monkeypatch.setattr(canary, "is_wanted", lambda kernel, target: True)
     problem = backends.typical_problem("append")

@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
     "compile_failed": Kind("degraded", "a kernel could not be compiled or loaded; it stands aside"),
     "launch_refused": Kind("degraded", "the driver refused a launch; the kernel stands aside"),
     "canary_failed": Kind("degraded", "a freshly compiled kernel computed a wrong result; it stands aside"),
-    "canary_skipped": Kind("ok", "a kernel was used before it could be tried, because a CUDA graph was being captured"),
+    "canary_skipped": Kind("ok", "a kernel could not be tried before its first use"),
     "version_untested": Kind("ok", "a package is outside the range that OpenMLA was tested with"),
     "cache_entry_bad": Kind("ok", "a cached kernel was damaged; it was set aside and built again"),
     "cache_unusable": Kind("degraded", "the kernel cache cannot be used; compiled kernels live as long as the process"),
