@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,16 @@ def seeds_of(request: pytest.FixtureRequest):
         return range(base + chunk * size, base + (chunk + 1) * size)
 
     return seeds
+
+
+@pytest.fixture(autouse=True)
+def nobody_watches_afterwards() -> Iterator[None]:
+    """A test that leaves an observer or a lost device behind fails, not a later one that it slows or stops."""
+    yield
+    from openmla.ops import recovery
+    from openmla.ops.observers import observers
+
+    left = [*observers, *recovery.LOST]
+    observers.clear()
+    recovery.LOST.clear()
+    assert not left, f"left behind: {left}"

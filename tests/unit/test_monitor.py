@@ -335,3 +335,15 @@ def test_a_busy_stream_that_moves_is_no_hang():
         time.sleep(0.04)
         dog.look()
     assert metrics.health()["state"] == "ok"
+
+
+def test_stopping_a_monitor_ends_what_it_began_and_nothing_else():
+    running = monitor.start(0, sample_every=10, count_replays=True)
+    assert len(observers.observers) == 2
+    running.stop()
+    assert not observers.observers
+    running = monitor.start(0, sample_every=10)
+    own = metrics.sample(7)
+    running.stop()
+    assert observers.observers == [own]
+    metrics.stop()

@@ -303,3 +303,14 @@ def test_minus_one_is_not_a_fault() -> None:
     assert openmla.check_errors() == ()
     assert not out.any()
     assert bool((lse == -torch.inf).all())
+
+
+def test_strict_blames_nothing_of_an_earlier_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = {"q": torch.randn(1, 1, 4, 576), "kv_cache": torch.randn(2, 64, 1, 576)}
+    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([70], dtype=torch.int32)
+    openmla.decode(**problem, block_table=table, cache_seqlens=-lengths)
+    monkeypatch.setenv("OPENMLA_CHECKS", "strict")
+    openmla.decode(**problem, block_table=table, cache_seqlens=lengths)
+    with pytest.raises(ProblemError, match="cache_seqlens"):
+        openmla.decode(**problem, block_table=table, cache_seqlens=-lengths)
+    openmla.check_errors()

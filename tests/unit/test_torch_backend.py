@@ -97,8 +97,8 @@ def threads(request):
 
 
 def test_kernels_are_named_and_always_willing():
-    assert [kernel.op for kernel in KERNELS] == ["decode", "sparse_decode", "sparse_prefill", "prefill"]
-    assert len({kernel.name for kernel in KERNELS}) == 4
+    assert [kernel.op for kernel in KERNELS] == ["decode", "sparse_decode", "sparse_prefill", "prefill", "append"]
+    assert len({kernel.name for kernel in KERNELS}) == 5
     problem, _ = make_decode([3])
     for name in ("cpu", "h100_sxm"):
         assert DECODE.supports(problem, Target.preset(name))

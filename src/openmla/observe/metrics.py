@@ -334,8 +334,14 @@ def count_replays(device: torch.device | str | None = None) -> Replays:
 
 def stop() -> None:
     """Neither sample nor count replays any longer; always-on counters go on."""
+    forget(_sampler, _replays)
+
+
+def forget(sampler: Sampler | None, replays: Replays | None) -> None:
+    """End these two, unless somebody has begun others since."""
     global _replays
-    sample(0)
-    if _replays is not None:
-        observers.remove(_replays)
-    _replays = None
+    if sampler is not None and sampler is _sampler:
+        sample(0)
+    if replays is not None and replays is _replays:
+        observers.remove(replays)
+        _replays = None

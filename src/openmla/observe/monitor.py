@@ -143,8 +143,8 @@ class _Server(ThreadingHTTPServer):
 class Monitor:
     """A running exporter."""
 
-    def __init__(self, server: _Server) -> None:
-        self._server = server
+    def __init__(self, server: _Server, sampler: metrics.Sampler | None, replays: metrics.Replays | None) -> None:
+        self._server, self._sampler, self._replays = server, sampler, replays
         self._thread = threading.Thread(target=server.serve_forever, name="openmla-monitor", daemon=True)
         self._thread.start()
 
@@ -155,10 +155,11 @@ class Monitor:
         return str(host), int(port)
 
     def stop(self) -> None:
-        """Close the port."""
+        """Close the port, and end the sampling and counting that `start` began for it."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        metrics.forget(self._sampler, self._replays)
 
 
 def start(
@@ -194,8 +195,6 @@ def start(
         _log.warning("metrics are open to every host that reaches %s:%d; there is no password", listen, port)
     server.registry = CollectorRegistry(auto_describe=False)
     server.registry.register(Collector())
-    if sample_every:
-        metrics.sample(sample_every)
-    if count_replays:
-        metrics.count_replays()
-    return Monitor(server)
+    sampler = metrics.sample(sample_every) if sample_every else None
+    replays = metrics.count_replays() if count_replays else None
+    return Monitor(server, sampler, replays)

@@ -63,15 +63,20 @@ def after_launch(problem: Any, operands: Any) -> None:
 
 
 def _settle(device: torch.device) -> None:
-    """Wait for what was launched before, and say so if that is what failed."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        raise recovery.lose(
-            str(device), f"{recovery.first_line(error)}; it was there before this call, so an earlier kernel caused it"
-        ) from error
+    """Wait for what was launched before, and blame nothing of it on this call: a failure is said to be an earlier one,
+    bits that earlier calls left in the fault word are noted as incidents and cleared.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise recovery.lose(
+                str(device),
+                f"{recovery.first_line(error)}; it was there before this call, so an earlier kernel caused it",
+            ) from error
+    faults.check_errors(device)
 
 
 def search(problem: Any, operands: Any) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ class Observer(Protocol):
         ...
 
 
-observers: list[Observer] = []  # replaced, never changed in place: a call may be walking over it
+observers: list[Observer] = []  # one list for good, for those who imported it; its content is exchanged under the lock
 _lock = threading.Lock()
 
 
