@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from openmla.lab import report, report_markdown
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RESULTS = ROOT / "bench" / "results"
@@ -50,6 +52,17 @@ def test_every_row_that_is_named_is_there(page: Path) -> None:
     }
     unknown = sorted(set(ROW_NAME.findall(page.read_text())) - known)
     assert not unknown, f"{name(page)} quotes rows that do not exist: {unknown}"
+
+
+@pytest.mark.parametrize("page", [each for each in PAGES if report_markdown.places(each.read_text())], ids=name)
+def test_tables_made_from_rows_are_what_the_rows_make(page: Path) -> None:
+    """`openmla report ROWS.jsonl --into PAGE.md` would change nothing."""
+    text = page.read_text(encoding="utf-8")
+    for file, _ in dict.fromkeys(report_markdown.places(text)):
+        found = report.read([RESULTS / file])
+        assert report_markdown.fill(text, found, name(page)) == text, (
+            f"openmla report bench/results/{file} --into {page}"
+        )
 
 
 def test_the_list_of_exceptions_only_shrinks() -> None:

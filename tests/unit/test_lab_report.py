@@ -6,8 +6,9 @@ import re
 import pytest
 from lab_rows import row
 
+from openmla.cli import main
 from openmla.core.errors import ConfigError
-from openmla.lab import page, report, report_page, store
+from openmla.lab import page, report, report_markdown, report_page, store
 from openmla.lab.page import Cell, Figure, Page, Section, Table, Tile
 
 A, B = "decode-b1-sq1-hq16-sk4096-bf16", "decode-b1-sq1-hq16-sk8192-bf16"
@@ -108,3 +109,50 @@ def test_page_that_cannot_be_written(tmp_path):
 def test_units():
     assert [page.duration(value) for value in (1.5, 0.00421, 8.12e-5)] == ["1.5 s", "4.21 ms", "81.2 us"]
     assert [page.amount(value) for value in (656, 4718592, 3 * 2**30)] == ["656 B", "4.5 MiB", "3 GiB"]
+
+
+PLACE = "before\n<!-- rows: r.jsonl, {} -->\nold\n<!-- end of rows -->\nafter\n"
+
+
+def test_tables_of_a_page_hold_what_the_rows_say():
+    found = report.build(rows(), "r.jsonl")
+    times = report_markdown.fill(PLACE.format("times"), found, "p.md")
+    assert times.startswith("before\n<!-- rows: r.jsonl, times -->\n| us,")
+    assert times.endswith("<!-- end of rows -->\nafter\n")
+    assert "| 16 heads: batch 1 | 10.0, 2.00 | 20.0, 8.00 |" in times
+    assert "old" not in times and "99.0" not in times  # the older run of A
+    assert "| 16 heads | 2 | 4.00 | 2.00 | 8.00 |" in report_markdown.fill(PLACE.format("summary"), found, "p.md")
+    waited = report.build([row(case=A, host_us=7.0), row(case=B, host_us=5.0)], "r.jsonl")
+    assert "| torch, `k` | 2 | 7.0 | 7.0 |" in report_markdown.fill(PLACE.format("host"), waited, "p.md")
+    assert report_markdown.fill(times, found, "p.md") == times
+    assert report_markdown.places(times) == [("r.jsonl", "times")]
+
+
+def test_verdicts_of_a_page_are_those_of_the_bars():
+    mine = [row(suite="decode_dense", case=A, median_us=10.4), row(suite="decode_dense", case=A, who="fa3", kind="peer", median_us=20.0)]  # fmt: skip
+    text = report_markdown.fill(PLACE.format("verdicts"), report.build(mine, "r.jsonl"), "p.md")
+    assert "| batch 1, h_q 16, 4k: microseconds | **missed** | 10.4 us | at most 10.0 us | 0 of 1 |" in text
+    assert "| every cell: against the faster peer | not measured | 1.92x | at least 1.00x | 1 of 43 |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("no place", "has no place for r.jsonl"),
+        (PLACE.format("times").replace("r.jsonl", "s.jsonl"), "has no place for r.jsonl"),
+        (PLACE.format("speeds"), "asks for the table 'speeds'.* use one of: summary, times, verdicts, host"),
+    ],
+)
+def test_a_page_without_a_place_is_an_error(text, why):
+    with pytest.raises(ConfigError, match=why):
+        report_markdown.fill(text, report.build(rows(), "r.jsonl"), "p.md")
+
+
+def test_the_command_fills_a_page(tmp_path, capsys):
+    file, target = tmp_path / "r.jsonl", tmp_path / "p.md"
+    store.append(file, rows())
+    target.write_text(PLACE.format("summary"), encoding="utf-8")
+    assert main(["report", str(file), "--into", str(target)]) == 0
+    assert "| 16 heads | 2 |" in target.read_text(encoding="utf-8")
+    assert main(["report", str(file), "--into", str(tmp_path / "nosuch.md")]) == 2
+    assert "cannot fill" in capsys.readouterr().err

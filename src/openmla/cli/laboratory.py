@@ -93,12 +93,18 @@ def add_report(verbs: Any) -> None:
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="written by openmla bench --out")
     parser.add_argument("--against", type=Path, metavar="OLDER.jsonl", help="compare with the same cases in this file")
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page that holds everything")
+    parser.add_argument(
+        "--into", type=Path, action="append", default=[], metavar="PAGE.md",
+        help="fill the places of this file in a Markdown page (<!-- rows: ROWS.jsonl, times -->); repeatable",
+    )  # fmt: skip
 
 
 def _report(args: argparse.Namespace) -> int:
-    from openmla.lab import report, report_page
+    from openmla.lab import report, report_markdown, report_page
 
     found = report.read(args.rows, args.against)
+    for path in args.into:
+        report_markdown.write(found, path)
     show(args, found, report_page.page)
     return 1 if any(each.verdict == "slower" for each in found.changes) else 0
 

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -402,8 +403,9 @@ def _cupti(contender: Contender) -> _Found:
 
 
 def kernel_name(name: str) -> str:
-    """Without what every kernel of the CuTe DSL begins with; 60 characters."""
-    return name.removeprefix("kernel_cutlass_kernel_").removeprefix("openmlabackendscute")[:60]
+    """Of a kernel of the CuTe DSL the class that holds it, of others the first 60 characters."""
+    found = re.search(r"openmlabackendscute[a-z_\d]*?([A-Z]\w*?)_object_at_", name)
+    return found[1] if found else name[:60]
 
 
 def of_trace(trace: dict[str, Any]) -> _Found:
