@@ -65,22 +65,23 @@ def run(stage: Stage) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
-            stage.command(record),
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        log = Path(folder) / "log.txt"
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                stage.command(record), cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=file, stderr=file
+            )
+            _, status, used = os.wait4(process.pid, 0)  # CPU time of the stage with all that it started
+            process.returncode = os.waitstatus_to_exitcode(status)
+        text = log.read_text(encoding="utf-8", errors="replace")
         found = json.loads(record.read_text()) if record.exists() else {}
-    passed = done.returncode == 0 and found.get("cases", 0) >= stage.at_least
+    passed = process.returncode == 0 and found.get("cases", 0) >= stage.at_least
     found |= {"passed": passed, "seconds": round(time.monotonic() - begin, 1), "wanted_cases": stage.at_least}
+    found["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
     if not passed:
-        found["log"] = (done.stdout + done.stderr)[-6000:]
+        found["log"] = text[-6000:]
     tests = sum(found.get("outcomes", {}).values())
     line = f"{stage.name:<24} {'passed' if passed else 'FAILED'} {tests:>5} tests {found.get('cases', 0):>7} cases"
-    print(f"{line} {found['seconds']:>6.0f} s", flush=True)
+    print(f"{line} {found['seconds']:>6.0f} s, {found['cpu_seconds']:>5.0f} s of CPU", flush=True)
     if not passed:
         print(found["log"], flush=True)
     return found
@@ -102,6 +103,7 @@ def main() -> int:
         "schema": 1,
         "passed": all(each["passed"] for each in found.values()),
         "seconds": round(time.monotonic() - begin, 1),
+        "cpu_seconds": round(sum(each["cpu_seconds"] for each in found.values()), 1),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit.stdout.strip(),
         "stages": found,

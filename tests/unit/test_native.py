@@ -188,6 +188,12 @@ def test_a_plan_serves_many_layers_and_refuses_another_problem() -> None:
     assert "batch: the plan has 3, the call has 2" in str(caught.value)
 
 
+@pytest.mark.parametrize("options", [{}, {"return_lse": False}, {"workspace": torch.zeros(256, dtype=torch.uint8)}])
+def test_what_is_no_plan_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ProblemError, match=r"plan must come from openmla\.plan"):
+        openmla.decode(**_decode_case(), plan="plan", **options)  # type: ignore[arg-type]
+
+
 def test_ever_changing_shapes_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_MAX_REMEMBERED", 3)
     case = _decode_case()

@@ -256,7 +256,7 @@ def decode(
     options = (d_v, softmax_scale, is_causal, window, max_seqlen_q, kv_layout, lse_base, backend)
     repeats = None  # the plan's, where this call could be one
     if plan is not None and not is_traced and cu_seqlens_q is None and mods is None and workspace is None:
-        repeats = plan.repeats
+        repeats = getattr(plan, "repeats", None)  # what is no plan is refused below
         again = repeats[0](options, q, kv_cache, block_table, cache_seqlens, attn_sink, out) if repeats else None
         if again is not None:
             return again[0], _finish_lse(again[1], return_lse, lse_base)

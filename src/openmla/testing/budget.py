@@ -151,18 +151,22 @@ def _nonfinite(
     out: torch.Tensor, lse: torch.Tensor | None, golden: Attention, max_logits: torch.Tensor | None
 ) -> Finding:
     pairs = [("out", out, golden.out), ("lse", lse, golden.lse), ("max_logits", max_logits, golden.max_logits)]
+    kinds = (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf))
+    compared = [
+        (name, kind, got, want, test(got) != test(want))
+        for name, got, want in pairs
+        if got is not None
+        for kind, test in kinds
+    ]
+    counts = torch.stack([differs.sum() for *_, differs in compared]).tolist()  # a GPU is waited for once
     wrong = []
-    for name, got, want in pairs:
-        if got is None:
-            continue
-        for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-            differs = test(got) != test(want)
-            if bool(differs.any()):
-                place = tuple(differs.nonzero()[0].tolist())
-                wrong.append(
-                    f"{name}{list(place)} = {float(got[place])!r}, want {float(want[place])!r}; "
-                    f"{int(differs.sum())} of {differs.numel()} places differ in {kind}"
-                )
+    for (name, kind, got, want, differs), count in zip(compared, counts, strict=True):
+        if count:
+            place = tuple(differs.nonzero()[0].tolist())
+            wrong.append(
+                f"{name}{list(place)} = {float(got[place])!r}, want {float(want[place])!r}; "
+                f"{count} of {differs.numel()} places differ in {kind}"
+            )
     return Finding("NONFINITE", torch.inf if wrong else 0.0, "; ".join(wrong) or "at the same places")
 
 
@@ -189,19 +193,21 @@ def _rms(out: torch.Tensor, golden: Attention, bounds: Bounds, delta: torch.Tens
 def _compare(rule: str, name: str, got: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> Finding:
     """The worst ratio of |got - want| to limit, over places where both are finite."""
     comparable = got.isfinite() & want.isfinite()
-    if not bool(comparable.any()):
+    if not comparable.numel():
         return Finding(rule, 0.0, "nothing to compare")
     # A limit that is not finite belongs to an infinite key of weight 0: nothing can be said there.
     limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf)
     ratios = ((got - want).abs() / limit).masked_fill(~comparable, -1.0)
-    worst = int(ratios.argmax())
-    place = tuple(int(x) for x in torch.unravel_index(torch.tensor(worst), ratios.shape))
-    ratio = float(ratios[place])
-    count = int((ratios > 1).sum())
+    at = ratios.argmax()
+    worst = [tensor.flatten()[at].double() for tensor in (ratios, got, want, limit)]
+    numbers = torch.stack([*worst, (ratios > 1).sum().double(), comparable.sum().double(), at.double()])
+    ratio, mine, right, allowed, count, total, index = numbers.tolist()  # a GPU is waited for once
+    if not total:
+        return Finding(rule, 0.0, "nothing to compare")
+    place = [int(x) for x in torch.unravel_index(torch.tensor(int(index)), ratios.shape)]
     return Finding(
         rule,
         ratio,
-        f"{name}{list(place)} = {float(got[place]):.9g}, want {float(want[place]):.9g}, "
-        f"error {float((got[place] - want[place]).abs()):.3g}, limit {float(limit[place]):.3g}, ratio {ratio:.3g}; "
-        f"{count} of {int(comparable.sum())} break the rule",
+        f"{name}{place} = {mine:.9g}, want {right:.9g}, error {abs(mine - right):.3g}, limit {allowed:.3g}, "
+        f"ratio {ratio:.3g}; {int(count)} of {int(total)} break the rule",
     )

@@ -255,8 +255,9 @@ def judge(
     )  # fmt: skip
     found = set(check_errors(given["q"].device)) | (by_plan if call.has_plan else set())  # whoever saw it first
     where = f"{plan.backend}/{plan.kernel}, {call}\n  {case}"
-    for name, value in inputs.items():
-        assert torch.equal(_bytes(value), before[name]), f"{where}\n  {name} was written"
+    written = torch.stack([(_bytes(value) != before[name]).any() for name, value in inputs.items()]).tolist()
+    for name, is_written in zip(inputs, written, strict=True):  # a GPU is waited for once
+        assert not is_written, f"{where}\n  {name} was written"
     if lse is not None and call.lse == "2":
         lse = lse * math.log(2)
     assert (lse is None) == (call.lse == "none"), f"{where}\n  lse returned against return_lse"
