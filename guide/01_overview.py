@@ -97,6 +97,22 @@ for name in ("MHA, 128 KV heads", "MLA, bf16", "MLA, fp8_656"):
     print(f"{name:18} {per_token / 1024:8.1f} KiB per token; 40 GiB hold {free // per_token:>9,} tokens")
 
 # %% [markdown]
+# ## A GPU in nine words
+#
+# The rest of the guide uses these. None of them has to be known beforehand.
+#
+# | word | is |
+# | --- | --- |
+# | SM | one of the 132 processors of an H100, each with its own registers and *shared memory* |
+# | HBM | the memory of the card: large, and the slowest of them to read |
+# | L2 | a cache of 50 MB between HBM and all SMs |
+# | tensor core | the part of an SM that multiplies small matrices; nearly all of the card's arithmetic is there |
+# | warp | 32 threads that run the same instruction; four of them together are a *warpgroup* |
+# | CTA | the threads (here some hundred) that share one SM's shared memory; also called a block |
+# | kernel | a program for the GPU; starting one (a *launch*) takes microseconds |
+# | FP8 | numbers of 8 bits, such as `e4m3`; with a scale for each group of columns they hold a cache in half the bytes |
+# | RoPE | how a position gets into queries and keys: pairs of columns are rotated by an angle that grows with the position |
+#
 # ## Why decoding is different
 #
 # While it reads a prompt (*prefill*), a model has thousands of query tokens; every key that is loaded is used thousands of times. While it

@@ -8,7 +8,6 @@
 # *plan*; what it returns is checked against an oracle that lives in the same package.
 
 # %%
-import dataclasses
 import inspect
 
 import torch
@@ -20,6 +19,7 @@ from openmla.core import faults
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.mods import attach, score_mod
 from openmla.ops import dispatch
 from openmla.reference import attention, quant
 from openmla.split.schedule import plan_decode
@@ -82,12 +82,16 @@ except ProblemError as error:
 # ## Station 2: the table and the verdicts (`backends/__init__.py`)
 #
 # For each operation there is an ordered table of kernels. The first whose `supports(problem, target)` is true runs. A refusal is not `False` but a
-# `Verdict` with every reason, and `explain` prints them.
+# `Verdict` with every reason, and `explain` prints them. Here for an H100, first for this call, then for the same in fp32, for which Hopper's
+# tensor cores have no instruction:
 
 # %%
 print(backends.explain(problem, target="h100_sxm"))
 print()
-print(backends.explain(dataclasses.replace(problem, has_sink=True, window=128), target="h100_sxm"))
+in_fp32 = DecodeProblem.from_tensors(q.float(), cache.pages(0).float(), table, lengths)
+refused = backends.explain(in_fp32, target="h100_sxm")
+print(refused)
+assert refused.chosen is not None and refused.chosen.backend != "cute"
 
 # %% [markdown]
 # On this machine the same question has another answer. A backend that is named never falls back: it runs, or it raises with the reasons.
@@ -110,7 +114,7 @@ assert backends.select(problem, Target("cpu", "cpu", 2)).kernel.backend == "torc
 # %%
 for verb in ("supports", "configs", "compile", "launch"):
     method = getattr(selection.kernel, verb)
-    print(f"{verb}{inspect.signature(method)}")
+    print(f"{verb}{inspect.signature(method)}".replace("'", ""))
     assert callable(method)
 
 # %% [markdown]
@@ -135,7 +139,7 @@ assert (same, other) == (0, 1)
 # ## Station 5: the plan (`split/schedule.py`)
 #
 # Requests have different lengths, and a GPU has 132 SMs that should all end at the same time. The plan lays the KV blocks of all requests on one line and
-# cuts it evenly. A request that is cut leaves pieces, which are merged afterwards (chapter 3). The plan depends on lengths only, so one plan serves all layers of a step.
+# cuts it evenly. A request that is cut leaves pieces, which are merged (chapter 3). The plan depends on lengths only, so one plan serves all layers of a step.
 
 # %%
 plan = plan_decode([640, 64, 2048, 0, 320], num_parts=4, overhead_blocks=1)
@@ -150,6 +154,11 @@ lanes(
     rows, x="KV blocks of 64 tokens", salt="plan",
     caption="Five requests on four workers. 2.1 is the second piece of request 2. Request 3 is empty; somebody still owns it, to write its zeros.",
 )  # fmt: skip
+
+# %% [markdown]
+# A worker's share may also be a *list of ranges*: requests dealt out like cards, the longest first, from left to right and back again, so that none has to be cut. That is
+# what the kernel for many rows does where there are about as many requests as workers, because a piece of 128 query rows costs 262 KB of partial results. Chapter 3 has
+# the numbers.
 
 # %% [markdown]
 # ## Station 6: the kernel
@@ -167,7 +176,7 @@ print(source[source.index("    logits") :])
 # ## Station 7: what values inside tensors can do
 #
 # Shapes are checked before the launch; values cannot be, because reading them would mean waiting for the GPU. A wrong page id must neither crash the
-# process nor touch another request. Kernels mask it and set a bit, which `check_errors` reads when somebody asks.
+# process nor touch another request. Kernels mask it and set a bit, which `check_errors` reads when somebody asks; the first time it is found, a line goes to the log, too.
 
 # %%
 wild = table.clone()
@@ -224,6 +233,32 @@ print(f"bytes per token: {packed.shape[-1]} instead of {2 * 576}; the result mov
 assert 0.001 < difference < 0.05
 
 # %% [markdown]
+# ## Changing the mathematics: mods (`mods/`)
+#
+# A *mod* is a Python function of a few lines that every backend inlines: the PyTorch kernel calls it, the Triton kernel and the Hopper kernel for many rows translate its source while they are compiled, so
+# it costs a few instructions per score and no launch. It is its own oracle. This one lets keys fade with their age:
+
+# %%
+
+
+@score_mod
+def fading(score, b, h, q_idx, kv_idx):
+    """A key loses a hundredth of a unit of score per token of age."""
+    return score - 0.01 * (q_idx - kv_idx)
+
+
+faded, _ = openmla.decode(q, cache.pages(0), table, lengths, softmax_scale=scale, mods=fading)
+fading_problem = DecodeProblem.from_tensors(q, cache.pages(0), table, lengths, mods=attach(fading))
+print(backends.explain(fading_problem, target="h100_sxm"))
+want = attention.decode(q, cache.pages(0), table, lengths, softmax_scale=scale, d_v=512, precision="fp64", mods=fading)
+print(
+    f"error against the oracle {(faded - want.out).abs().max():.1e}; without the mod {(out - want.out).abs().max():.1e}"
+)
+assert (faded - want.out).abs().max() < 0.1 * (out - want.out).abs().max()
+
+# %% [markdown]
+# What a mod may contain, and which kernel takes which, is on [its page](../docs/mods.md).
+#
 # ## Where a new thing goes
 #
 # | a new ... | goes to |

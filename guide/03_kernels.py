@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 3. Kernels: from the formula to the instruction
 #
-# Nine ideas make an attention kernel on a Hopper GPU fast. Each stands here alone, small enough to check on a CPU: first the arithmetic (online softmax, the merge law,
-# splitting), then memory (pages, banks and swizzle), then the machine (wgmma, TMA, pipelines, warp roles). The last part compiles one small product in six steps and
+# Eleven ideas make an attention kernel on a Hopper GPU fast. Each stands here alone, small enough to check on a CPU: first the arithmetic (online softmax, the merge law,
+# splitting, merging inside), then memory (pages, gathering, banks and swizzle), then the machine (wgmma, TMA, pipelines, warp roles). The last part compiles one small product in six steps and
 # counts what the assembler made of it; no GPU is needed for that.
 
 # %%
@@ -12,6 +12,8 @@ import math
 import re
 import tempfile
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -20,9 +22,10 @@ import drawings
 import openmla
 from drawings import curves, lanes, squares
 from openmla.core import env
+from openmla.lab import suite
 from openmla.reference.attention import BLOCK_KEYS, online_softmax
 from openmla.split.combine import merge, merge_two
-from openmla.split.schedule import plan_decode
+from openmla.split.schedule import plan_decode, ranges_needed
 
 torch.manual_seed(0)
 
@@ -100,6 +103,9 @@ assert torch.equal(merge_two(*pieces[0], *pieces[3])[0], pieces[0][0])
 #
 # One request of 32,768 tokens is 512 blocks of 64 keys. One SM would work through them one after the other while 131 others watch. So the plan gives each SM a
 # stretch, and the merge law puts the results together. That is not free: every piece of a 128-head request leaves 128 rows of 512 fp32 numbers, written and read back.
+#
+# With as many requests as SMs there is a cheaper way to be even. A part may be a *list of ranges*: whole requests are dealt like cards, the longest first, from left to right and back again.
+# 128 rows take two SMs, so 132 SMs are 66 parts; here are 128 requests of uneven length around 4,096 tokens, as the benchmark draws them:
 
 # %%
 for name, lengths in {"one long": [32768], "two": [32768, 16384], "128 short": [4096] * 128}.items():
@@ -109,10 +115,65 @@ for name, lengths in {"one long": [32768], "two": [32768, 16384], "128 short": [
     )
     alone = max(-(-n // 64) for n in lengths)
     print(f"{name:10} {plan.num_pieces:4} pieces; busiest SM {busiest:3} blocks instead of {alone}")
+uneven = next(
+    iter(suite.sweep({"batch": [128], "s_k": [4096], "h_q": [128], "lengths": ["varlen"]}, ()).cases)
+).draw_lengths()
+for name, ranges in {"stretches": None, "lists of ranges": ranges_needed(128, 66)}.items():
+    dealt = plan_decode(uneven, 66, merge_blocks=20, ranges=ranges)
+    loads = [sum(p.end_block - p.begin_block for p in dealt.pieces() if p.part == part) for part in range(66)]
+    merged = sum(b - a for a, b in itertools.pairwise(dealt.num_splits) if b - a > 1)
+    print(f"{name:15} busiest part {max(loads)} blocks, even would be {sum(loads) / 66:.0f}; {merged} pieces to merge")
+assert merged == 0
 print(f"partial results per piece: {128 * 512 * 4:,} bytes")
 assert plan.num_pieces == 128  # as many requests as SMs: nobody is split, nothing has to be merged
 
 # %% [markdown]
+# Four blocks more for the busiest part, and nothing to merge: on an H200 the call took 230.8 us instead of 244.7 (rows `dd-11-03` and `dd-11-02`).
+#
+# ## The merge, inside the kernel
+#
+# Who merges? A second kernel can: it starts when the first has ended, reads all partial results, writes `out`. That costs a launch, and all SMs wait for the last one before anybody merges. For a call of 28 microseconds it
+# is a quarter of the time (rows `dd-12-002` and `-003`). So both dense kernels merge themselves. In the one for many rows a CTA that has no piece left takes its share of the rows that it helped to compute, waits until a
+# *count* of arrivals says that all of their partial results lie in memory, and merges. (The one for few rows has smaller partials, and each 16 bytes of them say by their first word whether they are there.) Three things have to be right:
+#
+# - **Everybody who waits must be running.** A CTA that waits for one that has not been started waits for ever, so the launch is *cooperative*: all CTAs are resident at once, or the launch fails.
+# - **Counts are ready for the next call.** The arrival that completes a count wraps it to 0 (`atom.inc`), so no launch has to clear it, and a captured graph can be replayed.
+# - **The order of the sum does not depend on who came first**: pieces are added in the order of the keys. The same bits, run after run.
+#
+# Here is that protocol on threads of this CPU. Workers end in any order; the result is one:
+
+# %%
+
+
+def with_counts(order: list[int]) -> torch.Tensor:
+    """Five workers: each stores its piece, adds to the count, waits for it, and merges its share of the rows."""
+    cuts, store, result, arrivals = [0, 100, 101, 300, 333, 640], {}, torch.empty_like(out), [0]
+    arrived = threading.Condition()
+
+    def work(worker: int) -> None:
+        time.sleep(0.002 * order[worker])
+        store[worker] = part(cuts[worker], cuts[worker + 1])
+        with arrived:
+            arrivals[0] += 1
+            arrived.notify_all()
+            arrived.wait_for(lambda: arrivals[0] == 5)
+        mine = slice(worker * rows // 5, (worker + 1) * rows // 5)
+        outs, lses = (torch.stack([store[i][which][mine] for i in range(5)]) for which in (0, 1))
+        result[mine] = merge(outs, lses)[0]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(5)]
+    [each.start() for each in workers]
+    [each.join() for each in workers]
+    return result
+
+
+first, second = with_counts([0, 1, 2, 3, 4]), with_counts([4, 2, 0, 3, 1])
+print(f"error {(first - exact).abs().max():.1e}; other order of arrival, same bits: {torch.equal(first, second)}")
+assert torch.equal(first, second) and torch.allclose(first.double(), exact, atol=1e-5)
+
+# %% [markdown]
+# Two other designs were right and slower; chapter 4 has their times. For `policy="batch_invariant"` the kernel for many rows still merges by a second launch.
+#
 # ## Pages
 #
 # The keys of a request lie in pages scattered over the pool. For a kernel a page table is one more load before the load: the id of the page, then the page. What it must not become is
@@ -132,6 +193,34 @@ assert torch.equal(here, there)
 print("pages at", order[:10].tolist(), "give the same bits")
 
 # %% [markdown]
+# ## Sparse attention: every query its own keys
+#
+# DeepSeek V3.2 lets a small *indexer* choose some two thousand keys per query token, and attends to those alone. For a kernel this changes one thing: keys are *gathered*. There is no box of 64 neighbouring rows that the copy engine could
+# fetch; each row has an address of its own, read from a list. What comes out is attention over the chosen keys, nothing else:
+
+# %%
+slots = torch.randperm(600)[:64].int()  # positions in the sequence ...
+chosen = (table[0].long()[slots.long() // 64] * 64 + slots.long() % 64).int()  # ... and where they lie in the pool
+sparse, _ = openmla.sparse_decode(queries, pool, chosen.view(1, 1, 64))
+picked = pool.view(-1, 576)[chosen.long()][None, :, None]  # one page of 64 rows: the chosen keys, side by side
+dense, _ = openmla.decode(queries, picked, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([64], dtype=torch.int32))
+print(f"sparse and dense over the same 64 keys differ by {(sparse - dense).abs().max():.1e}")
+for context in (4096, 32768, 131072):
+    print(
+        f"{context:7} tokens: dense reads {context * 1152 / 1e6:6.1f} MB, sparse with 2048 keys {2048 * 656 / 1e6:.1f} MB (fp8_656)"
+    )
+assert torch.allclose(sparse.float(), dense.float(), atol=0.02)
+
+# %% [markdown]
+# Three consequences, each a warp role of [the sparse decode](../docs/kernels/decode_sparse.md):
+#
+# - **Rows come by loads of threads** (16 bytes each, `cp.async` or registers), because the copy engine's gather belongs to Blackwell. Indices are read a tile ahead; one that is out of range is masked.
+# - **FP8 becomes bf16 on the way.** Hopper's tensor cores know no scale per group of columns, so warps of their own convert 64 x 512 codes per tile while others multiply: about half as many clocks as the products take, so it
+#   hides, if nobody waits for it.
+# - **Two tokens share nothing.** In dense decode all query rows of a request read the same tile; here each token has its own, so the arithmetic per byte comes from the heads alone.
+#
+# [Sparse prefill](../docs/kernels/prefill_sparse.md) gathers bf16 rows the same way.
+#
 # ## Banks and swizzle
 #
 # Shared memory, where a tile waits for the tensor cores, has 32 *banks* of 4 bytes; each delivers one word per clock. Eight threads reading 16 bytes each can be served in one clock
@@ -213,8 +302,8 @@ def schedule(stages: int, tiles: int = 6, latency: float = 4.0, transfer: float 
 
 
 per = {stages: schedule(stages)[1] for stages in (1, 2, 3, 4)}
-for stages, time in per.items():
-    print(f"{stages} buffers: {time:.1f} per tile")
+for stages, per_tile in per.items():
+    print(f"{stages} buffers: {per_tile:.1f} per tile")
 assert per[1] == 9.0 and per[3] == 3.0  # everything added up; then only the work counts
 lanes(
     schedule(2)[0], x="time", salt="stages", is_wide=True,

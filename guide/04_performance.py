@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4. Performance: what the kernels reach, and how they got there
 #
-# Every time on this page is read from a row in `bench/results`, measured on one H100 80GB HBM3, and named by its row. The logs behind them, failures
+# Every time on this page is read from a row in `bench/results`, measured on one H100 80GB HBM3 (where it says so, on an H200), and named by its row. The logs behind them, failures
 # included, are the pages of the two dense kernels: [few rows](../docs/kernels/decode_dense_small.md) and [many rows](../docs/kernels/decode_dense.md).
 
 # %%
@@ -125,7 +125,38 @@ print(f"at 16,384 tokens, splitting for nothing: {cheap.num_pieces} pieces; at a
 assert cheap.num_pieces > dear.num_pieces == 128
 
 # %% [markdown]
-# That is why `plan_decode` has a `merge_blocks`: splitting has a price for the whole batch, and the plan pays it only when it evens out more.
+# That is why `plan_decode` has a `merge_blocks`: splitting has a price for the whole batch, and the plan pays it only when it evens out more. With uneven lengths, lists of ranges (chapter 3) keep requests whole *and* the parts even:
+
+# %%
+peer, stretch, lists = ROWS["dd-11-01"], ROWS["dd-11-02"], ROWS["dd-11-03"]
+print(
+    f"batch 128, uneven around 4096, H200: stretches {stretch.median_us:.0f} us, lists {lists.median_us:.0f}, peer {peer.median_us:.0f} (dd-11-02, -03, -01)"
+)
+assert lists.median_us < stretch.median_us < peer.median_us
+assert all(row.environment["device"] == "NVIDIA H200" for row in (peer, stretch, lists))
+
+# %% [markdown]
+# ## The end of a small batch
+#
+# Four requests of 4,096 tokens with 128 heads are 64 pieces, each of four tiles. Then a call is mostly beginning and end: set-up, first loads, and the merge. What became of the end:
+
+# %%
+ENDS = {
+    "one more launch merges (H100)": "dd-12-018",
+    "no merge at all (H100): the floor, wrong results": "dd-12-019",
+    "one more launch merges (H200)": "dd-12-208",
+    "counts and bulk copies, in the kernel (H200)": "dd-12-211",
+    "the peer (H200)": "dd-12-207",
+}
+for name, row_id in ENDS.items():
+    print(f"{name:50} {ROWS[row_id].median_us:5.1f} us   {row_id}")
+    assert ROWS[row_id].case == "decode-b4-sq1-hq128-sk4096-bf16"
+    assert name.count("H200") == ROWS[row_id].environment["device"].count("H200")
+assert ROWS["dd-12-211"].median_us < ROWS["dd-12-207"].median_us < ROWS["dd-12-208"].median_us
+
+# %% [markdown]
+# Between those lie two designs. *Sentinels*, where each 16 bytes of a partial result say whether they have arrived, suit the few-row kernel's 32 KB and not 128 KB: marking them unread again is as much traffic as the data. *Counts with loads
+# into registers* worked, in four rounds of loads one after the other. The third lays partial results out so that a CTA's share of each piece is one stretch of memory, asks for all of it at once by bulk copies into the ring of tiles, which is free by then, and is a third as long.
 #
 # ## The memory hierarchy
 #

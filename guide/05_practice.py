@@ -131,7 +131,7 @@ assert torch.equal(out[1], torch.zeros_like(out[1]))  # its only page was bad: i
 # ## The same bits
 #
 # The same call gives the same bits, run after run: sums have a fixed order, and there are no float atomics. On a GPU, how a request is cut depends on its batch mates, so its last bit may too. `policy="batch_invariant"` cuts at
-# multiples of 4,096 tokens and nowhere else: a row then depends on itself alone, for a price. On a CPU both are the same.
+# multiples of one length and nowhere else: a row then depends on itself alone, for a price (its [rows](../docs/kernels/decode_dense.md#results) say which). On a CPU both are the same.
 
 # %%
 alone, _ = openmla.decode(q[:1], pool, table[:1], lengths[:1], softmax_scale=scale, policy="batch_invariant")

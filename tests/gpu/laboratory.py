@@ -1,4 +1,4 @@
-"""Every verb of the laboratory once on a GPU, each in its own process, in about a minute.
+"""Every verb of the laboratory once on a GPU, each in its own process, in about two minutes.
 
     python tests/gpu/laboratory.py OUT [NAME ...]      names as below, such as roofline or "profile, auto"; default: all
 
@@ -29,6 +29,7 @@ def verbs(out: Path) -> list[tuple[str, list[str], Path | None]]:
         ("report", ["report", rows], out / "report.json"),
         ("roofline", ["roofline", "--case", "*b2*", "--seconds", "0.1"], out / "roofline.json"),
         ("profile, auto", ["profile", *one, SMALL], out / "profile.json"),
+        ("profile, ncu", ["profile", *one, LARGE, "--tool", "ncu"], out / "profile_ncu.json"),
         ("profile, torch", ["profile", *one, LARGE, "--tool", "torch"], out / "profile_torch.json"),
         (
             "tune",

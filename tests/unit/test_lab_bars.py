@@ -188,3 +188,13 @@ def test_resume_keeps_rows_of_this_commit_and_machine_alone(tmp_path, monkeypatc
     assert bars.resumed(path, Target.preset("cpu"), said.append) == []
     with pytest.raises(ConfigError, match="name it with --out"):
         bars.resumed(None, Target.preset("cpu"), said.append)
+
+
+def test_a_loss_never_looks_like_a_draw():
+    assert [bars.ratio(each) for each in (0.9949, 0.9951, 0.9999, 1.0, 1.004)] == [
+        "0.99",
+        "0.995",
+        "1.000",
+        "1.00",
+        "1.00",
+    ]

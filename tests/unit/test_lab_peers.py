@@ -156,7 +156,7 @@ def test_flash_mla_gets_the_case(module):
     is_green(CASES[0], peers.peer(CASES[0], sets, H100, "flash_mla"), sets)
 
 
-@pytest.mark.parametrize("name", ["fa3", "flashinfer", "flash_mla", "flex", "triton_usual"])
+@pytest.mark.parametrize("name", ["fa3", "fa4", "flashinfer", "flash_mla", "flex", "triton_usual"])
 def test_who_cannot_run_here_says_why(name):
     case = Case(batch=2, s_k=70, s_q=2, h_q=4, h_kv=2, dtype="fp32", page_size=16, lengths="varlen", is_causal=True)
     refusal = peers.peer(case, sets_of(case), Target.detect("cpu"), name)

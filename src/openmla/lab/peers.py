@@ -5,6 +5,7 @@
     flex       gather the pages, then torch's FlexAttention, compiled
     flash_mla  DeepSeek's kernels, or SGLang's fork of them, where that package is installed
     fa3        FlashAttention 3 with its `qv` argument (package fa3-fwd, or FlashAttention's hopper build)
+    fa4        FlashAttention 4: says why not; its MLA is for Blackwell
     flashinfer FlashInfer's BatchMLAPagedAttentionWrapper
     triton_usual  the two-stage split-KV kernel that serving systems fall back to, see `openmla.lab.usual_triton`
     matmul     ceiling: the two matrix products alone, keys contiguous beforehand, nothing else
@@ -356,6 +357,13 @@ def _fa3(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
     return _fastest("fa3", "flash_attn_with_kvcache(qv=)", forms, sets[0].device)
 
 
+def _fa4(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
+    # Its absorbed MLA (CuTe DSL) has kernels for sm_100 alone; a port to sm_90 is proposed, not released (2026-11).
+    if not target.arch.startswith("sm_100"):
+        return Refusal("fa4", f"its absorbed MLA is for sm_100, this is {target.arch}; fa3 is its kernel for Hopper")
+    return Refusal("fa4", "no adapter: nobody has run it beside OpenMLA on a Blackwell card yet")
+
+
 _MOST_CONTIGUOUS = 12 << 30  # bytes of the copies; a larger batch runs on its pages
 
 
@@ -440,6 +448,7 @@ PEERS: dict[str, Callable[[Case, Sets, Target], Contender | Refusal]] = {
     "flex": _flex,
     "flash_mla": _flash_mla,
     "fa3": _fa3,
+    "fa4": _fa4,
     "flashinfer": _flashinfer,
     "triton_usual": _triton_usual,
     "matmul": _matmul,

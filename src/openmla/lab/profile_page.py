@@ -9,6 +9,28 @@ from openmla.lab.page import Cell, Figure, Page, Section, Table, Tile, amount, d
 from openmla.lab.profile import Memory, Phase, Profile, Profiles
 from openmla.lab.report import label
 
+# Nsight Compute's names of what a warp waits for, after its manual.
+STALLS = {
+    "barrier": "other warps at a barrier of the block",
+    "branch resolving": "where a branch leads",
+    "dispatch stall": "the dispatcher, which holds the instruction back",
+    "drain": "its stores, before it may end",
+    "gmma": "a wgmma of its warpgroup",
+    "imc miss": "a constant that is not in the cache",
+    "lg throttle": "room in the queue of loads and stores",
+    "long scoreboard": "an answer of the memory behind L1: global memory, or L2",
+    "math pipe throttle": "a unit of arithmetic that is busy",
+    "membar": "a fence, until its writes are seen",
+    "mio throttle": "room in the queue of shared memory and special functions",
+    "misc": "something else",
+    "no instruction": "the next instruction, which is not fetched yet",
+    "not selected": "nothing: it was ready, another warp was taken",
+    "short scoreboard": "an answer of shared memory or of a special function",
+    "sleeping": "the end of a sleep that it asked for",
+    "tex throttle": "room in the queue of textures",
+    "wait": "the fixed time of the instruction before",
+}
+
 
 def page(found: Profiles) -> Page:
     """Each case: phases, utilisation, stalls, memory, and what could not be seen."""
@@ -39,7 +61,7 @@ def _sections(number: int, one: Profile) -> list[Section]:
             "All threads count: waiting is a part like the others." if has_threads else "Kernels of the call.",
             "phases",
         )
-    ] if one.phases else []  # fmt: skip
+    ] if len(one.phases) > 1 else []  # fmt: skip
     if one.stalls:
         svg = plot.bars(
             [(name, 100 * share) for name, share in one.stalls[:10]], salt=f"stalls{number}",
@@ -50,6 +72,9 @@ def _sections(number: int, one: Profile) -> list[Section]:
         [name, f"{_number(each.value)} {each.unit}", each.meaning] for name, each in one.readings.items()
     ]
     tables = [Table("counters", ("counter", "value", "what it is"), readings, left=(0, 2)), _memory(one.memory)]
+    if one.stalls:
+        waits = [[name, f"{100 * share:.1f} %", STALLS.get(name, "")] for name, share in one.stalls]
+        tables.append(Table("what warps wait for", ("waits", "share", "what it is"), waits, (0, 2)))
     if one.operators:
         tables.append(_phases("operators, by their own time", one.operators))
     if one.phases:

@@ -31,7 +31,7 @@ def summary(report: Report) -> str:
         found = [_ratio(report.runs[case.name]) for case in cases]
         values = [each for each in found if each is not None]
         if values:
-            cells = (group, str(len(values)), *(f"{each:.2f}" for each in (geomean(values), min(values), max(values))))
+            cells = (group, str(len(values)), *map(bars.ratio, (geomean(values), min(values), max(values))))
             lines.append(_line(cells))
     return "\n".join([*lines, "", _source(report)])
 
@@ -128,9 +128,9 @@ def _cell(report: Report, case: Case | None) -> str:
     if case is None:
         return ""
     run = report.runs[case.name]
-    own, ratio = bars.ours(run), _ratio(run)
+    own, found = bars.ours(run), _ratio(run)
     assert own is not None  # bars.newest keeps only runs with a row of ours
-    return f"{own.median_us:.1f}" + ("" if ratio is None else f", {ratio:.2f}")
+    return f"{own.median_us:.1f}" + ("" if found is None else f", {bars.ratio(found)}")
 
 
 def _source(report: Report) -> str:

@@ -81,7 +81,7 @@ def _bars(report: Report) -> Iterator[Section]:
             f"{'at least' if bar.is_floor else 'at most'} {bars.text(bar.limit, bar.value)}",
             f"{len(each.measured)} of {len(each.cells)}",
         ])  # fmt: skip
-        for cell in each.short:
+        for cell in each.short if len(each.cells) > 1 else ():
             rows.append(["", f"`{cell.case}`", bars.text(cell.value, bar.value), "", ""])
     table = Table("bars", ("", "bar", "worst cell or mean", "wanted", "cells"), rows, left=(0, 1))
     text = "What the suite promises, from the newest run of each cell. Cells that miss stand below their bar."

@@ -255,21 +255,26 @@ def _sections(found: Roofline) -> Iterator[Section]:
         figures.append(Figure(svg, caption, dtype))
     yield Section("The roof", (), figures)
     rows = [
-        [f"`{each.case}`", f"{each.flops / 1e9:.3g}", f"{each.bytes / 1e6:.3g}", f"{each.intensity:.3g}", each.bound,
-         duration(each.floor_us / 1e6), duration(each.measured_us / 1e6) if each.measured_us else "-",
-         f"{100 * each.share:.0f} %" if each.share else "-"]
+        [f"`{each.case}`", duration(each.measured_us / 1e6) if each.measured_us else "-",
+         f"{100 * each.share:.0f} %" if each.share else "-", each.bound, duration(each.floor_us / 1e6),
+         f"{each.intensity:.3g}", _three(each.flops / 1e9), _three(each.bytes / 1e6)]
         for each in found.places
     ]  # fmt: skip
-    head = ("case", "GFLOP", "MB", "FLOP per byte", "bound by", "at best", "measured", "of the roof")
+    head = ("case", "measured", "of the roof", "bound by", "at best", "FLOP per byte", "GFLOP", "MB")
     sentences = [[f"`{each.case}`", each.sentence] for each in found.places]
     yield Section(
         "Each case",
         ["Bytes are the fewest that must move: every attended row once, queries once, results once."],
         tables=[
-            Table("cases", head, rows, left=(0, 4)),
+            Table("cases", head, rows, left=(0, 3)),
             Table("in one sentence each", ("case", ""), sentences, (0, 1), True),
         ],
     )
+
+
+def _three(value: float) -> str:
+    """Three digits, from 1000 on all of them."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _name(each: Place) -> str:
