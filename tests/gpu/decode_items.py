@@ -28,6 +28,7 @@ class Setup:
     backend: str
     device: str
     is_small: bool = False
+    soak_seconds: float = 60.0
 
     @property
     def is_cuda(self) -> bool:
@@ -121,3 +122,28 @@ def same_bits(got: Any, want: Any, what: str) -> None:
     for name, x, y in zip(("out", "lse", "out of the second layer", "its lse"), got, want, strict=False):
         differing = int((bits(x) != bits(y)).sum())
         assert not differing, f"{what}: {differing} of {x.numel()} elements of {name} differ"
+
+
+def captured(call: Callable[[], tuple[torch.Tensor, ...]], is_cuda: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Replays a graph of `call` into the same tensors every time; on a CPU, calls it again."""
+    if not is_cuda:
+        return call
+    call()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> tuple[torch.Tensor, ...]:
+        for tensor in results:
+            tensor.fill_(torch.nan)
+        churn = [torch.full((1 << pick,), torch.nan, device=results[0].device) for pick in (10, 16, 20)]
+        del churn
+        graph.replay()
+        return results
+
+    return replay

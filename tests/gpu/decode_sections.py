@@ -1,37 +1,53 @@
 """What `prove_decode.py` proves: sections of items. An item returns what it measured, or raises.
 
-matrix       every pair of options of a call: dtype, d_qk, h_q 1 to 128, h_kv, s_q, varlen, causal, page sizes, window,
+matrix       dense decode, every pair of options of a call: dtype, d_qk, h_q 1 to 128, h_kv, s_q, varlen, causal, page sizes, window,
              sink, lengths (empty, negative, beyond the table), policy, LSE, out=, plan, workspace; strided hostile views,
              NaN in every KV byte that no row reaches, against the fp64 oracle under the tolerance rule;
              first what the backend has a kernel for, then everything
-sparse       token-sparse decode: the cases of decode_sparse.py for every variant that ships, through openmla.sparse_decode
-fuzz         4,000 seeded cases of the same kind at the sizes of real kernels
+sparse       token-sparse decode: the cases of decode_sparse.py for every variant that ships
+gather       the kernel over bf16 rows and pages: the cases of prefill_sparse.py
+fuzz         3,000 seeded cases of dense decode at the sizes of real kernels
+sparse_fuzz  1,000 of sparse decode and sparse prefill
+poison       six contents in every place of five calls that may not matter: bits must not change
+hostile      64 hostile values in each of five calls, a process for each kernel: it lives, other requests keep their bits, and
+             the value is named
 plans        device plans against `plan_decode`, field by field
-repeats      10,000 runs whose bits must not change, with other work on the card
-graphs       50 CUDA-graph scenarios: lengths, queries and tables change between replays; bits as without a graph
-invariance   batch_invariant: a request's bits alone, permuted, among more requests, and inside a graph
-big          KV pools beyond 2^32 elements, packed and strided
+repeats      100,800 runs whose bits must not change, in graphs and without, with other work on the card
+graphs       50 CUDA-graph scenarios of dense decode: lengths, queries and tables change between replays; bits as without
+sparse_graphs  36 of sparse decode and sparse prefill
+invariance   batch_invariant, 300 batches: a request's bits alone, permuted, among more requests, and inside a graph
+big          KV pools beyond 2^32 elements, packed and strided; 70,000 requests; a million keys
+sparse_big   a quantised pool beyond 2^32 bytes, rows beyond 2^32 elements, 70,000 tokens
+threads      eight host threads, each on a stream of its own
 border       flash_mla's interface
 stale        a plan whose lengths have changed: requests that kept theirs keep their bits, and the plan stays usable
+sanitize     compute-sanitizer's four tools over the smallest cases
+faults       what goes wrong on purpose: the sections of reliability_sections.py, each in a process of its own
+soak         random calls for a while: nothing drifts, leaks or goes unexplained
 host         time from the Python call to the launch
-sanitize     compute-sanitizer over the smallest cases
+modes        what validation modes and observers cost
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import decode_sparse
 import torch
-from decode_items import LIST, Item, Made, NotRunError, Setup, bits, dense, listed_items, same_bits
-from decode_machine import TOOLS, host, sanitize, smallest
+from decode_items import LIST, Item, Made, NotRunError, Setup, bits, captured, dense, listed_items, same_bits
+from decode_machine import FAULTS, TOOLS, faults, host, modes, sanitize, smallest, soak
+from hostile_sections import SUBJECTS, hostile, poison
+from sparse_sections import big as sparse_big
+from sparse_sections import gather, plain, sparse, sparse_fuzz, sparse_graphs
 
 import openmla
 from openmla import flash_mla
 from openmla.backends import select
-from openmla.backends.cute.decode_sparse.config import VARIANTS
 from openmla.core.target import Target
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
@@ -40,8 +56,10 @@ from openmla.testing.cases import Case, native_arguments
 
 __all__ = ["DEFAULT", "SECTIONS", "SHARDS", "NotRunError", "Setup"]
 
-FUZZ_CASES = 4000
-REPEATS = 1000  # of each of ten problems
+FUZZ_CASES = 3000
+REPEATS = 8400  # of each of twelve problems
+EAGER = 400  # of those without a graph
+PER_GRAPH = 20
 
 
 # ------------------------------------------------------------------------------------------- matrix, fuzz, plans
@@ -74,25 +92,6 @@ def fuzz(setup: Setup) -> Made:
         return lambda setup: _judged(*coverage.draw(seed))(setup)
 
     return [("seed", seeded(seed)) for seed in range(FUZZ_CASES)]
-
-
-def sparse(setup: Setup) -> Made:
-    """Every layout that the Hopper kernel reads, with and without a second cache."""
-    decode_sparse.CUDA = setup.device
-
-    def run(build: Callable[[], Any]) -> Callable[[Setup], dict[str, Any]]:
-        def call(setup: Setup) -> dict[str, Any]:
-            fine, words = decode_sparse.through_the_api(build(), setup.backend)
-            assert fine, words
-            return {"worst": words}
-
-        return call
-
-    return [
-        (f"{each.layout}{' and a second cache' if each.has_extra else ''}: {title}", run(build))
-        for each in VARIANTS
-        for title, build in decode_sparse.cases(each.layout, each.has_extra)
-    ]
 
 
 def plans(setup: Setup) -> Made:
@@ -138,35 +137,106 @@ def _check_plans(setup: Setup, h_q: int, seed: int) -> dict[str, Any]:
 
 
 def repeats(setup: Setup) -> Made:
-    """Ten problems; their plans split, deal whole requests, cut chunks."""
+    """Twelve problems; plans of the dense ones split, deal whole requests, cut chunks."""
     problems = [
         dense((4900,), 16), dense((4900,), 128), dense((700, 0, 64, 3000), 16, s_q=2), dense((700, 0, 64, 3000), 128),
         dense((1300,) * 40, 128, s_q=2), dense((500,) * 128, 16), dense((1,), 1), dense((2000, 70), 8, dtype=torch.float16),
-        dense((900, 4500), 128, dtype=torch.float16), dense((333,) * 70, 128),
+        dense((900, 4500), 128, dtype=torch.float16), dense((333,) * 70, 128), plain("sparse_decode", "fp8_656", 0, 128),
+        plain("sparse_prefill", "", 0, 128),
     ]  # fmt: skip
 
-    def check(case: Case, policy: str) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _repeat(setup, case, policy)
+    def check(case: Case, options: dict[str, Any]) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _repeat(setup, case, options)
 
-    named = [(case, ("balanced", "batch_invariant")[number % 3 == 2]) for number, case in enumerate(problems)]
-    return [(f"{policy} h_q {case.h_q} {len(case.seqlens_k)} requests", check(case, policy)) for case, policy in named]
+    made: Made = []
+    for number, case in enumerate(problems):
+        policy = ("balanced", "batch_invariant")[number % 3 == 2]
+        options = {"policy": policy} if case.op == "decode" else {}
+        made.append((f"{case.op} {options} h_q {case.h_q} {len(case.seqlens_q)} requests", check(case, options)))
+    return made
 
 
-def _repeat(setup: Setup, case: Case, policy: str) -> dict[str, Any]:
-    given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
-    first = openmla.decode(**given, policy=policy, backend=setup.backend)
+def _repeat(setup: Setup, case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    """Without a graph first, then twenty calls to a graph; who differs is counted on the device."""
+    given = native_arguments(case.op, coverage.moved(case.tensors(), setup.device))
+    first = [tensor.clone() for tensor in _operation(case)(**given, **options, backend=setup.backend)]
     differing = torch.zeros((), dtype=torch.int64, device=setup.device)
     noise = torch.randn(1024, 1024, device=setup.device, dtype=torch.bfloat16) if setup.is_cuda else None
     beside = torch.cuda.Stream() if setup.is_cuda else None
-    count = 5 if setup.is_small else REPEATS
-    for number in range(count):
+
+    def again() -> tuple[torch.Tensor, ...]:
+        results = _operation(case)(**given, **options, backend=setup.backend)
+        for x, y in zip(results, first, strict=True):
+            differing.add_((bits(x) != bits(y)).any())
+        return results
+
+    def turn(number: int, call: Callable[[], Any]) -> None:
+        nonlocal noise
         if noise is not None and number % 7 == 0:
             with torch.cuda.stream(beside):
                 noise = noise @ noise * 0.01
-        again = openmla.decode(**given, policy=policy, backend=setup.backend)
-        differing += sum((bits(x) != bits(y)).any() for x, y in zip(again, first, strict=True))
-    assert not int(differing), f"bits changed in {int(differing)} of {2 * count} results"
-    return {"measured": {"repeats": count}}
+        call()
+
+    eager = 5 if setup.is_small else EAGER
+    for number in range(eager):
+        turn(number, again)
+    replays = (REPEATS - EAGER) // PER_GRAPH if setup.is_cuda and not setup.is_small else 0
+    if replays:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(PER_GRAPH):
+                again()
+        for number in range(replays):
+            turn(number, graph.replay)
+    count = eager + replays * PER_GRAPH
+    assert not int(differing), f"bits changed in {int(differing)} of {count * len(first)} results"
+    return {"counts": count}
+
+
+def _operation(case: Case) -> Callable[..., tuple[torch.Tensor, ...]]:
+    operation: Callable[..., tuple[torch.Tensor, ...]] = getattr(openmla, case.op)
+    return operation
+
+
+def threads(setup: Setup) -> Made:
+    """Four mixes of calls."""
+
+    def check(number: int) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _beside(setup, number)
+
+    return [(f"mix {number}", check(number)) for number in range(4)]
+
+
+def _beside(setup: Setup, number: int) -> dict[str, Any]:
+    """Eight threads call at once; each result has the bits that it has alone."""
+    shapes = [(16, (700, 64)), (128, (4900,)), (128, (65, 3000, 1)), (16, (500,) * 30)]
+    cases = [dense(lengths, h_q, seed=number) for h_q, lengths in shapes]
+    given = [native_arguments("decode", coverage.moved(case.tensors(), setup.device)) for case in cases]
+    want = [[x.clone() for x in openmla.decode(**each, backend=setup.backend)] for each in given]
+    wrong: list[str] = []
+
+    def work(thread: int) -> None:
+        stream = torch.cuda.Stream() if setup.is_cuda else None
+        try:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                for turn in range(2 if setup.is_small else 50):
+                    which = (thread + turn) % len(cases)
+                    got = openmla.decode(**given[which], backend=setup.backend)
+                    if turn % 10 == 0:
+                        same_bits(got, want[which], f"thread {thread}, call {turn}")
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+
+    if setup.is_cuda:
+        torch.cuda.synchronize()
+    running = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not wrong, "\n".join(wrong)
+    return {}
 
 
 # ------------------------------------------------------------------------------------------- graphs, invariance
@@ -222,31 +292,6 @@ def _caller(given: dict[str, Any], form: str, policy: str, backend: str) -> Call
     return {"decode": decode, "plan": two_layers, "flash_mla": border}[form]
 
 
-def _captured(call: Callable[[], tuple[torch.Tensor, ...]], is_cuda: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Replays a graph of `call` into the same tensors every time; on a CPU, calls it again."""
-    if not is_cuda:
-        return call
-    call()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-
-    def replay() -> tuple[torch.Tensor, ...]:
-        for tensor in results:
-            tensor.fill_(torch.nan)
-        churn = [torch.full((1 << pick,), torch.nan, device=results[0].device) for pick in (10, 16, 20)]
-        del churn
-        graph.replay()
-        return results
-
-    return replay
-
-
 def _replay(setup: Setup, h_q: int, form: str, policy: str, change: str) -> dict[str, Any]:
     case = dense((CAPACITY,) * 4, h_q, s_q=2, seed=len(change))
     given = coverage.moved(case.tensors(), setup.device)
@@ -254,7 +299,7 @@ def _replay(setup: Setup, h_q: int, form: str, policy: str, change: str) -> dict
     lengths, pages = given["cache_seqlens"], given["block_table"]
     lengths.copy_(torch.tensor(CAPTURED))
     call = _caller(arguments, form, policy, setup.backend)
-    replay = _captured(call, setup.is_cuda)
+    replay = captured(call, setup.is_cuda)
     before = None
     for number, state in enumerate((CAPTURED, *STATES[change])):
         lengths.copy_(torch.tensor(state))
@@ -272,23 +317,39 @@ def _replay(setup: Setup, h_q: int, form: str, policy: str, change: str) -> dict
 
 
 def invariance(setup: Setup) -> Made:
-    """Heads, query tokens, dtypes, calls and graphs."""
+    """Heads, query tokens, dtypes, calls and graphs; fifteen batches of lengths around the ends of chunks and tiles."""
 
-    def check(h_q: int, s_q: int, dtype: torch.dtype, has_graph: bool) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _invariant(setup, h_q, s_q, dtype, has_graph)
+    def check(
+        h_q: int, s_q: int, dtype: torch.dtype, has_graph: bool, lengths: LIST
+    ) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _invariant(setup, h_q, s_q, dtype, has_graph, lengths)
 
     kinds = [(1, 1), (16, 1), (16, 2), (128, 1), (128, 2)]
     return [
-        (f"h_q {h_q} s_q {s_q} {dtype} {'graph' if has_graph else 'call'}", check(h_q, s_q, dtype, has_graph))
+        (
+            f"h_q {h_q} s_q {s_q} {dtype} {'graph' if has_graph else 'call'} {lengths}",
+            check(h_q, s_q, dtype, has_graph, lengths),
+        )
+        for lengths in _batches(15)
         for h_q, s_q in kinds
         for dtype in (torch.bfloat16, torch.float16)
         for has_graph in (False, True)
     ]
 
 
-def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: bool) -> dict[str, Any]:
-    longest = 16390  # several chunks
-    lengths = (longest, 70, 0, 8192, 8193, 64) if not setup.is_small else (longest, 70, 0)
+def _batches(count: int) -> list[LIST]:
+    """The first one has several chunks; the others draw lengths within a tile of a chunk's end."""
+    found: list[LIST] = [(16390, 70, 0, 8192, 8193, 64)]
+    pick = random.Random("invariance")
+    ends = [chunk * 4096 + step for chunk in (1, 2, 3) for step in (-64, -1, 0, 1, 63, 64)]
+    while len(found) < count:
+        found.append((pick.choice(ends), pick.choice(ends), pick.choice((0, 1, 63, 64, 65)), pick.randint(1, 5000)))
+    return found
+
+
+def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: bool, lengths: LIST) -> dict[str, Any]:
+    if setup.is_small:
+        lengths = lengths[:3]
     case = dense(lengths, h_q, s_q=s_q, dtype=dtype)
     given = native_arguments("decode", coverage.moved(case.tensors(), setup.device))
     rows = ("q", "block_table", "cache_seqlens")
@@ -296,7 +357,7 @@ def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: 
     def of(requests: list[int]) -> tuple[torch.Tensor, ...]:
         chosen = {**given, **{name: given[name][requests].clone() for name in rows}}
         call = _caller(chosen, "decode", "batch_invariant", setup.backend)
-        return _captured(call, setup.is_cuda)() if has_graph else call()
+        return captured(call, setup.is_cuda)() if has_graph else call()
 
     everybody = list(range(len(lengths)))
     full = [tensor.clone() for tensor in of(everybody)]
@@ -313,13 +374,63 @@ def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: 
 
 
 def big(setup: Setup) -> Made:
-    """Pools of 8.6 GB, packed or with pages twice as far apart."""
+    """Pools of 8.6 GB, packed or with pages twice as far apart; more requests than a grid dimension; a million keys."""
 
     def check(h_q: int, is_strided: bool) -> Callable[[Setup], dict[str, Any]]:
         return lambda setup: _big(setup, h_q, is_strided)
 
     kinds = [(h_q, is_strided) for h_q in (16, 128) for is_strided in (False, True)]
-    return [(f"h_q {h_q} {'strided' if is_strided else 'packed'}", check(h_q, is_strided)) for h_q, is_strided in kinds]
+    made = [(f"h_q {h_q} {'strided' if is_strided else 'packed'}", check(h_q, is_strided)) for h_q, is_strided in kinds]
+    return [
+        *made,
+        ("70000 requests", _many_requests),
+        *((f"a million keys, h_q {h_q}", _long(h_q)) for h_q in (16, 128)),
+    ]
+
+
+def _many_requests(setup: Setup) -> dict[str, Any]:
+    """All rows are written; 256 of them, the first and the last among them, are judged."""
+    batch, pages = 300 if setup.is_small else 70_000, 1000
+    if setup.is_cuda and torch.cuda.mem_get_info()[0] < 2**33:
+        raise NotRunError("needs 8 GB of free device memory")
+    generator = torch.Generator(setup.device).manual_seed(1)
+    kv = torch.randn(pages, 64, 1, 576, generator=generator, device=setup.device).bfloat16()
+    q = torch.randn(batch, 1, 16, 576, generator=generator, device=setup.device).bfloat16()
+    table = torch.randint(0, pages, (batch, 3), generator=generator, device=setup.device, dtype=torch.int32)
+    lengths = torch.randint(0, 193, (batch,), generator=generator, device=setup.device, dtype=torch.int32)
+    out, lse = openmla.decode(q, kv, table, lengths, backend=setup.backend)
+    assert not bool(out.isnan().any()) and not bool(lse.isnan().any()), "NaN in rows that nobody poisoned"
+    chosen = torch.randperm(batch, generator=torch.Generator().manual_seed(2))[:254].tolist()
+    some = torch.tensor([0, batch - 1, *chosen], device=setup.device)
+    golden = attention.decode(
+        q[some], kv, table[some], lengths[some], softmax_scale=576**-0.5, d_v=512, with_bounds=True
+    )
+    budget.check(out[some], lse[some], golden, dtype=torch.bfloat16).require(f"{batch} requests")
+    return {"measured": {"requests": batch}}
+
+
+def _long(h_q: int) -> Callable[[Setup], dict[str, Any]]:
+    return lambda setup: _million(setup, h_q)
+
+
+def _million(setup: Setup, h_q: int) -> dict[str, Any]:
+    """The same 64 pages again and again: the output of once, an lse that is larger by the logarithm of how often."""
+    times = 3 if setup.is_small else 245
+    generator = torch.Generator(setup.device).manual_seed(1)
+    kv = torch.randn(64, 64, 1, 576, generator=generator, device=setup.device).bfloat16()
+    q = torch.randn(1, 1, h_q, 576, generator=generator, device=setup.device).bfloat16()
+    once = torch.arange(64, dtype=torch.int32, device=setup.device)[None]
+    length = torch.tensor([4096], dtype=torch.int32, device=setup.device)
+    out, lse = openmla.decode(q, kv, once.repeat(1, times), length * times, backend=setup.backend)
+    golden = attention.decode(q, kv, once, length, softmax_scale=576**-0.5, d_v=512, with_bounds=True)
+    known = golden.bounds
+    assert known is not None
+    longer = {name: getattr(known, name) * times for name in ("V1", "V2", "L", "n")}
+    bounds = replace(known, B=known.B / times, **longer)
+    budget.check(
+        out, lse, replace(golden, lse=golden.lse + math.log(times), bounds=bounds), dtype=torch.bfloat16
+    ).require(f"{4096 * times} keys")
+    return {"measured": {"keys": 4096 * times}}
 
 
 def _big(setup: Setup, h_q: int, is_strided: bool) -> dict[str, Any]:
@@ -423,10 +534,23 @@ def _stale(setup: Setup, h_q: int, policy: str, lengths: LIST) -> dict[str, Any]
 SECTIONS: dict[str, Callable[..., list[Item]]] = {
     name: listed_items(name, make, small)
     for name, make, small in (
-        ("matrix", matrix, 6), ("sparse", sparse, 3), ("fuzz", fuzz, 8), ("plans", plans, 1), ("repeats", repeats, 2), ("graphs", graphs, 5),
-        ("invariance", invariance, 1), ("big", big, 2), ("border", border, 2), ("stale", stale, 2), ("host", host, 2),
-        ("smallest", smallest, 2), ("sanitize", sanitize, 1),
+        ("soak", soak, 1), ("matrix", matrix, 6), ("fuzz", fuzz, 8), ("sparse_fuzz", sparse_fuzz, 8), ("sparse", sparse, 3),
+        ("gather", gather, 3), ("sanitize", sanitize, 1), ("faults", faults, 1), ("invariance", invariance, 1),
+        ("hostile", hostile, 10), ("poison", poison, 5), ("repeats", repeats, 2), ("graphs", graphs, 5),
+        ("sparse_graphs", sparse_graphs, 3), ("big", big, 3), ("sparse_big", sparse_big, 3), ("plans", plans, 1),
+        ("threads", threads, 1), ("border", border, 2), ("stale", stale, 2), ("host", host, 2), ("modes", modes, 1),
+        ("smallest", smallest, 2),
     )
 }  # fmt: skip
 DEFAULT = tuple(name for name in SECTIONS if name != "smallest")
-SHARDS = {"fuzz": 4, "matrix": 2, "sanitize": len(TOOLS), "graphs": 2}  # processes of a section
+ALONE = ("host", "modes")  # they measure time
+SHARDS = {  # processes of a section
+    "matrix": 3, "fuzz": 6, "sparse_fuzz": 3, "sanitize": len(TOOLS), "faults": len(FAULTS), "invariance": 3,
+    "hostile": len(SUBJECTS), "poison": 2, "repeats": 2, "graphs": 3, "sparse_graphs": 2,
+}  # fmt: skip
+# What a record must reach before it is signed off: items that passed, or what they counted.
+REQUIRED = {
+    "matrix": 230, "sparse": 80, "gather": 50, "fuzz": 2500, "sparse_fuzz": 900, "poison": 120, "hostile": 320, "plans": 12,
+    "repeats": 100_000, "graphs": 50, "sparse_graphs": 30, "invariance": 300, "big": 6, "sparse_big": 3, "threads": 4,
+    "border": 12, "stale": 8, "sanitize": len(TOOLS), "faults": len(FAULTS), "soak": 1, "modes": 1, "host": 4,
+}  # fmt: skip

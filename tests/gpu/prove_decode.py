@@ -1,18 +1,24 @@
-"""One command that proves dense decode on a GPU, through the public operations, in at most eight minutes.
+"""One command that proves decode, sparse decode and sparse prefill on a GPU, in at most eight minutes.
 
     python tests/gpu/prove_decode.py [--backend cute|triton|torch] [--seconds 480] [--out prove_decode.json]
     python tests/gpu/prove_decode.py --backend cute --sections fuzz --case-seed 17     one item, here, with traceback
     python tests/gpu/prove_decode.py --backend torch --device cpu --small              the script itself, without a GPU
+    python tests/gpu/prove_decode.py --check prove_decode.json                         whether a record is as it was left
 
 Needs PyTorch and what the backend needs (cute: a bundle in OPENMLA_AOT_DIR, or the DSL). What is proved is in
 `decode_sections.py`. A section runs in processes of its own that leave a record behind after every item: one that
 crashes or hangs costs the item that it was at, and goes on behind it. Items that a backend does not support are
 counted with the reason. Exit status: 0 when everything that ran passed and something ran.
+
+The record is signed off where nothing failed, nothing was cut or left out, and every section reached the count that
+`decode_sections.REQUIRED` asks for; else it lists what is missing. It carries the hashes of the sources and of the bundle
+that it speaks of, and one of itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -30,6 +36,9 @@ HERE = Path(__file__).resolve().parent
 MAX_FAILURES = 20  # per process; a broken kernel fails everything, and twenty say as much as all
 MAX_STARTS = 6  # of one section's process: crashes and hangs that it may have
 WATCH_SECONDS = 0.2
+GRACE_SECONDS = 30  # for items that are at work when the time is over
+ALONE_SECONDS = 25  # for what measures time, behind everything else
+LONG_SECONDS = 200  # an item that starts a program of its own
 
 
 @dataclass
@@ -59,6 +68,7 @@ class Record:
     not_run: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, str]] = field(default_factory=list)
     ran: Counter[str] = field(default_factory=Counter)  # kernel -> items
+    counted: int = 0  # what items say that they did; one each where they say nothing
     measured: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     running: str = ""  # the item at work
@@ -68,7 +78,7 @@ class Record:
         """Count another process of the same section in."""
         for name in ("unsupported", "not_run", "ran"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("done", "passed", "seconds"):
+        for name in ("done", "passed", "seconds", "counted"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.failures += other.failures
         self.measured.update(other.measured)
@@ -115,6 +125,7 @@ def run_items(items: Sequence[Any], record: Record, save: Callable[[], None], be
         try:
             found = item.run()
             record.passed += 1
+            record.counted += found.get("counts", 1)
             record.ran.update(found.get("ran", ()))
             record.measured.update({f"{item.name}: {key}": value for key, value in found.get("measured", {}).items()})
         except NotRunError as error:
@@ -140,7 +151,7 @@ def work(options: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(2)  # several of these run at a time
-    setup = decode_sections.Setup(options.backend, options.device, options.small)
+    setup = decode_sections.Setup(options.backend, options.device, options.small, options.soak)
     items = decode_sections.SECTIONS[options.sections](setup)[options.shard :: options.shards]
     record = Record()
     is_alive = run_items(items, record, lambda: record.write(Path(options.child)), options.begin, options.seconds)
@@ -151,7 +162,7 @@ def single(options: argparse.Namespace) -> int:
     """One item in this process, with its traceback."""
     import decode_sections
 
-    setup = decode_sections.Setup(options.backend, options.device, options.small)
+    setup = decode_sections.Setup(options.backend, options.device, options.small, options.soak)
     items = decode_sections.SECTIONS[options.sections](setup, only=options.case_seed)
     for item in items:
         print(item.name)
@@ -168,7 +179,7 @@ def supervise(
     *,
     parallel: int,
     seconds: float,
-    item_seconds: float,
+    item_seconds: Callable[[Job], float],
     say: Callable[[str], None],
 ) -> dict[str, Record]:
     """Run jobs, some at a time; start one again behind the item at which it crashed or hung.
@@ -178,7 +189,7 @@ def supervise(
         command: (job, path of its record, seconds that it has) -> argv.
         parallel: processes at a time.
         seconds: for all of them; what is not begun by then is cut.
-        item_seconds: a process whose record stands still for so long hangs.
+        item_seconds: a process of that job whose record stands still for so long hangs.
         say: called with lines of progress.
     """
     records = {job.section: Record() for job in jobs}
@@ -199,7 +210,8 @@ def supervise(
                 for entry in list(at_work):
                     job, path, process, log, started = entry
                     stood = time.time() - path.stat().st_mtime if path.exists() else time.monotonic() - started
-                    is_hung = process.poll() is None and (stood > item_seconds or left < -min(item_seconds, 30))
+                    limit = item_seconds(job)
+                    is_hung = process.poll() is None and (stood > limit or left < -min(limit, GRACE_SECONDS))
                     if process.poll() is None and not is_hung:
                         continue
                     if is_hung:
@@ -247,12 +259,12 @@ def _finish(job: Job, path: Path, status: int, is_hung: bool, stood: float) -> t
 
 def table(records: dict[str, Record]) -> str:
     """One line per section, then reasons and failures."""
-    lines = [f"{'section':<12} {'passed':>6} {'failed':>6} {'unsupported':>11} {'not run':>7} {'of':>6} {'s':>5}"]
+    lines = [f"{'section':<13} {'passed':>6} {'failed':>6} {'unsupported':>11} {'not run':>7} {'of':>6} {'s':>5}"]
     for name, each in records.items():
         skipped, not_run = sum(each.unsupported.values()), sum(each.not_run.values())
         cut = "  cut" if each.is_cut else ""
         lines.append(
-            f"{name:<12} {each.passed:>6} {len(each.failures):>6} {skipped:>11} {not_run:>7} {each.planned:>6} "
+            f"{name:<13} {each.passed:>6} {len(each.failures):>6} {skipped:>11} {not_run:>7} {each.planned:>6} "
             f"{each.seconds:>5.0f}{cut}"
         )
     for name, each in records.items():
@@ -275,7 +287,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--case-seed", type=int, default=None, help="one item of one section, in this process")
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
     parser.add_argument("--item-seconds", type=float, default=90.0, help="an item that takes longer hangs")
-    parser.add_argument("--parallel", type=int, default=6, help="processes on the device at a time")
+    parser.add_argument("--parallel", type=int, default=10, help="processes on the device at a time")
+    parser.add_argument("--soak", type=float, default=60.0, help="seconds of the soak, which runs beside the others")
+    parser.add_argument("--check", type=Path, default=None, help="a record: is it signed off, and as it was left?")
     parser.add_argument("--small", action="store_true", help="a few items of each section")
     parser.add_argument("--out", type=Path, default=Path("prove_decode.json"), help="the JSON record")
     for name in ("--shard", "--begin"):
@@ -290,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.child:
         return work(options)
+    if options.check is not None:
+        return check(options.check)
     if options.case_seed is not None:
         return single(options)
     import decode_sections
@@ -304,49 +320,96 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(job: Job, path: Path, seconds: float) -> list[str]:
         given = {"backend": options.backend, "device": options.device, "sections": job.section, "child": path,
-                 "shard": job.shard, "shards": job.shards, "begin": job.begin, "seconds": seconds}  # fmt: skip
+                 "shard": job.shard, "shards": job.shards, "begin": job.begin, "seconds": seconds, "soak": options.soak}  # fmt: skip
         argv = [f"--{key}={value}" for key, value in given.items()] + ["--small"] * options.small
         return [sys.executable, str(HERE / "prove_decode.py"), *argv]
 
+    def patience(job: Job) -> float:
+        own = {
+            "soak": options.soak + LONG_SECONDS,
+            "sanitize": LONG_SECONDS,
+            "faults": LONG_SECONDS,
+            "modes": LONG_SECONDS,
+        }
+        return own.get(job.section, options.item_seconds)
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit from outside ends the children too
     begin = time.monotonic()
-    environment = store.environment(Target.detect(options.device))
+    facts = {"backend": options.backend, "environment": store.environment(Target.detect(options.device)), **sources()}
     records: dict[str, Record] = {}
-    together = tuple(name for name in wanted if name not in ("host", "sanitize"))
-    for number, stage in enumerate((together, ("host",), ("sanitize",))):
+    alone = [name for name in decode_sections.ALONE if name in wanted]
+    for stage in ([name for name in decode_sections.SECTIONS if name in wanted and name not in alone], alone):
         jobs = [
             Job(name, shard, shards)
             for name in stage
-            if name in wanted
             for shards in [1 if options.small else decode_sections.SHARDS.get(name, 1)]
             for shard in range(shards)
         ]
         left = options.seconds - (time.monotonic() - begin)
-        share = left * (0.6 if number == 0 and "sanitize" in wanted else 1.0)
         if jobs:
             records |= supervise(
-                jobs, command, parallel=options.parallel, seconds=share,
-                item_seconds=share if stage == ("sanitize",) else options.item_seconds,
+                jobs, command, parallel=1 if stage is alone else options.parallel,
+                seconds=left if stage is alone else left - ALONE_SECONDS * bool(alone), item_seconds=patience,
                 say=lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True),
             )  # fmt: skip
-        found = summary(records) | {"backend": options.backend, "seconds": time.monotonic() - begin}
-        found |= {"utc": store.now(), "environment": environment}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        found = summary(records, {} if options.small else decode_sections.REQUIRED) | facts
+        found |= {"seconds": time.monotonic() - begin, "utc": store.now()}
+        options.out.write_text(json.dumps(found | {"sha256": digest(found)}, indent=1) + "\n")
     print(table(records))
     verdict = (
         "passed" if found["passed"] else "FAILED" if any(each.failures for each in records.values()) else "nothing ran"
     )
-    print(f"\n{verdict}{'' if found['is_whole'] else ', not whole: see cut and not run'}; {found['seconds']:.0f} s")
+    missing = "".join(f"\n  {each}" for each in found["missing"])
+    signed = "signed off" if found["signed_off"] else f"not signed off:{missing}"
+    print(f"\n{verdict}; {found['seconds']:.0f} s; {signed}")
     return 0 if found["passed"] else 1
 
 
-def summary(records: dict[str, Record]) -> dict[str, Any]:
-    """The JSON record, without what is around it."""
+def sources() -> dict[str, str]:
+    """What was proved: hashes of the package's and the suite's sources, and of the bundle's manifest."""
+    whole = hashlib.sha256()
+    for folder in (HERE.parents[1] / "src" / "openmla", HERE):
+        for path in sorted(folder.rglob("*.py")):
+            whole.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    bundle = Path(os.environ.get("OPENMLA_AOT_DIR", ""), "manifest.json")
+    manifest = hashlib.sha256(bundle.read_bytes()).hexdigest() if bundle.is_file() else "none"
+    return {"sources": whole.hexdigest(), "bundle": manifest}
+
+
+def digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without this field."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check(path: Path) -> int:
+    """Say whether a record is as it was left and signed off."""
+    found = json.loads(path.read_text())
+    is_whole = digest(found) == found.get("sha256")
+    print(
+        f"{path}: {'as it was left' if is_whole else 'CHANGED since it was left'}, {found['utc']}, {found['seconds']:.0f} s"
+    )
+    print("signed off" if found["signed_off"] else "not signed off: " + "; ".join(found["missing"]))
+    return 0 if is_whole and found["signed_off"] else 1
+
+
+def summary(records: dict[str, Record], required: dict[str, int]) -> dict[str, Any]:
+    """The JSON record, without what is around it. `required`: section -> what it must have counted."""
+    missing = [f"{name}: {len(each.failures)} failed" for name, each in records.items() if each.failures]
+    missing += [f"{name}: cut" for name, each in records.items() if each.is_cut]
+    missing += [f"{name}: {sum(each.not_run.values())} not run" for name, each in records.items() if each.not_run]
+    for name, least in required.items():
+        got = records[name].counted if name in records else 0
+        if got < least:
+            missing.append(f"{name}: {got} of {least}")
     has_failed = any(each.failures for each in records.values())
     return {
-        "schema": 1,
+        "schema": 2,
         "passed": any(each.passed for each in records.values()) and not has_failed,
         "is_whole": not any(each.is_cut or each.not_run for each in records.values()),
+        "signed_off": bool(required) and not missing,
+        "missing": missing,
+        "required": required,
         "sections": {name: vars(each) for name, each in records.items()},
     }
 

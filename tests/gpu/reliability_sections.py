@@ -1,4 +1,7 @@
-"""The sections of `reliability.py`, each a function that asserts and prints JSON lines with what it measured."""
+"""What happens on a GPU when something goes wrong, and what looking costs: functions that assert and print JSON lines.
+
+python tests/gpu/reliability_sections.py NAME [ARGUMENT]     one, in this process; prove_decode.py runs all of them
+"""
 
 from __future__ import annotations
 
@@ -466,4 +469,4 @@ def section_soak(seconds: float = 20.0) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("openmla").setLevel(logging.ERROR)
-    globals()[f"section_{sys.argv[1]}"]()
+    globals()[f"section_{sys.argv[1]}"](*map(float, sys.argv[2:]))

@@ -26,7 +26,9 @@ def scripts(monkeypatch):
     ("section", "numbers"),
     [
         ("matrix", (0, 57)), ("fuzz", (3, 4, 5)), ("repeats", (6,)), ("graphs", (0, 9, 12, 23)), ("invariance", (1,)),
-        ("big", (1,)), ("border", (1,)), ("stale", (0, 3)), ("host", (0,)), ("smallest", (1, 5)),
+        ("big", (1, 4, 5)), ("border", (1,)), ("stale", (0, 3)), ("host", (0,)), ("sparse", (0,)), ("gather", (0, 25)),
+        ("sparse_fuzz", (1, 2, 5)), ("sparse_graphs", (0, 9)), ("sparse_big", (0, 1)), ("threads", (0,)), ("poison", (3, 17, 30)),
+        ("hostile", (0, 1, 255, 319)), ("smallest", (1, 5, 6)),
     ],
 )  # fmt: skip
 def test_a_section_passes_on_the_cpu_backend(scripts, section, numbers):
@@ -40,7 +42,7 @@ def test_a_section_passes_on_the_cpu_backend(scripts, section, numbers):
     assert saved == [*(item.name for item in items), ""]
 
 
-@pytest.mark.parametrize("section", ["plans", "sanitize"])
+@pytest.mark.parametrize("section", ["plans", "sanitize", "faults", "soak", "modes"])
 def test_what_cannot_run_here_says_why(scripts, section):
     prove, sections = scripts
     record = prove.Record()
@@ -104,7 +106,7 @@ def test_a_crash_a_hang_and_a_lost_device_cost_one_item_each(scripts):
     records = prove.supervise(
         [prove.Job("odd")],
         lambda job, path, seconds: [sys.executable, "-c", _CHILD, str(path), str(job.begin)],
-        parallel=2, seconds=120, item_seconds=1.5, say=lambda text: None,
+        parallel=2, seconds=120, item_seconds=lambda job: 1.5, say=lambda text: None,
     )  # fmt: skip
     found = records["odd"]
     assert (found.passed, found.done, found.planned, found.is_cut) == (3, 6, 6, False)
@@ -126,6 +128,36 @@ def test_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["passed"] and not found["is_whole"] and found["environment"]["arch"] == "cpu"
+    assert not found["signed_off"] and found["missing"] == ["plans: 1 not run"]
     assert found["sections"]["invariance"]["passed"] == 1
     assert sum(found["sections"]["plans"]["not_run"].values()) == 1
-    assert "passed, not whole" in done.stdout
+    assert "not signed off" in done.stdout
+
+
+def record_of(prove, **counted):
+    return {name: prove.Record(planned=1, done=1, passed=1, counted=count) for name, count in counted.items()}
+
+
+def test_what_signs_a_record_off_and_what_does_not(scripts, tmp_path, capsys):
+    prove, sections = scripts
+    assert set(sections.REQUIRED) == set(sections.DEFAULT)
+    whole = record_of(prove, fuzz=5, repeats=100)
+    assert prove.summary(whole, {"fuzz": 5, "repeats": 100})["signed_off"]
+    for spoil in (
+        lambda each: each["fuzz"].failures.append({"item": "3", "repro": "", "report": ""}),
+        lambda each: each["fuzz"].not_run.update({"no room": 1}),
+        lambda each: setattr(each["repeats"], "is_cut", True),
+        lambda each: setattr(each["repeats"], "counted", 99),
+        lambda each: each.pop("repeats"),
+    ):
+        spoiled = record_of(prove, fuzz=5, repeats=100)
+        spoil(spoiled)
+        found = prove.summary(spoiled, {"fuzz": 5, "repeats": 100})
+        assert not found["signed_off"] and len(found["missing"]) == 1
+    found = prove.summary(whole, {"fuzz": 5}) | {"utc": "now", "seconds": 1.0}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(found | {"sha256": prove.digest(found)}))
+    assert prove.main(["--check", str(path)]) == 0
+    path.write_text(path.read_text().replace('"counted": 5', '"counted": 6'))
+    assert prove.main(["--check", str(path)]) == 1
+    assert "CHANGED since it was left" in capsys.readouterr().out

@@ -10,7 +10,13 @@ import torch
 
 from openmla.backends.triton import values
 from openmla.core import faults
-from openmla.core.problem import DecodeProblem, PrefillProblem, SparseDecodeProblem, SparsePrefillProblem
+from openmla.core.problem import (
+    AppendProblem,
+    DecodeProblem,
+    PrefillProblem,
+    SparseDecodeProblem,
+    SparsePrefillProblem,
+)
 from openmla.ops import checks
 
 
@@ -27,6 +33,7 @@ class Operands:
     topk_length: torch.Tensor | None = None
     extra_indices: torch.Tensor | None = None
     extra_topk_length: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
 
 def found(problem: Any, operands: Operands) -> list[tuple[str, int]]:
@@ -110,6 +117,24 @@ def test_indices(per_token, place, value):
     assert found(problem, operands) == []
     length.view(-1)[1] = 301
     assert found(problem, operands) in ([("topk_length", 301)], [("indices", value)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("place", "slot"), [(0, 8), (299, -2), (257, 2**31 - 1)])
+def test_slots_of_an_append(dtype, place, slot):
+    slots = torch.arange(300, dtype=dtype) % 9 - 1
+    problem = AppendProblem.from_tensors(torch.zeros(2, 4, 1, 8), slots, torch.zeros(300, 8), layout=None)
+    assert found(problem, Operands(slots, slots=slots)) == []
+    slots[place] = slot
+    assert found(problem, Operands(slots, slots=slots)) == [("slots", slot)]
+
+
+def test_a_slot_beyond_32_bits_is_named_by_the_nearest_of_32():
+    slots = torch.tensor([3, 2**40])
+    problem = AppendProblem.from_tensors(torch.zeros(2, 4, 1, 8), slots, torch.zeros(2, 8), layout=None)
+    record = torch.zeros(8, dtype=torch.int32)
+    values.check(problem, Operands(slots, slots=slots), record)
+    assert (record[2], record[3]) == (1, 2**31 - 1)
 
 
 def test_rows_of_sparse_prefill_share_a_length():

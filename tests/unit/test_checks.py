@@ -12,6 +12,7 @@ import openmla
 from openmla.core import env, faults, incidents
 from openmla.core.errors import ConfigError, ProblemError
 from openmla.core.faults import Fault
+from openmla.ops.append import append
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,21 @@ def test_device_names_the_culprit_and_strict_raises_before_the_launch(monkeypatc
         call(**given)
     assert str(found) in str(caught.value)
     assert incidents.counts() == before and openmla.check_errors() == ()  # nothing ran
+
+
+def test_append_is_looked_at_too(monkeypatch):
+    cache, slots = torch.zeros(2, 4, 1, 64), torch.tensor([3, -1, 7, 0])
+    monkeypatch.setenv("OPENMLA_CHECKS", "strict")
+    append(cache, slots, torch.ones(4, 64))
+    assert cache[0, 3].all() and cache[1, 3].all() and not cache[1, 2].any()
+    slots[2] = 2**40
+    with pytest.raises(ProblemError, match=r"slots\[2\] = 1099511627776: a slot is -1 or in \[0, 8\)"):
+        append(cache, slots, torch.ones(4, 64))
+    monkeypatch.setenv("OPENMLA_CHECKS", "device")
+    with pytest.raises(ProblemError):  # by the kernel, which looks as well on a CPU
+        append(cache, slots, torch.ones(4, 64))
+    (found,) = faults.findings()
+    assert (found.op, found.tensor, found.place, found.value) == ("append", "slots", (2,), 2**40)
 
 
 def test_more_than_one_bad_value_is_counted_and_each_tensor_is_named(monkeypatch):

@@ -22,9 +22,10 @@ from fragile import arguments, forget
 
 import openmla
 from openmla.core import counters, incidents
-from openmla.core.errors import ConfigError
+from openmla.core.errors import ConfigError, DeviceLostError
 from openmla.observe import metrics, monitor, watchdog
 from openmla.ops import observers, recovery
+from openmla.ops.append import append
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +74,20 @@ def test_calls_and_tokens_are_counted_exactly_by_many_threads():
         each.join()
     assert value("openmla_calls", op="decode", backend="torch") == 1601
     assert value("openmla_query_tokens") == 3 * 1601
+
+
+def test_append_is_counted_sampled_and_refused_on_a_lost_device():
+    cache, slots = torch.zeros(2, 4, 1, 64), torch.tensor([3, -1, 7])
+    metrics.sample(1)
+    append(cache, slots, torch.ones(3, 64))
+    append(cache, slots[:2], torch.ones(2, 64))
+    assert value("openmla_calls", op="append", backend="torch") == 2
+    assert value("openmla_query_tokens", op="append") == 5
+    assert value("openmla_sampled_calls", op="append") == 2
+    assert value("openmla_sampled_bytes", op="append") == 5 * 64 * 2 * 4
+    recovery.lose("cpu", "injected")
+    with pytest.raises(DeviceLostError):
+        append(cache, slots, torch.ones(3, 64))
 
 
 def test_a_forked_child_starts_at_zero_and_the_parent_goes_on():

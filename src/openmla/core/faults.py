@@ -60,7 +60,7 @@ class Finding:
 # What a kernel can write into a record, in order of its code - 1; `<` and `>` say which end of the range was left.
 CODES = (
     "block_table", "cache_seqlens<", "cache_seqlens>", "cu_seqlens_q", "cu_seqlens_k", "indices", "topk_length",
-    "extra_indices", "extra_topk_length",
+    "extra_indices", "extra_topk_length", "slots",
 )  # fmt: skip
 _CODED: dict[str, tuple[Fault, str]] = {
     "block_table": (Fault.PAGE_OUT_OF_RANGE, "a page id is in [0, {limit})"),
@@ -72,6 +72,7 @@ _CODED: dict[str, tuple[Fault, str]] = {
     "topk_length": (Fault.TOPK_LENGTH_OUT_OF_RANGE, "a topk_length is in [0, {limit}]"),
     "extra_indices": (Fault.INDEX_OUT_OF_RANGE, "an index is -1 or in [0, {limit})"),
     "extra_topk_length": (Fault.TOPK_LENGTH_OUT_OF_RANGE, "a topk_length is in [0, {limit}]"),
+    "slots": (Fault.INDEX_OUT_OF_RANGE, "a slot is -1 or in [0, {limit})"),
 }
 _ONE_DIMENSION = ("cache_seqlens<", "cache_seqlens>", "cu_seqlens_q", "cu_seqlens_k")
 _MAX_FINDINGS = 64  # kept per process; the counters go on
@@ -147,6 +148,8 @@ def _decoded(code: int, rest: list[int]) -> Finding:
     row, column, value, limit = rest[:4]
     op = "decode or prefill" if "seqlens" in name or name == "block_table" else "sparse_decode or sparse_prefill"
     place = (row,) if name in _ONE_DIMENSION else (row, column)
+    if name == "slots":
+        op, place = "append", (column,)
     return Finding(op, fault, name.rstrip("<>"), place, value, rule.format(limit=limit))
 
 

@@ -134,6 +134,7 @@ class _Open:
     end: Any
     lengths: torch.Tensor | None
     splits: torch.Tensor | None
+    tokens: tuple[int] | None = None  # of an append
 
 
 class Sampler:
@@ -167,16 +168,18 @@ class Sampler:
         kernel, problem = prepared.kernel, prepared.problem
         label = (problem.op, kernel.backend, kernel.name)
         lengths, splits = getattr(operands, "cache_seqlens", None), getattr(plan, "num_splits", None)
+        tokens = (operands.slots.shape[0],) if problem.op == "append" else None
         if isinstance(begun, float):
-            self._count(_Open(label, problem, begun, time.perf_counter(), lengths, splits))
+            self._count(_Open(label, problem, begun, time.perf_counter(), lengths, splits, tokens))
             return
         end = torch.cuda.Event(enable_timing=True)
         end.record()
-        late = [None if x is None else _copied(x) for x in (lengths, None if splits is None else splits[-1:])]
+        lengths = None if lengths is None else _copied(lengths)
+        splits = None if splits is None else _copied(splits[-1:])
         copied = torch.cuda.Event()
         copied.record()
         with self._lock:
-            done, self._open = self._open, (copied, _Open(label, problem, begun, end, *late))
+            done, self._open = self._open, (copied, _Open(label, problem, begun, end, lengths, splits, tokens))
         if done is not None and done[0].query():  # else it is dropped: the device is a whole period behind
             self._count(done[1])
 
@@ -184,7 +187,7 @@ class Sampler:
         seconds = (
             found.end - found.begin if isinstance(found.begin, float) else found.begin.elapsed_time(found.end) * 1e-3
         )
-        lengths = None if found.lengths is None else found.lengths.tolist()
+        lengths = found.tokens if found.lengths is None else found.lengths.tolist()
         work = cost(found.problem, lengths) if lengths is not None else cost(found.problem)
         with self._lock:
             sums = self.sums[found.label]

@@ -43,7 +43,7 @@ def append(
 
     Notes:
         Backend triton does not wait for the device: a bad slot stores nothing and is reported by `openmla.check_errors`.
-        OPENMLA_CHECKS and observers of launches do not see it. CUDA graphs: safe after one warm call. Deterministic where slots are distinct.
+        CUDA graphs: safe after one warm call. Deterministic where slots are distinct.
     """
     tables = (
         (None, None, None) if rope is None else (*map(dispatch.signature, (rope.cos, rope.sin)), rope.is_interleaved)
@@ -53,6 +53,7 @@ def append(
         lambda: AppendProblem.from_tensors(cache, slots, rows, layout=kv_layout, rope=rope, positions=positions),
         dispatch.device_of(cache),
         backend,
+        tokens=rows.shape[0] if isinstance(rows, torch.Tensor) and rows.dim() else 0,
     )
     operands = AppendOperands(cache, slots, rows, faults.fault_word(cache.device), rope, positions)
-    prepared.kernel.launch(prepared.compiled, prepared.problem, operands, None)  # what looks on expects attention
+    dispatch.launch(prepared, operands)

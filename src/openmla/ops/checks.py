@@ -54,9 +54,10 @@ def after_launch(problem: Any, operands: Any) -> None:
     Raises:
         ProblemError: a bit of the fault word is set.
     """
-    rows = int(operands.lse.isnan().sum())
-    if rows:
-        incidents.note("nonfinite_rows", problem.op, f"{rows} of {operands.lse.numel()} rows are NaN")
+    if problem.op != "append":  # which stores what it is given
+        rows = int(operands.lse.isnan().sum())
+        if rows:
+            incidents.note("nonfinite_rows", problem.op, f"{rows} of {operands.lse.numel()} rows are NaN")
     found = faults.check_errors(operands.out.device)
     if found:
         raise ProblemError(problem.op, [faults.MEANING[fault] for fault in found])
@@ -171,7 +172,16 @@ def _prefill(problem: Any, operands: Any) -> Iterator[Finding]:
     yield from _offsets("prefill", "cu_seqlens_k", operands.cu_seqlens_k, problem.total_k)
 
 
+def _append(problem: Any, operands: Any) -> Iterator[Finding]:
+    slots, count = operands.slots, problem.num_pages * problem.page_size
+    rule = f"a slot is -1 or in [0, {count})"
+    yield from _first("append", Fault.INDEX_OUT_OF_RANGE, "slots", slots, (slots < -1) | (slots >= count), rule)
+
+
 _SEARCHES = cast(
     "dict[str, Callable[[Any, Any], Iterator[Finding]]]",
-    {"decode": _decode, "sparse_decode": _sparse_decode, "sparse_prefill": _sparse_prefill, "prefill": _prefill},
-)
+    {
+        "decode": _decode, "sparse_decode": _sparse_decode, "sparse_prefill": _sparse_prefill, "prefill": _prefill,
+        "append": _append,
+    },
+)  # fmt: skip

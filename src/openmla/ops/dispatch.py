@@ -64,8 +64,12 @@ def signature(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0)
 
 
-def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.device, backend: str | None) -> Prepared:
+def prepare(
+    key: tuple[Any, ...], build: Callable[[], Problem], device: torch.device, backend: str | None, tokens: int = 0
+) -> Prepared:
     """The prepared call of this signature; `build` makes and checks the problem when it is new.
+
+    `tokens` of a call are counted where the problem does not say them.
 
     Raises:
         ProblemError: from `build`.
@@ -91,7 +95,7 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
         selection = select(problem, target, wanted)
         try:
             with _lock:
-                found = _make(selection, problem, target, wanted, device)
+                found = _make(selection, problem, target, wanted, device, tokens)
                 _prepared[full_key] = found
             return found
         except Exception as error:
@@ -100,7 +104,9 @@ def prepare(key: tuple[Any, ...], build: Callable[[], Problem], device: torch.de
             raise
 
 
-def _make(selection: Selection, problem: Problem, target: Target, wanted: str, device: torch.device) -> Prepared:
+def _make(
+    selection: Selection, problem: Problem, target: Target, wanted: str, device: torch.device, tokens: int
+) -> Prepared:
     """Compile, or take what is compiled; a variant that is new to this process is tried by the canary first."""
     compile_key = (selection.kernel.backend, selection.kernel.name, selection.config, problem, target)
     if len(_prepared) >= _MAX_REMEMBERED:  # what is compiled stays with its backend; this is one entry per problem
@@ -116,13 +122,13 @@ def _make(selection: Selection, problem: Problem, target: Target, wanted: str, d
         _compiled[compile_key] = compiled
     problem = _problems.setdefault(problem, problem)
     kernel = selection.kernel
-    tally = counters.tally(problem.op, kernel.backend, kernel.name, _tokens(problem))
+    tally = counters.tally(problem.op, kernel.backend, kernel.name, _tokens(problem) or tokens)
     return Prepared(problem, target, kernel, _compiled[compile_key], tally, selection.config, wanted)
 
 
 def _tokens(problem: Any) -> int:
     if problem.op == "append":
-        return 0  # of one call: they are no part of the problem
+        return 0  # of one call: they are no part of the problem, the caller says them
     return int(problem.s_q if problem.op == "sparse_prefill" else problem.total_q)
 
 
@@ -222,7 +228,7 @@ def _ran_elsewhere(prepared: Prepared, operands: Any, error: Exception) -> bool:
         return False
     selection = select(problem, prepared.target, "auto")
     with _lock:
-        found = _make(selection, problem, prepared.target, "auto", device)
+        found = _make(selection, problem, prepared.target, "auto", device, prepared.tally.tokens)
     plan = None
     if problem.op == "decode":
         kernel: Any = found.kernel

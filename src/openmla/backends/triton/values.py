@@ -27,7 +27,7 @@ def _keep(record, code, row, column, value, limit):
     if tl.atomic_cas(record, 0, code) == 0:
         tl.store(record + 1, row)
         tl.store(record + 2, column)
-        tl.store(record + 3, value)
+        tl.store(record + 3, tl.minimum(tl.maximum(value, -2147483648), 2147483647).to(tl.int32))  # of 64 bits
         tl.store(record + 4, limit)
 
 
@@ -125,6 +125,8 @@ def check(problem: Any, operands: Any, record: torch.Tensor) -> None:
     elif problem.op == "prefill":
         _offsets(record, "cu_seqlens_q", o.cu_seqlens_q, problem.total_q)
         _offsets(record, "cu_seqlens_k", o.cu_seqlens_k, problem.total_k)
+    elif problem.op == "append":
+        _ids(record, "slots", o.slots[None], None, ("slots", "slots"), -1, problem.num_pages * problem.page_size, 0, 1)
     else:
         slots = problem.s_kv if problem.op == "sparse_prefill" else problem.num_pages * problem.page_size
         _selected(record, "", o.indices, o.topk_length, slots)

@@ -1,0 +1,300 @@
+"""Sections of `prove_decode.py` about selected keys: sparse decode over fp8 and bf16 pages, sparse prefill over rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import decode_sparse
+import prefill_sparse
+import torch
+from decode_items import Made, NotRunError, Setup, captured, same_bits
+
+import openmla
+from openmla.backends.cute.decode_sparse.config import VARIANTS
+from openmla.core import counters
+from openmla.core.faults import Fault
+from openmla.core.layout import kv_layout
+from openmla.ops import checks
+from openmla.reference import attention
+from openmla.reference.quant import write_rows
+from openmla.testing import budget, coverage
+from openmla.testing.cases import Case, native_arguments
+from openmla.testing.families import FAMILIES, WEIGHTS
+
+FUZZ_CASES = 500  # of each operation
+FILL = 70  # tokens for which the kernel over bf16 pages has a CTA each
+
+
+def sparse(setup: Setup) -> Made:
+    """Every layout that the Hopper kernel reads, with and without a second cache."""
+    decode_sparse.CUDA = setup.device
+
+    def run(build: Callable[[], Any]) -> Callable[[Setup], dict[str, Any]]:
+        def call(setup: Setup) -> dict[str, Any]:
+            fine, words = decode_sparse.through_the_api(build(), setup.backend)
+            assert fine, words
+            return {}
+
+        return call
+
+    return [
+        (f"{each.layout}{' and a second cache' if each.has_extra else ''}: {title}", run(build))
+        for each in VARIANTS
+        for title, build in decode_sparse.cases(each.layout, each.has_extra)
+    ]
+
+
+def gather(setup: Setup) -> Made:
+    """The cases of prefill_sparse.py through the public calls: rows, and bf16 pages where tokens fill the card."""
+    prefill_sparse.CUDA = setup.device
+
+    def run(build: Callable[[], Any]) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _gathered(build(), setup)
+
+    return [
+        (f"{form} d_qk {d_qk}: {title}", run(build))
+        for form in ("rows", "pages")
+        for d_qk in (576, 512)
+        for title, build in prefill_sparse.cases(form, d_qk)
+        if form == "rows" or title in ("many tokens", "long lists")
+    ]
+
+
+def _gathered(c: Any, setup: Setup) -> dict[str, Any]:
+    o = c.operands
+    options = {"softmax_scale": o.softmax_scale, "topk_length": o.topk_length, "attn_sink": o.attn_sink}
+    openmla.check_errors()
+    if c.form == "rows":
+        out, max_logits, lse = openmla.sparse_prefill(o.q, o.kv, o.indices, **options, backend=setup.backend)
+        o = o._replace(out=out, max_logits=max_logits, lse=lse)
+    else:
+        out, lse = openmla.sparse_decode(o.q, o.kv_cache, o.indices, **options, backend=setup.backend)
+        o = o._replace(out=out, lse=lse)
+    fine, words = prefill_sparse.judged(SimpleNamespace(**{**vars(c), "operands": o}))
+    assert fine, words
+    expected = (Fault.INDEX_OUT_OF_RANGE,) if c.is_hostile else ()
+    found = openmla.check_errors()
+    assert found == expected, f"faults {found}, expected {expected}"
+    return {}
+
+
+# ------------------------------------------------------------------------------------------- fuzz
+
+
+def real_case(seed: int, op: str) -> Case:
+    """The fuzz case of that seed: columns, heads and list lengths of real kernels."""
+    pick = random.Random(f"real {op} {seed}")
+    d_qk, layout, extra = 576, "", 0
+    batch, s_q = (1,), pick.choice((1, 2, 5, 9, 140))
+    if op == "sparse_decode":
+        layout = pick.choice(("fp8_656", "fp8_656", "fp8_656", "fp8_584", "fp8_584", "fp8_528", "fp8_528_mx", "", ""))
+        if layout in ("fp8_656", "fp8_584", "fp8_528_mx") and (layout == "fp8_528_mx" or pick.random() < 0.25):
+            extra = pick.choice((1, 64, 200, 700))
+        batch = (pick.choice((1, 2, 3, 5)) if layout else FILL,)
+        s_q = pick.choices((1, 2, 3), (6, 3, 1))[0]
+    if layout:
+        d_qk = kv_layout(layout).d_qk
+    elif pick.random() < 0.3:
+        d_qk = 512
+    return Case(
+        op=op, seed=seed, family=pick.choices(FAMILIES, WEIGHTS)[0], dtype=torch.bfloat16, h_kv=1, d_qk=d_qk, d_v=512,
+        h_q=pick.choice((1, 8, 16, 17, 64, 64, 128, 128)), softmax_scale=d_qk**-0.5 * pick.choice((1.0, 1.0, 1.73)),
+        seqlens_q=(s_q,) * batch[0], seqlens_k=(pick.choice((1, 64, 65, 500, 1500)),), layout=layout,
+        page_size=pick.choice((64, 64, 2, 16, 128)), topk=pick.choice((1, 2, 63, 64, 65, 128, 200, 333, 700)),
+        has_topk_length=pick.random() < 0.5, extra_layout=layout if extra else "", extra_page_size=pick.choice((2, 64)),
+        extra_topk=extra, has_sink=pick.random() < 0.4, invalid_share=pick.choices((0.0, 0.1, 0.5, 1.0), (4, 6, 3, 1))[0],
+        is_varlen=op == "sparse_decode" and pick.random() < 0.3, nan_tokens=pick.random() < 0.05,
+    )  # fmt: skip
+
+
+def sparse_fuzz(setup: Setup) -> Made:
+    """Seeded cases of both operations."""
+
+    def check(op: str, seed: int) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: {"ran": [judge(real_case(seed, op), setup)]}
+
+    seeds = [(op, seed) for seed in range(FUZZ_CASES) for op in ("sparse_decode", "sparse_prefill")]
+    return [(f"{op} {seed}", check(op, seed)) for op, seed in seeds]
+
+
+def call_of(case: Case, given: dict[str, Any], setup: Setup) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """The public call: (out, lse) or (out, max_logits, lse)."""
+    arguments = native_arguments(case.op, given)
+    return lambda: getattr(openmla, case.op)(**arguments, backend=setup.backend)
+
+
+def require(case: Case, got: tuple[torch.Tensor, ...], given: dict[str, Any], where: str) -> None:
+    """The tolerance rule on a result of `call_of`."""
+    largest = got[1] if len(got) == 3 else None
+    report = budget.check(got[0], got[-1], case.golden(given), dtype=case.dtype, max_logits=largest)
+    report.require(f"{where}\n  {case}")
+
+
+def judge(case: Case, setup: Setup) -> str:
+    """One case against the oracle where it ran, with the faults that its indices deserve; returns who ran."""
+    given = coverage.moved(case.tensors(), setup.device)
+    openmla.check_errors()
+    before = {id(each): each.calls for each in counters.tallies()}
+    got = call_of(case, given, setup)()
+    require(case, got, given, case.op)
+    found, expected = set(openmla.check_errors()), set()
+    for prefix in ("", "extra_"):
+        indices, length = given.get(f"{prefix}indices"), given.get(f"{prefix}topk_length")
+        if indices is not None:
+            cache = given[f"{prefix}kv_cache"] if "kv_cache" in given else given["kv"]
+            slots = cache.shape[0] * (cache.shape[1] if "kv_cache" in given else 1)
+            expected |= {each.fault for each in checks._selected(case.op, prefix, indices, length, slots)}
+    assert found == expected, f"faults {found}, expected {expected}\n  {case}"
+    ran = [f"{each.backend}/{each.kernel}" for each in counters.tallies() if each.calls > before.get(id(each), 0)]
+    return f"{case.op} {ran[0]}"
+
+
+# ------------------------------------------------------------------------------------------- graphs, repeats
+
+KINDS: tuple[tuple[str, str, int, int], ...] = (  # operation, layout, second list, heads
+    ("sparse_decode", "fp8_656", 0, 128), ("sparse_decode", "fp8_656", 0, 64), ("sparse_decode", "fp8_584", 300, 64),
+    ("sparse_decode", "fp8_528", 0, 128), ("sparse_decode", "", 0, 128), ("sparse_decode", "", 0, 64),
+    ("sparse_prefill", "", 0, 128), ("sparse_prefill", "", 0, 64), ("sparse_prefill", "", 0, 16),
+)  # fmt: skip
+CHANGES = ("indices", "lengths", "absent", "queries")
+
+
+def plain(op: str, layout: str, extra: int, h_q: int, *, d_qk: int = 0) -> Case:
+    """One call of that kind with lists of 600 and lengths."""
+    d_qk = d_qk or (kv_layout(layout).d_qk if layout else 576)
+    tokens = 4 if layout else FILL
+    return Case(
+        op=op, seed=1, family="unit", dtype=torch.bfloat16, h_q=h_q, h_kv=1, d_qk=d_qk, d_v=512, softmax_scale=d_qk**-0.5,
+        seqlens_q=(1,) * tokens if op == "sparse_decode" else (tokens,), seqlens_k=(1500,), layout=layout, page_size=64,
+        topk=600, has_topk_length=True, extra_layout=layout if extra else "", extra_page_size=2, extra_topk=extra,
+    )  # fmt: skip
+
+
+def sparse_graphs(setup: Setup) -> Made:
+    """Each kind of call, four ways to change what a graph reads."""
+
+    def check(case: Case, change: str) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _replay(setup, case, change)
+
+    return [
+        (f"{op} {layout or 'bf16'} {extra} h_q {h_q}, {change}", check(plain(op, layout, extra, h_q), change))
+        for op, layout, extra, h_q in KINDS
+        for change in CHANGES
+    ]
+
+
+def _replay(setup: Setup, case: Case, change: str) -> dict[str, Any]:
+    given = coverage.moved(case.tensors(), setup.device)
+    indices, lengths, topk = given["indices"], given["topk_length"], case.topk
+    lengths.fill_(topk)
+    indices.clamp_(0, 1400)  # what lay behind the lengths was garbage
+    call = call_of(case, given, setup)
+    replay = captured(call, setup.is_cuda)
+    generator = torch.Generator().manual_seed(1)
+    before = None
+    for number in range(4):
+        if number and change == "indices":
+            indices.copy_(indices.roll(1, 0).flip(-1))
+        elif number and change == "lengths":
+            lengths.copy_(torch.randint(0, topk + 1, lengths.shape, generator=generator))
+        elif number and change == "absent":
+            indices.masked_fill_((torch.rand(indices.shape, generator=generator) < 0.3).to(setup.device), -1)
+        elif number:
+            given["q"].copy_(given["q"].roll(number, -1))
+        got = tuple(tensor.clone() for tensor in replay())
+        same_bits(got, call(), f"replay {number}: graph against call")
+        if number in (0, 3):
+            require(case, got, given, f"replay {number}")
+        assert before is None or not torch.equal(before, got[0]), f"replay {number}: nothing new"
+        before = got[0]
+    openmla.check_errors()
+    return {}
+
+
+# ------------------------------------------------------------------------------------------- big
+
+
+def big(setup: Setup) -> Made:
+    """A quantised pool beyond 2^32 bytes, rows beyond 2^32 elements, and 70,000 tokens."""
+    return [
+        ("fp8_656 beyond 2^32 bytes", _big_pages),
+        ("rows beyond 2^32 elements", _big_rows),
+        ("70000 tokens", _many_tokens),
+    ]
+
+
+def _edges(rows: int, boundary: int) -> list[int]:
+    """Rows at both ends and around the one that holds the boundary."""
+    return sorted({0, 1, boundary - 1, boundary, rows - 2, rows - 1} & set(range(rows)))
+
+
+def _room(setup: Setup, size: int) -> None:
+    if setup.is_cuda and torch.cuda.mem_get_info()[0] < size + 2**31:
+        raise NotRunError(f"needs {size / 1e9:.1f} GB of free device memory")
+
+
+def _lists(setup: Setup, where: list[int], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices into the pool, the same into the rows `where` alone)."""
+    chosen = torch.randint(0, len(where), shape, generator=torch.Generator().manual_seed(1))
+    found = torch.tensor(where)[chosen]
+    return found.to(torch.int32).to(setup.device), chosen.to(torch.int32).to(setup.device)
+
+
+def _big_pages(setup: Setup) -> dict[str, Any]:
+    layout, size = kv_layout("fp8_656"), 64 * 656
+    pages = 60 if setup.is_small else 2**32 // size + 300
+    _room(setup, pages * size)
+    pool = torch.full((pages, 64, 1, 656), 0xFF, dtype=torch.uint8, device=setup.device)
+    where = _edges(pages * 64, 2**32 // 656) if not setup.is_small else _edges(pages * 64, 2000)
+    where += [slot + 64 for slot in where if slot + 64 < pages * 64]
+    keys = torch.randn(len(where), 576, generator=torch.Generator().manual_seed(2)).bfloat16().to(setup.device)
+    write_rows(pool, layout, torch.tensor(where, device=setup.device), keys)
+    small = layout.empty_cache(1, 64, device=setup.device)
+    write_rows(small, layout, torch.arange(len(where), device=setup.device), keys)
+    indices, compact = _lists(setup, where, (3, 1, 200))
+    q = torch.randn(3, 1, 64, 576, generator=torch.Generator().manual_seed(3)).bfloat16().to(setup.device)
+    out, lse = openmla.sparse_decode(q, pool, indices, kv_layout=layout, backend=setup.backend)
+    options = {"softmax_scale": 576**-0.5, "d_v": 512, "with_bounds": True}
+    golden = attention.sparse_decode(q, small, compact, layout=layout, **options)
+    budget.check(out, lse, golden, dtype=torch.bfloat16).require(f"{pages} pages")
+    return {"measured": {"bytes": pool.numel()}}
+
+
+def _big_rows(setup: Setup) -> dict[str, Any]:
+    rows = 4000 if setup.is_small else 2**32 // 576 + 300
+    _room(setup, 2 * rows * 576)
+    kv = (
+        torch.empty(rows * 576 * 2, dtype=torch.uint8, device=setup.device)
+        .fill_(0xFF)
+        .view(torch.bfloat16)
+        .view(rows, 1, 576)
+    )
+    where = _edges(rows, 2**32 // 576) + (_edges(rows, 2**31 // 576)[2:4] if not setup.is_small else [])
+    keys = torch.randn(len(where), 1, 576, generator=torch.Generator().manual_seed(2)).bfloat16().to(setup.device)
+    kv[torch.tensor(where, device=setup.device)] = keys
+    indices, compact = _lists(setup, where, (3, 1, 200))
+    q = torch.randn(3, 128, 576, generator=torch.Generator().manual_seed(3)).bfloat16().to(setup.device)
+    out, largest, lse = openmla.sparse_prefill(q, kv, indices, backend=setup.backend)
+    golden = attention.sparse_prefill(q, keys, compact, softmax_scale=576**-0.5, d_v=512, with_bounds=True)
+    budget.check(out, lse, golden, dtype=torch.bfloat16, max_logits=largest).require(f"{rows} rows")
+    return {"measured": {"elements": kv.numel()}}
+
+
+def _many_tokens(setup: Setup) -> dict[str, Any]:
+    tokens = 300 if setup.is_small else 70_000
+    _room(setup, 3 * tokens * 16 * 576 * 2)
+    generator = torch.Generator(setup.device).manual_seed(1)
+    kv = torch.randn(2000, 1, 576, generator=generator, device=setup.device).bfloat16()
+    q = torch.randn(tokens, 16, 576, generator=generator, device=setup.device).bfloat16()
+    indices = torch.randint(0, 2000, (tokens, 1, 64), generator=generator, device=setup.device, dtype=torch.int32)
+    out, largest, lse = openmla.sparse_prefill(q, kv, indices, backend=setup.backend)
+    chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:254].tolist()
+    some = torch.tensor([0, tokens - 1, *chosen], device=setup.device)
+    golden = attention.sparse_prefill(q[some], kv, indices[some], softmax_scale=576**-0.5, d_v=512, with_bounds=True)
+    budget.check(out[some], lse[some], golden, dtype=torch.bfloat16, max_logits=largest[some]).require(
+        f"{tokens} tokens"
+    )
+    return {"measured": {"tokens": tokens}}
