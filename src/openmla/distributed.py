@@ -18,6 +18,10 @@ Two ways to exchange the shares of R = batch * s_q * h_q rows, each of d_v numbe
 
 A rank that dies or stalls ends every other rank's call in a DeadRankError that names it, at most `timeout_s` after
 the collective should have ended plus `timeout_s` for the roll call. Nothing waits for ever.
+
+Ranks must make the same calls. A kind of call that is new to a rank is compared through the store before anything is
+exchanged: where ranks differ, every one of them raises ProblemError, and the group is as good as before. Where one rank
+repeats a call while another makes a new one, both end in a DeadRankError that says what the other was at.
 """
 
 from __future__ import annotations
@@ -122,6 +126,9 @@ class ContextParallel:
             f"openmla/{next(_serial)}", dist.distributed_c10d._get_default_store()
         )
         self._lost: DeadRankError | None = None
+        self._agreed: set[tuple[tuple[str, Any], ...]] = set()  # kinds of calls that all ranks make alike
+        self._asked = 0  # agreements that were sought; the same on every rank
+        self._at: tuple[tuple[str, Any], ...] = ()  # the call at work
 
     # Who holds what
 
@@ -181,7 +188,7 @@ class ContextParallel:
             lse: [batch, h_q, s_q] fp32, natural; -inf where no rank has a key.
 
         Raises:
-            ProblemError, UnsupportedError: as `openmla.decode`.
+            ProblemError, UnsupportedError: as `openmla.decode`; ProblemError also where ranks pass other shapes or options.
             DeadRankError: a rank did not answer; this object is of no use any more.
 
         Notes:
@@ -190,6 +197,11 @@ class ContextParallel:
             On GPUs the call returns when the work is queued; `wait` is the point where a dead rank is noticed.
         """
         self._check(q, cache_seqlens, heads, exchange)
+        self._agree((
+            ("q", tuple(q.shape)), ("dtype", q.dtype), ("cache_seqlens", tuple(cache_seqlens.shape)), ("heads", heads),
+            ("exchange", exchange), ("d_v", d_v), ("softmax_scale", softmax_scale), ("has_sink", attn_sink is not None),
+            ("kv_layout", kv_layout), ("policy", policy), ("link", self.link),
+        ))  # fmt: skip
         q = self._gather_heads(q) if heads == "own" else q
         batch, s_q, h_q, d_qk = q.shape
         chosen = self._exchange(exchange, heads, batch * s_q * h_q, d_v * q.element_size() + 4)
@@ -295,6 +307,39 @@ class ContextParallel:
 
     # Collectives with an end
 
+    def _agree(self, call: tuple[tuple[str, Any], ...]) -> None:
+        """Raises ProblemError on every rank unless all are about to make this call. Asked once per kind of call."""
+        self._at = call
+        if self.world == 1 or call in self._agreed:
+            return
+        if self._lost is not None:
+            raise self._lost
+        key, mine = f"call/{self._asked}", str(call)
+        self._asked += 1
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        said: dict[int, str] = {}
+
+        def ask() -> None:
+            self._store.set(f"{key}/{self.rank}", mine)
+            while len(said) < len(others) and time.monotonic() < deadline:
+                for rank in set(others) - set(said):
+                    if self._store.check([f"{key}/{rank}"]):
+                        said[rank] = self._store.get(f"{key}/{rank}").decode()
+                time.sleep(0.001)
+
+        deadline = time.monotonic() + self.timeout_s
+        failure = _within(self.timeout_s + 1, ask)
+        if failure or len(said) < len(others):
+            raise self._roll_call("agreement on shapes and options", failure or "a rank makes another call or none")
+        differing = {rank: text for rank, text in sorted(said.items()) if text != mine}
+        if differing:
+            raise ProblemError(
+                "ContextParallel.decode",
+                [f"every rank must make the same call; rank {self.rank} has {mine}"]
+                + [f"rank {rank} has {text}" for rank, text in differing.items()],
+            )
+        self._agreed.add(call)
+
     def _gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """[world, *shape], the same on every rank."""
         result = tensor.new_empty(self.world, *tensor.shape)
@@ -336,28 +381,26 @@ class ContextParallel:
     def _roll_call(self, what: str, cause: str) -> DeadRankError:
         """Everybody who is alive comes here too, once their own collective fails: whoever does not is named."""
         incidents.note("rank_lost", "distributed", f"rank {self.rank}: {what}: {cause}")
-        answers: dict[int, None] = {self.rank: None}
-        store_failed: list[str] = []
+        mine = str(self._at)
+        answers: dict[int, str] = {self.rank: mine}
 
         def call() -> None:
-            try:
-                self._store.set(f"here/{self.rank}", "1")
-                while len(answers) < self.world and time.monotonic() < deadline:
-                    for rank in set(range(self.world)) - set(answers):
-                        if self._store.check([f"here/{rank}"]):
-                            answers[rank] = None
-                    time.sleep(0.01)
-            except RuntimeError as error:
-                store_failed.append(_first_line(error))
+            self._store.set(f"here/{self.rank}", mine)
+            while len(answers) < self.world and time.monotonic() < deadline:
+                for rank in set(range(self.world)) - set(answers):
+                    if self._store.check([f"here/{rank}"]):
+                        answers[rank] = self._store.get(f"here/{rank}").decode()
+                time.sleep(0.01)
 
         # Others notice at most timeout_s later than this rank; the second is for a busy machine.
         deadline = time.monotonic() + self.timeout_s + 1
-        # A thread, because a store whose host stands still answers nobody, for minutes.
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        thread.join(self.timeout_s + 2)
+        store_failed = _within(self.timeout_s + 2, call)
         missing = tuple(sorted(set(range(self.world)) - set(answers)))
-        if store_failed or thread.is_alive():
+        if not missing:  # all are alive: perhaps they do not do the same
+            missing = tuple(rank for rank, text in sorted(answers.items()) if text != mine)
+            if missing:
+                cause = f"{cause}; ranks disagree: rank {missing[0]} is at {answers[missing[0]]}, this one at {mine}"
+        elif store_failed:
             # The store lives in rank 0 of the default group (or in torchrun's agent, which outlives its workers).
             host = dist.get_group_rank(self.group, 0) if 0 in dist.get_process_group_ranks(self.group) else None
             missing = (host,) if host is not None and host in missing else ()
@@ -382,6 +425,22 @@ class ContextParallel:
         received = (self.world - 1) * (1 << 22)
         self.link = Link(slowest[0], max(received, 1) / max(slowest[1] - slowest[0], 1e-9))
         return self.link
+
+
+def _within(seconds: float, talk: Callable[[], None]) -> str:
+    """Talk to the store; why it failed, or "". In a thread: a store whose host stands still answers nobody, for minutes."""
+    failed: list[str] = []
+
+    def run() -> None:
+        try:
+            talk()
+        except RuntimeError as error:
+            failed.append(_first_line(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return failed[0] if failed else "the store does not answer" if thread.is_alive() else ""
 
 
 def _first_line(error: BaseException) -> str:

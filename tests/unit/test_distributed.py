@@ -208,6 +208,59 @@ def test_when_the_rank_that_holds_the_store_dies_nobody_hangs() -> None:
     assert seconds < 30
 
 
+def _disagreement(rank: int) -> list[str]:
+    """One rank's call differs, in one way after another; then all make the same one."""
+    ranks = ContextParallel(timeout_s=30)
+    q, keys = operands()
+    mine = [k[torch.arange(len(k)) % ranks.world == rank] for k in keys]
+    pool, table, lengths = paged(mine, 16)
+    said = []
+    for other in ({"batch": 3}, {"softmax_scale": 1.0}, {"exchange": "all_to_all"}):
+        given, options = (q, table, lengths), {"softmax_scale": 192**-0.5}
+        if rank == 1 and "batch" in other:
+            given = (q[:3], table[:3], lengths[:3])
+        elif rank == 1:
+            options |= other
+        with pytest.raises(ProblemError) as caught:
+            ranks.decode(given[0], pool, *given[1:], **options)
+        said.append(str(caught.value))
+    out, lse = ranks.decode(q, pool, table, lengths, softmax_scale=192**-0.5)  # the group is as good as before
+    budget.check(out, lse, golden(q, keys), dtype=q.dtype).require(f"rank {rank}")
+    return said
+
+
+def test_ranks_that_disagree_all_raise_before_anything_is_exchanged() -> None:
+    for rank, said in enumerate(run_ranks(_disagreement, 2)):
+        assert len(said) == 3
+        for text in said:
+            assert f"every rank must make the same call; rank {rank} has" in text, text
+            assert f"rank {1 - rank} has" in text
+
+
+def _one_repeats(rank: int):
+    """Rank 0 repeats a call that was agreed on while rank 1 makes another one."""
+    ranks = ContextParallel(timeout_s=30)
+    q, keys = operands()
+    mine = [k[torch.arange(len(k)) % ranks.world == rank] for k in keys]
+    ranks.decode(q, *paged(mine, 16))
+    dist.barrier()
+    ranks.timeout_s = 3.0
+    begin = time.monotonic()
+    try:
+        ranks.decode(q, *paged(mine, 16), **({"policy": "batch_invariant"} if rank == 1 else {}))
+    except DeadRankError as error:
+        return error.ranks, str(error), time.monotonic() - begin
+    return None
+
+
+def test_a_rank_that_repeats_while_another_makes_a_new_call_is_told() -> None:
+    for rank, (ranks, message, seconds) in enumerate(run_ranks(_one_repeats, 2)):
+        assert ranks == (1 - rank,), message
+        assert "ranks disagree" in message
+        assert "batch_invariant" in message
+        assert seconds < 20
+
+
 def _tensor_parallel(rank: int):
     torch.manual_seed(3)
     config = MLAConfig(48, 4, q_lora_rank=24, d_latent=32, d_rope=16, d_nope=24, d_v=20, has_bias=True, rope=Rope(16))
