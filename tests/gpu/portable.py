@@ -155,7 +155,6 @@ def section_prefill(device: str) -> Iterator[Item]:
 
 
 def judge_prefill(case: Case, device: str) -> dict[str, Any]:
-    connect_prefill()
     operands = case.tensors()
     arguments = to(device, native_arguments("prefill", operands))
     total = operands["q"].shape[0]
@@ -180,16 +179,6 @@ def judge_prefill(case: Case, device: str) -> dict[str, Any]:
     ]
     assert max(errors) <= limit, f"gradients off by {errors}, limit {limit}"
     return {"worst": max(f.ratio for f in report.findings), "gradients": max(errors) / limit}
-
-
-def connect_prefill() -> None:
-    """Put the Triton prefill into the table, whatever it says today."""
-    from openmla import backends
-    from openmla.backends.triton import PREFILL
-
-    others = tuple(each for each in backends.kernels("prefill") if each.backend != "triton")
-    backends.TABLE["prefill"] = (PREFILL, *others)
-    backends.select.cache_clear()
 
 
 def section_append(device: str) -> Iterator[Item]:

@@ -48,8 +48,6 @@ class Slot:
     attribute: str
 
 
-_NOT_ON_A_GPU = "not connected yet: right in Triton's interpreter and cross-compiled, but has not run on a GPU"
-
 # Order is preference. Third parties add theirs with `extend`.
 TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     "decode": (
@@ -71,7 +69,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     ),
     "prefill": (
         Unbuilt("prefill", "cute", "prefill_varlen", "not built yet: dense prefill through flash-attn-4 on Hopper"),
-        Unbuilt("prefill", "triton", "prefill_varlen", _NOT_ON_A_GPU),
+        Slot("openmla.backends.triton", "PREFILL"),
         Slot("openmla.backends.torch", "PREFILL"),
     ),
     "append": (
