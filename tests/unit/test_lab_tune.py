@@ -9,6 +9,7 @@ import torch
 from openmla.backends.torch import products, tiled
 from openmla.core.errors import ConfigError
 from openmla.core.target import Target
+from openmla.lab import knobs as knobs_module
 from openmla.lab import page, peers, tune, workload
 from openmla.lab.peers import Contender
 from openmla.lab.suite import Case
@@ -39,12 +40,14 @@ def knobs(monkeypatch):
             return Contender("x", "backend", "fake", str(setting["speed"]), call)
 
         space = {"speed": (1, 3), "safe": (0, 1, 2)}
-        return tune._Knobs("torch", next(iter(tune.kernels("decode"))), {"speed": 1, "safe": 1}, space, under)
+        return knobs_module.Knobs(
+            "torch", next(iter(knobs_module.kernels("decode"))), {"speed": 1, "safe": 1}, space, under
+        )
 
     def timed(contenders, *_):
         return "call", [[0.003 / int(each.config) + 1e-6 * i for i in range(10)] for each in contenders]
 
-    monkeypatch.setattr(tune, "_knobs", fake)
+    monkeypatch.setattr(tune, "knobs_of", fake)
     monkeypatch.setattr(tune.runner, "time_in_turn", timed)
     return made
 
@@ -121,7 +124,7 @@ def test_the_torch_backend_under_other_numbers_is_right_and_put_back():
     before = (tiled.TASK_ROWS, products._PAIR_KEYS, products.Arithmetic.tile_keys)
     sets = [workload.decode_inputs(dataclasses.replace(CASE, s_k=700), torch.device("cpu"))]
     case = dataclasses.replace(CASE, s_k=700)
-    knobs = tune._knobs(case, sets, CPU, "torch")
+    knobs = knobs_module.knobs_of(case, sets, CPU, "torch")
     spans = []
     original = tiled.tile_spans
     try:
@@ -150,11 +153,75 @@ def test_refusals_and_malformed_files(tmp_path):
         tune.append(path / "x", [trial(1, 1.0)])
 
 
-def test_every_space_names_fields_of_its_kernels_config():
+def test_every_space_names_fields_of_its_kernels_config_or_numbers_of_its_plan():
     from openmla.backends.cute.decode_dense.config import Config as Many
+    from openmla.backends.cute.decode_dense_small.config import Config as Few
     from openmla.backends.triton.config import Config as Tiles
 
-    for key, config in ((("cute", "decode_dense"), Many()), (("triton", "decode_split"), Tiles(16, 16, 4, 2))):
-        assert {name for name in tune.SPACES[key] if not isinstance(getattr(config, name, None), int)} == set()
-    known = {(each.backend, each.name) for each in tune.kernels("decode")}
-    assert set(tune.SPACES) <= known
+    configs = {
+        ("cute", "decode_dense"): Many(),
+        ("cute", "decode_dense_small"): Few(),
+        ("triton", "decode_split"): Tiles(16, 16, 4, 2),
+    }
+    for key, config in configs.items():
+        fields = set(knobs_module.SPACES[key]) - (set(knobs_module.PLAN) if key[0] == "cute" else set())
+        assert {name for name in fields if not isinstance(getattr(config, name, None), int)} == set()
+    known = {(each.backend, each.name) for each in knobs_module.kernels("decode")}
+    assert set(knobs_module.SPACES) == set(configs) | {("torch", "decode_tiled")}
+    assert set(knobs_module.SPACES) <= known
+
+
+H100 = Target.preset("h100_sxm")
+
+
+def test_the_bundle_of_a_search_holds_every_setting_and_what_goes_with_them(tmp_path, monkeypatch):
+    asked = {}
+
+    def build(out, families, say):
+        asked.update({name: list(variants) for name, (variants, _) in families.items()})
+        return out / "manifest.json"
+
+    monkeypatch.setattr("openmla.backends.cute.bundle.build", build)
+    many = Case(batch=16, s_k=4096, h_q=128)
+    knobs_module.bundle([many], H100, tmp_path, "cute", ("prefetch", "gate_left", "parts_percent"), print)
+    assert set(asked) == {"decode_dense", "decode_dense_merge", "schedule"}
+    settings = {(each.prefetch, each.gate_left, each.cluster) for each in asked["decode_dense"]}
+    assert settings == {(ahead, gate, 2) for ahead in (0, 2, 4) for gate in (-2, -1, 19)}
+    with pytest.raises(ConfigError, match="has no colour; it has: cluster"):
+        knobs_module.bundle([many], H100, tmp_path, "cute", ("colour",), print)
+    with pytest.raises(ConfigError, match="compiles at its first use"):
+        knobs_module.bundle([many], H100, tmp_path, "triton", (), print)
+
+
+def test_numbers_of_the_plan_reach_the_plan_and_nothing_else(monkeypatch):
+    """The kernel is a fake that computes with the CPU and says what it was given."""
+    from openmla.backends.cute import decode
+
+    case = dataclasses.replace(CASE, s_k=700)
+    sets = [workload.decode_inputs(case, torch.device("cpu"))]
+    seen = []
+
+    class Fake:
+        backend, name = "cute", "decode_dense_small"
+
+        def compile(self, problem, config, target):
+            return decode.Compiled(config, decode.PlanOptions(128, 64, 1, 1, 1, 8192), None, None, scratch={"old": 1})
+
+        def workspace_bytes(self, compiled, problem, policy):
+            return 0
+
+        def plan(self, compiled, problem, cache_seqlens, policy):
+            seen.append((compiled.options.num_parts, compiled.options.overhead_blocks, compiled.scratch))
+
+        def launch(self, compiled, problem, operands, plan):
+            operands.out.zero_()
+
+    fake = Fake()
+    chosen = type("Chosen", (), {"kernel": fake, "config": None})()
+    monkeypatch.setattr(knobs_module, "select", lambda *_: chosen)
+    monkeypatch.setattr(knobs_module, "kernels", lambda _: [fake])
+    monkeypatch.setattr(knobs_module, "replace", lambda each, **new: dataclasses.replace(each, **new) if each else each)
+    found = knobs_module.knobs_of(case, sets, H100, "cute")
+    assert found.default == {"parts_percent": 100, "overhead_blocks": 1}
+    found.under({"parts_percent": 25, "overhead_blocks": 5}).call(0)
+    assert seen == [(32, 5, {})]

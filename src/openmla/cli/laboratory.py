@@ -194,22 +194,34 @@ def add_tune(verbs: Any) -> None:
     parser.add_argument("--trials", type=Path, metavar="TRIALS.jsonl", help="append trials here, and continue from it")
     parser.add_argument("--table", type=Path, metavar="TUNED.json", help="write the tuned table with its provenance")
     parser.add_argument("--record", type=Path, metavar="TUNED.json", help="show a table made elsewhere; nothing runs")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="nothing runs: compile what a search on --target can try into a bundle",
+    )
+    parser.add_argument("--target", default="h100_sxm", metavar="NAME", help="of --bundle; default: h100_sxm")
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
 
 
 def _tune(args: argparse.Namespace) -> int:
     from openmla.core.target import Target
-    from openmla.lab import progress, tune
+    from openmla.lab import knobs, progress, tune
 
     if args.record:
         show(args, tune.load(args.record), tune.page)
         return 0
     _, cases = chosen_cases(args)
     (backend,) = known_backends([args.backend] if args.backend else None)
+    parameters = tuple(filter(None, args.parameter.split(",")))
+    if args.bundle:
+        manifest = knobs.bundle(cases, Target.preset(args.target), args.bundle, backend, parameters, output.say)
+        print_json({"schema": JSON_SCHEMA, "manifest": str(manifest)}) if args.json else print(f"wrote {manifest}")
+        return 0
     with progress.on_stderr() as say:
         found = tune.tune(
-            cases, Target.detect(args.device), backend=backend, seconds=args.seconds,
-            parameters=tuple(filter(None, args.parameter.split(","))), trials=args.trials, say=say,
+            cases, Target.detect(args.device), backend=backend, seconds=args.seconds, parameters=parameters,
+            trials=args.trials, say=say,
         )  # fmt: skip
     if args.table:
         tune.write(found, args.table)

@@ -12,23 +12,18 @@ provenance. Nothing reads that table by itself: defaults live in the kernels' ow
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from openmla import backends
-from openmla.backends import kernels, select
-from openmla.backends.base import DecodeOperands
-from openmla.core import faults
 from openmla.core.errors import CompileError, ConfigError, UnsupportedError
 from openmla.core.target import Target
 from openmla.lab import ceilings, clock, gate, peers, plot, runner, store
+from openmla.lab.knobs import Knobs, Setting, knobs_of, text
 from openmla.lab.page import Figure, Page, Section, Table, Tile, duration
 from openmla.lab.peers import Contender
 from openmla.lab.progress import Say, Stages
@@ -36,31 +31,6 @@ from openmla.lab.suite import Case
 
 MARGIN = 0.02  # two runs of the same code on a quiet machine differ by less
 MAX_PASSES = 3
-
-Setting = dict[str, int]
-
-# (backend, kernel) -> parameter -> values worth trying. Fields of the kernel's Config, except for the torch backend,
-# whose numbers are constants of its modules. Illegal combinations drop out: they fail to compile, or the gate.
-SPACES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
-    ("torch", "decode_tiled"): {
-        "tile_keys": (256, 512, 1024, 2048, 4096),
-        "task_rows": (32, 64, 128, 256, 512),
-        "pair_keys": (256, 512, 1024, 2048),
-    },
-    ("triton", "decode_split"): {
-        "block_m": (16, 32, 64),
-        "block_n": (16, 32, 64),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3, 4),
-        "ctas_per_sm": (1, 2),
-    },
-    ("cute", "decode_dense"): {
-        "cluster": (1, 2),
-        "gate_left": (-2, -1, 19),
-        "gate_right": (-2, -1),
-        "prefetch": (0, 2, 4, 8),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -162,123 +132,6 @@ class Record:
         return "\n".join(lines)
 
 
-# who can be set
-
-
-@dataclass(frozen=True)
-class _Knobs:
-    """How to run one kernel of one case under any setting."""
-
-    backend: str
-    kernel: Any
-    default: Setting
-    space: dict[str, tuple[int, ...]]
-    under: Callable[[Setting], Contender]
-
-
-def _knobs(case: Case, sets: peers.Sets, target: Target, backend: str) -> _Knobs:
-    """Raises UnsupportedError for a case that the backend refuses, ConfigError for a kernel without a space."""
-    problem = peers.problem_of(case, sets[0])
-    chosen = select(problem, target, backend)
-    kernel = next(each for each in kernels("decode") if each is chosen.kernel)
-    name = (kernel.backend, kernel.name)
-    if name not in SPACES:
-        known = ", ".join("/".join(each) for each in SPACES)
-        raise ConfigError(f"nothing to choose in {'/'.join(name)}; tunable kernels: {known}")
-    space = SPACES[name]
-    if kernel.backend == "torch":
-        return _Knobs(
-            "torch", kernel, _torch_defaults(case), space, _torch_under(case, sets, kernel, chosen.config, target)
-        )
-    default = {key: int(getattr(chosen.config, key)) for key in space}
-
-    def under(setting: Setting) -> Contender:
-        config = replace(chosen.config, **setting)
-        return _pinned(case, sets, kernel, config, target, _text(setting))
-
-    return _Knobs(kernel.backend, kernel, default, space, under)
-
-
-def _pinned(case: Case, sets: peers.Sets, kernel: Any, config: Any, target: Target, name: str) -> Contender:
-    """The four verbs of a kernel with a config of our choice, outputs and plans made beforehand."""
-    problem = peers.problem_of(case, sets[0])
-    compiled = kernel.compile(problem, config, target)
-    size = kernel.workspace_bytes(compiled, problem, case.policy)
-    ready = []
-    for x in sets:
-        out = x.q.new_full((*x.q.shape[:-1], case.d_v), torch.nan)
-        lse = torch.full((case.batch, case.h_q, case.s_q), torch.nan, device=x.device)
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        operands = DecodeOperands(
-            x.q, x.kv_cache, x.block_table, x.cache_seqlens, x.softmax_scale, out, lse, faults.fault_word(x.device),
-            workspace=workspace,
-        )  # fmt: skip
-        ready.append((operands, kernel.plan(compiled, problem, x.cache_seqlens, case.policy)))
-
-    def call(i: int) -> peers.Result:
-        operands, plan = ready[i]
-        kernel.launch(compiled, problem, operands, plan)
-        return operands.out, operands.lse
-
-    return Contender(name, "backend", kernel.name, name, call)
-
-
-def _torch_defaults(case: Case) -> Setting:
-    """What the torch backend would choose for a case."""
-    from openmla.backends.torch import attend, products
-
-    rows = min(case.s_q * (case.h_q // case.h_kv), attend.TASK_ROWS)
-    arithmetic = products.arithmetic_for(case.torch_dtype, case.d_qk, case.d_v)
-    return {
-        "tile_keys": arithmetic.tile_keys(rows),
-        "task_rows": attend.TASK_ROWS,
-        "pair_keys": products._PAIR_KEYS,
-    }
-
-
-@contextlib.contextmanager
-def _torch_constants(setting: Setting) -> Iterator[None]:
-    """The torch backend with other numbers, for one call: it has no Config, its numbers are constants."""
-    from openmla.backends.torch import products, tiled
-
-    def tile_keys(self: object, rows: int) -> int:
-        return setting["tile_keys"]
-
-    places: list[tuple[Any, str, Any]] = [
-        (tiled, "TASK_ROWS", setting["task_rows"]),
-        (products, "_PAIR_KEYS", setting["pair_keys"]),
-        (products.Arithmetic, "tile_keys", tile_keys),
-    ]
-    before = [getattr(owner, name) for owner, name, _ in places]
-    for owner, name, value in places:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name, _), value in zip(places, before, strict=True):
-            setattr(owner, name, value)
-
-
-def _torch_under(
-    case: Case, sets: peers.Sets, kernel: Any, config: Any, target: Target
-) -> Callable[[Setting], Contender]:
-    plain = _pinned(case, sets, kernel, config, target, "torch")
-
-    def under(setting: Setting) -> Contender:
-        def call(i: int) -> peers.Result:
-            with _torch_constants(setting):
-                return plain.call(i)
-
-        name = _text(setting)
-        return Contender(name, "backend", kernel.name, name, call)
-
-    return under
-
-
-def _text(setting: Mapping[str, int]) -> str:
-    return ",".join(f"{key}={value}" for key, value in sorted(setting.items()))
-
-
 # the search
 
 
@@ -289,7 +142,7 @@ class _Search:
     case: Case
     sets: peers.Sets
     target: Target
-    knobs: _Knobs
+    knobs: Knobs
     floor_us: float
     seconds: float
     provenance: str
@@ -354,7 +207,7 @@ class _Search:
             before = dict(best)
             for parameter, values in self.knobs.space.items():
                 tried = sorted({*values, best[parameter], self.knobs.default[parameter]})
-                trials = self.sweep(f"{parameter} at {_text(best)}", [{**best, parameter: value} for value in tried])
+                trials = self.sweep(f"{parameter} at {text(best)}", [{**best, parameter: value} for value in tried])
                 medians = {each.setting[parameter]: each.median_us for each in trials}
                 best = dict(_better(trials, best).setting)
                 worth[parameter] = Worth(parameter, best[parameter], self.knobs.default[parameter], medians)
@@ -419,7 +272,7 @@ def _tune_one(
     seen: Sequence[Trial], facts: dict[str, Any], tell: Callable[[float], None],
 ) -> Tuned:  # fmt: skip
     sets, floor = runner.inputs(case, target, ceilings.measure(target, (case.dtype,), 0.3))
-    knobs = _knobs(case, sets, target, backend)
+    knobs = knobs_of(case, sets, target, backend)
     strangers = [each for each in parameters if each not in knobs.space]
     if strangers:
         raise ConfigError(
@@ -440,7 +293,7 @@ def _tune_one(
     search = _Search(case, sets, target, knobs, floor, seconds, provenance, file, known, gate.golden(case, sets[0]))
     best, worth = search.run(tell)
     pair = [knobs.default] if best == knobs.default else [knobs.default, best]
-    last = search.sweep(f"default against {_text(best)}", pair)
+    last = search.sweep(f"default against {text(best)}", pair)
     first, winner = last[0], _better(last, knobs.default)
     if not first.median_us or not winner.median_us:
         raise ConfigError(f"the default setting of {knobs.backend}/{knobs.kernel.name} failed: {first.gate}")
