@@ -83,6 +83,24 @@ def test_readme_says_what_the_rows_of_the_cpu_say() -> None:
         assert f"{min(ratios):.1f} to {max(ratios):.1f}" in sentence
 
 
+def test_readme_says_what_the_rows_of_the_models_say() -> None:
+    """Every speed-up of its sentence about transformers stands in one row, on the card that it names."""
+    text = (ROOT / "README.md").read_text()
+    sentence = next(each for each in text.split("\n\n") if each.startswith("In transformers on one"))
+    card = re.search(r"on one (H\d+)", sentence)[1]
+    found = [row for row in rows("model_speed.jsonl") if card in row["device"]]
+    plain = {
+        (f"{row['speedup']:.1f}", f"{row['speedup_over_grouped']:.1f}")
+        for row in found
+        if "speedup_over_grouped" in row
+    }
+    graphs = {f"{row['speedup']:.1f}" for row in found if row["what"] == "transformers_step_graphs"}
+    said = re.findall(r"\d+\.\d", re.sub(r"V\d+\.\d", "", sentence))
+    assert (said[0], said[1]) in plain
+    assert said[2] in graphs
+    assert len(said) == 3
+
+
 def test_the_table_of_trained_models_is_that_of_its_rows() -> None:
     text = (ROOT / "docs" / "laboratory.md").read_text()
     table = re.findall(r"^\| (?:MLA|MQA|GQA|MHA).*\| (\d+) \| (\d\.\d+) \|$", text, re.MULTILINE)

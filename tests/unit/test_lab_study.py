@@ -109,3 +109,17 @@ def test_the_whole_and_its_page(monkeypatch):
 def test_refusals(wrong, message):
     with pytest.raises(ConfigError, match=message):
         study.study(**wrong)
+
+
+def test_a_record_made_elsewhere_shows_the_same_page(tmp_path):
+    found = study.study(h_q=8, seconds=0.01)
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({**found.as_dict(), "page": None}), encoding="utf-8")
+    again = study.load(path)
+    assert again == found
+    assert page.render(study_page.page(again)) == page.render(study_page.page(found))
+    path.write_text('{"forms": 1}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="is no record of openmla study --json"):
+        study.load(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        study.load(tmp_path / "none.json")

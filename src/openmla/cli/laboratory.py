@@ -246,12 +246,18 @@ def add_study(verbs: Any) -> None:
     parser.add_argument("--trained", type=Path, metavar="ROWS.jsonl", help="outcomes of python -m openmla.lab.quality")
     parser.add_argument("--memory", type=positive_number, default=80.0, metavar="GIB", help="of one card; default: 80")
     parser.add_argument("--seconds", type=positive_number, default=0.2, help="per rate and size measured; default: 0.2")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE.json", help="show what --json wrote elsewhere; nothing runs"
+    )
     parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
 
 
 def _study(args: argparse.Namespace) -> int:
     from openmla.lab import progress, study, study_page
 
+    if args.record:
+        show(args, study.load(args.record, args.trained), study_page.page)
+        return 0
     with progress.on_stderr() as say:
         found = study.study(
             target=args.target, h_q=args.heads, layers=args.layers, per_hour=args.price, memory_gib=args.memory,

@@ -12,9 +12,10 @@ latent sweep are measured here.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,33 @@ class Study:
                 for name, size, kept, loss, _ in losses(self.trained)
             ]
         return "\n".join(lines)
+
+
+def load(path: Path, trained: Path | None = None) -> Study:
+    """The record that `openmla study --json` wrote, perhaps on a machine that cannot draw. Raises ConfigError.
+
+    trained: outcomes of `openmla.lab.quality` to show instead of the record's.
+    """
+
+    def every(of: Any, key: str, without: str = "") -> tuple[Any, ...]:
+        return tuple(of(**{name: value for name, value in each.items() if name != without}) for each in raw[key])
+
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        shown = [{**each, "form": Form(**each["form"])} for each in raw["models"]]
+        plain = {key: raw[key] for key in ("h_q", "per_hour", "memory_gib", "layers", "machine")}
+        found = Study(
+            roof=Roof(**raw["roof"]), forms=every(Form, "forms", "kv_numbers"), lengths=every(Step, "lengths"),
+            steps=every(Step, "steps"), prices=every(Price, "prices"), precision=every(Precision, "precision"),
+            stability=every(Stability, "stability"), latents=every(Latent, "latents"),
+            models=tuple(Model(**{key: each[key] for key in each if key != "kv_bytes"}) for each in shown),
+            trained=every(quality.Outcome, "trained"), **plain,
+        )  # fmt: skip
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no record of openmla study --json: {type(error).__name__} {error}") from error
+    return found if trained is None else replace(found, trained=tuple(quality.read(trained)))
 
 
 def losses(trained: Sequence[quality.Outcome]) -> list[tuple[str, int, int, float, float]]:
