@@ -8,6 +8,7 @@
 # %%
 import ast
 import itertools
+import json
 import math
 import re
 import tempfile
@@ -20,7 +21,7 @@ import torch
 
 import drawings
 import openmla
-from drawings import curves, lanes, squares
+from drawings import bars, curves, lanes, squares
 from openmla.core import env
 from openmla.lab import suite
 from openmla.reference.attention import BLOCK_KEYS, online_softmax
@@ -336,11 +337,12 @@ lanes(
 # ## Six levels of one product, compiled
 #
 # `guide/hopper_levels.py` holds the scores of 64 keys and 16 rows, tile after tile, six times: a loop, wgmma, TMA, a pipeline, warp roles, and two warpgroups that take turns at multiplying and
-# exponentials (the *seesaw*). Each is a few lines more than the one before. The CuTe DSL compiles them for `sm_90a` on any machine, and the disassembly says what became of them. They have not been run
-# on a GPU; the two dense kernels in `src/openmla/backends/cute`, whose pieces they borrow, have.
+# exponentials (the *seesaw*). Each is a few lines more than the one before. The CuTe DSL compiles them for `sm_90a` on any machine, and the disassembly says what became of them. On a GPU they are checked and timed by
+# `tests/gpu/guide_levels.py`.
 
 # %%
 LEVELS = Path(drawings.__file__).with_name("hopper_levels.py").read_text(encoding="utf-8")
+LEVEL_ROWS = Path(drawings.__file__).parents[1] / "bench" / "results" / "guide_levels.jsonl"
 functions = {each.name: each for each in ast.walk(ast.parse(LEVELS)) if isinstance(each, ast.FunctionDef)}
 for name in ("loop", "load", "multiply"):
     print(textwrap.dedent(ast.get_source_segment(LEVELS, functions[name], padded=True) or ""), end="\n\n")
@@ -379,6 +381,28 @@ else:
 # 5. **roles**: nine loads again, in one place, in a warp of their own.
 # 6. **seesaw**: `MUFU` are the exponentials, eight per thread and tile. While one warpgroup takes them, the other's `HGMMA` keep the tensor cores busy.
 #
+# ## How fast they are
+#
+# Before you look: 604 MB of keys, 9.7 GFLOP. Which level reaches the rate of the memory? The last bar is PyTorch adding up the same bytes, in the same run.
+
+# %%
+measured = [json.loads(line) for line in LEVEL_ROWS.read_text(encoding="utf-8").splitlines()][-7:]
+rate = {each["name"]: each["gbps"] for each in measured}
+print(f"{measured[0]['environment']['device']}, {measured[0]['keys']:,} keys of 576 columns, 16 query rows")
+for each in measured:
+    print(f"{each['level'] or ' '} {each['name']:9}{each['median_us']:9.1f} us {each['gbps']:6.0f} GB/s")
+bars(
+    {f"{each['level'] or ''} {each['name']}".strip(): each["gbps"] for each in measured}, unit="GB/s of keys and scores (logarithmic)", is_log=True,
+    salt="levels", caption="Six levels and a bare read of the same bytes. From level 4 on there is nothing left to win: memory is the limit.",
+)  # fmt: skip
+
+# %% [markdown]
+# - **1 to 2**: the tensor cores take over, and it is eight times as fast. The limit is now the copy into shared memory, two bytes at a time by every thread.
+# - **2 to 3**: the copy engine takes over, and it is six times as fast again. Each CTA still waits for its one tile, but two CTAs fit on an SM, and one waits while the other works: a pipeline that nobody wrote.
+# - **3 to 4**: a pipeline that somebody wrote. Half as fast again, and faster than PyTorch's sum.
+# - **5 and 6**: nothing. With 16 rows the arithmetic is done long before the next tile is there, so who issues copies and whose exponentials overlap does not matter. Roles and turns pay where the tensor cores are the limit
+#   (128 heads, chapter 4), and where a warp that loads can run ahead into the next request. *An optimisation is worth what it removes from the limit, and nothing anywhere else.*
+#
 # What ships adds the second product, masks, the plan, the merge and the guards against bad values: 36 `HGMMA` for scores and the rest for values per tile, and no spills, which a
 # test holds for every variant (`tests/compile`).
 #
@@ -391,6 +415,9 @@ else:
 
 # %%
 assert per[2] < per[1]
+assert 6 < rate["wgmma"] / rate["loop"] < 10 and 4 < rate["TMA"] / rate["wgmma"] < 8
+assert rate["pipeline"] > 1.2 * rate["TMA"] and rate["pipeline"] > rate["read"]
+assert all(0.9 < rate[name] / rate["pipeline"] < 1.1 for name in ("roles", "seesaw"))
 for name in counts:
     assert (counts[name]["HGMMA"] == 36) == (name != "loop")
     assert (counts[name]["UTMALDG"] > 0) == (name not in ("loop", "wgmma"))

@@ -9,8 +9,8 @@
     5  roles      a warp that only loads; the warpgroup that multiplies never issues a copy
     6  seesaw     two warpgroups take turns: one multiplies while the other takes exponentials (out = 2^score)
 
-They are compiled for sm_90a and their instructions counted; they have not been run on a GPU. The kernels that ship,
-which have, are in `src/openmla/backends/cute`; the pieces used here are theirs.
+They are compiled for sm_90a and their instructions counted; `tests/gpu/guide_levels.py` checks and times them on a GPU
+(`bench/results/guide_levels.jsonl`). The kernels that ship are in `src/openmla/backends/cute`; the pieces used here are theirs.
 """
 
 from typing import Any

@@ -498,8 +498,9 @@ def _ncu(case: Case, target: Target, backend: str) -> _Found:
     if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
         raise ConfigError("the driver gives its counters to administrators only (ERR_NVGPUCTRPERM)")
     if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()
-        raise ConfigError(f"ncu ended with {done.returncode}: {last[-1] if last else 'no output'}")
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        why = [line for line in said if "==ERROR==" in line] or [line[:300] for line in said[-1:]] or ["no output"]
+        raise ConfigError(f"ncu ended with {done.returncode}: {' '.join(why[:3])}")
     return of_ncu(done.stdout)
 
 
