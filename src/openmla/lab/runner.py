@@ -26,7 +26,7 @@ import torch
 
 from openmla.core.cost import Cost, cost
 from openmla.core.target import Target
-from openmla.lab import ceilings, clock, gate, peers, store, workload, writers
+from openmla.lab import ceilings, clock, gate, peers, sparse, store, workload, writers
 from openmla.lab.peers import Contender, Refusal
 from openmla.lab.progress import LiveDisplay
 from openmla.lab.store import Row
@@ -106,7 +106,9 @@ def run_case(
     """Measure one case."""
     result = CaseResult(case)
     device = torch.device("cuda" if target.is_cuda else "cpu")
-    make: Callable[..., Any] = writers.append_inputs if case.op == "append" else workload.decode_inputs
+    make: Callable[..., Any] = {"append": writers.append_inputs, "decode": workload.decode_inputs}.get(
+        case.op, sparse.inputs
+    )
     first = make(case, device)
     work = _work(case, first)
     in_graph = target.is_cuda and _floor_us(work, roof, case) < GRAPH_BELOW_US
@@ -171,7 +173,7 @@ def _contenders(
 ) -> list[Contender]:
     """Ours and the peers; those that cannot take part leave their reason in `result`."""
     names = case.peers or suite.peers if options.peers is None else options.peers
-    source: Any = writers if case.op == "append" else peers
+    source: Any = {"append": writers, "decode": peers}.get(case.op, sparse)
     asked = [source.backend(case, sets, target, name) for name in options.backends]
     asked += [source.peer(case, sets, target, name) for name in names]
     ready: dict[str, Contender] = {}
@@ -184,6 +186,8 @@ def _contenders(
 
 
 def _work(case: Case, inputs: Any) -> Cost:
+    if case.op in sparse.OPS:
+        return cost(sparse.problem(case))
     return cost(writers.problem(case) if case.op == "append" else peers.problem_of(case, inputs), inputs.lengths)
 
 
@@ -200,7 +204,11 @@ def _gate(case: Case, sets: peers.Sets, contender: Contender, say: Progress) -> 
         out, lse = contender.call(0)
     except (RuntimeError, AssertionError, MemoryError) as error:
         return gate.Verdict(False, f"failed: {type(error).__name__}: {error}")
-    verdict = writers.check(case, sets[0]) if case.op == "append" else gate.check(case, sets[0], out, lse)  # type: ignore[arg-type]
+    first: Any = sets[0]
+    if case.op == "append":
+        verdict = writers.check(case, first)
+    else:
+        verdict = (sparse if case.op in sparse.OPS else gate).check(case, first, out, lse)
     say(f"  gate {contender.who}: {'green' if verdict.is_green else 'RED'}, {verdict.text}")
     return verdict
 

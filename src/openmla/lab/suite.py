@@ -39,15 +39,17 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16,
 
 # key -> legal values; a range stands for every int in it. 2^21 keys is twice the longest context in use (1 M tokens).
 _RULES: dict[str, tuple[object, ...] | range | type] = {
-    "op": ("decode", "append"),
+    "op": ("decode", "append", "sparse_prefill", "sparse_decode"),
     "batch": range(1, 65_537),
-    "s_q": range(1, 1025),
+    "s_q": range(1, 65_537),
     "h_q": range(1, 1025),
     "h_kv": range(1, 129),
     "s_k": range(1, (1 << 21) + 1),
     "d_qk": range(1, 2049),
     "d_v": range(1, 2049),
     "dtype": tuple(DTYPES),
+    "topk": range(0, (1 << 17) + 1),
+    "extra_topk": range(0, (1 << 17) + 1),
     "layout": ("plain", *BYTE_LAYOUT_NAMES),
     "page_size": range(1, 65_537),
     "lengths": ("fixed", "varlen"),
@@ -82,6 +84,8 @@ class Case:
     policy: str = "balanced"
     cache: str = "cold"
     seed: int = 0
+    topk: int = 0  # keys of a token, and of a second cache: sparse ops, see `openmla.lab.sparse`
+    extra_topk: int = 0
     peers: tuple[str, ...] = field(default=(), compare=False)  # empty: those of the suite
 
     @property
@@ -98,6 +102,8 @@ class Case:
             self.policy: self.policy != "balanced",
             self.cache: self.cache != "cold",
             f"seed{self.seed}": self.seed != 0,
+            f"topk{self.topk}": self.topk != 0,
+            f"extra{self.extra_topk}": self.extra_topk != 0,
         }
         return "-".join([shape, *(part for part, shown in extra.items() if shown)])
 
@@ -262,11 +268,11 @@ def sweep(choices: Mapping[str, Any], peers: tuple[str, ...] = ()) -> Suite:
 
 
 _NAME = re.compile(
-    r"(?P<op>decode|append)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
+    r"(?P<op>decode|append|sparse_prefill|sparse_decode)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
     r"(-hkv(?P<h_kv>\d+))?(-d(?P<d_qk>\d+)x(?P<d_v>\d+))?"
     rf"(-(?P<layout>{'|'.join(sorted(BYTE_LAYOUT_NAMES, key=len, reverse=True))}))?"
     r"(-p(?P<page_size>\d+))?(-(?P<lengths>varlen))?(?P<is_causal>-causal)?(-(?P<policy>batch_invariant))?"
-    r"(-(?P<cache>warm))?(-seed(?P<seed>\d+))?"
+    r"(-(?P<cache>warm))?(-seed(?P<seed>\d+))?(-topk(?P<topk>\d+))?(-extra(?P<extra_topk>\d+))?"
 )
 
 
