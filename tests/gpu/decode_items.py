@@ -15,6 +15,7 @@ from openmla.core.target import Target
 from openmla.testing.cases import Case
 
 LIST = tuple[int, ...]
+LIGHT = 6e8  # multiplications of the scores and the values
 
 
 class NotRunError(Exception):
@@ -117,11 +118,39 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
+def is_light(case: Case) -> bool:
+    """Whether the oracle takes at most some tenths of a second on a host."""
+    keys = sum(min(max(length, 0), 20_000) for length in case.seqlens_k)
+    if case.topk:
+        keys = (case.topk + case.extra_topk) * sum(case.seqlens_q)
+        return keys * case.h_q * (case.d_qk + case.d_v) < LIGHT
+    return keys * max(case.seqlens_q, default=0) * case.h_q * (case.d_qk + case.d_v) < LIGHT
+
+
+class Differences:
+    """Comparisons of bits that are counted on the device and read once: waiting is what costs where processes share it."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, torch.Tensor]] = []
+
+    def add(self, got: Any, want: Any, what: str) -> None:
+        """Compare every tensor of two results."""
+        for name, x, y in zip(("out", "lse", "out of the second layer", "its lse"), got, want, strict=False):
+            self.kept.append((f"{what}: {{}} of {x.numel()} elements of {name} differ", (bits(x) != bits(y)).sum()))
+
+    def require(self) -> None:
+        """Raises AssertionError with every comparison that found a difference."""
+        counts = torch.stack([count for _, count in self.kept]).tolist() if self.kept else []
+        wrong = [text.format(n) for (text, _), n in zip(self.kept, counts, strict=True) if n]
+        self.kept.clear()
+        assert not wrong, "\n".join(wrong)
+
+
 def same_bits(got: Any, want: Any, what: str) -> None:
     """Every tensor of two results has the same bits."""
-    for name, x, y in zip(("out", "lse", "out of the second layer", "its lse"), got, want, strict=False):
-        differing = int((bits(x) != bits(y)).sum())
-        assert not differing, f"{what}: {differing} of {x.numel()} elements of {name} differ"
+    differences = Differences()
+    differences.add(got, want, what)
+    differences.require()
 
 
 def captured(call: Callable[[], tuple[torch.Tensor, ...]], is_cuda: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -135,8 +164,11 @@ def captured(call: Callable[[], tuple[torch.Tensor, ...]], is_cuda: bool) -> Cal
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(side):  # `torch.cuda.graph` would collect garbage and wait for the device
+        graph.capture_begin()
         results = call()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
 
     def replay() -> tuple[torch.Tensor, ...]:
         for tensor in results:

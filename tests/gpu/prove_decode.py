@@ -43,9 +43,10 @@ LONG_SECONDS = 200  # an item that starts a program of its own
 
 @dataclass
 class Job:
-    """A section, or every n-th item of one, in a process of its own."""
+    """A lane: every n-th item of some sections, one after another, in a process of its own."""
 
-    section: str
+    lane: str
+    sections: tuple[str, ...]
     shard: int = 0
     shards: int = 1
     begin: int = 0  # the first item, counted within the shard
@@ -54,7 +55,7 @@ class Job:
     @property
     def name(self) -> str:
         """For messages."""
-        return self.section if self.shards == 1 else f"{self.section} {self.shard + 1}/{self.shards}"
+        return self.lane if self.shards == 1 else f"{self.lane} {self.shard + 1}/{self.shards}"
 
 
 @dataclass
@@ -71,100 +72,132 @@ class Record:
     counted: int = 0  # what items say that they did; one each where they say nothing
     measured: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    running: str = ""  # the item at work
     is_cut: bool = False  # by the time or by failures
 
     def add(self, other: Record) -> None:
         """Count another process of the same section in."""
         for name in ("unsupported", "not_run", "ran"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("done", "passed", "seconds", "counted"):
+        for name in ("planned", "done", "passed", "seconds", "counted"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.failures += other.failures
         self.measured.update(other.measured)
         self.is_cut |= other.is_cut
-        self.planned += other.planned
 
     @staticmethod
-    def read(path: Path) -> Record:
-        """What a process left; an empty record where it left nothing."""
+    def of(found: dict[str, Any]) -> Record:
+        """From JSON."""
+        return Record(**{**found, **{name: Counter(found[name]) for name in ("unsupported", "not_run", "ran")}})
+
+
+@dataclass
+class Progress:
+    """What a process leaves behind after every item."""
+
+    sections: dict[str, Record] = field(default_factory=dict)
+    planned: int = 0  # items of this process
+    done: int = 0
+    running: str = ""  # the item at work
+    running_section: str = ""
+
+    @staticmethod
+    def read(path: Path) -> Progress:
+        """What a process left; nothing where it left nothing."""
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError):
-            return Record()
-        counters = {name: Counter(found[name]) for name in ("unsupported", "not_run", "ran")}
-        return Record(**{**found, **counters})
+            return Progress()
+        return Progress(**{**found, "sections": {name: Record.of(each) for name, each in found["sections"].items()}})
 
     def write(self, path: Path) -> None:
         """In one step, so that a reader never sees half of it."""
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(vars(self)))
+        draft.write_text(
+            json.dumps({**vars(self), "sections": {name: vars(each) for name, each in self.sections.items()}})
+        )
         draft.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------- inside one process
 
 
-def run_items(items: Sequence[Any], record: Record, save: Callable[[], None], begin: int, seconds: float) -> bool:
+def run_items(items: Sequence[Any], progress: Progress, save: Callable[[], None], begin: int, seconds: float) -> bool:
     """Run items in order from `begin`. False when the device is lost: a new process has to go on."""
-    from decode_sections import NotRunError
-
-    from openmla.core.errors import UnsupportedError
-    from openmla.testing.coverage import reasons
-
-    record.planned = len(items) - begin
-    is_alive = True
-    at = time.monotonic()
+    progress.planned = len(items) - begin
     for item in items[begin:]:
-        record.seconds = time.monotonic() - at
-        record.is_cut = record.seconds > seconds or len(record.failures) >= MAX_FAILURES
+        progress.sections.setdefault(item.section, Record()).planned += 1
+    is_alive, start = True, time.monotonic()
+    for item in items[begin:]:
+        record, at = progress.sections[item.section], time.monotonic()
+        record.is_cut |= at - start > seconds or len(record.failures) >= MAX_FAILURES
         if record.is_cut:
-            break
-        record.running = item.name
+            continue
+        progress.running, progress.running_section = item.name, item.section
         save()
-        try:
-            found = item.run()
-            record.passed += 1
-            record.counted += found.get("counts", 1)
-            record.ran.update(found.get("ran", ()))
-            record.measured.update({f"{item.name}: {key}": value for key, value in found.get("measured", {}).items()})
-        except NotRunError as error:
-            record.not_run[str(error)] += 1
-        except UnsupportedError as error:
-            record.unsupported[reasons(error, item.backend)] += 1
-        except Exception as error:  # whatever it is, it is this item's result
-            text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            record.failures.append({"item": item.name, "repro": item.repro, "report": text[:4000]})
-            is_alive = "CUDA" not in text or isinstance(error, AssertionError)
+        is_alive = run_item(item, record)
         record.done += 1
-        record.running = ""
-        record.seconds = time.monotonic() - at
+        record.seconds += time.monotonic() - at
+        progress.done += 1
+        progress.running = ""
         if not is_alive:
             break
     save()
     return is_alive
 
 
-def work(options: argparse.Namespace) -> int:
-    """The child: one shard of one section."""
+def run_item(item: Any, record: Record) -> bool:
+    """Run one and note how it ended. False when the device is lost."""
+    from decode_sections import NotRunError
+
+    from openmla.core.errors import UnsupportedError
+    from openmla.testing.coverage import reasons
+
+    try:
+        found = item.run()
+        record.passed += 1
+        record.counted += found.get("counts", 1)
+        record.ran.update(found.get("ran", ()))
+        record.measured.update({f"{item.name}: {key}": value for key, value in found.get("measured", {}).items()})
+    except NotRunError as error:
+        record.not_run[str(error)] += 1
+    except UnsupportedError as error:
+        record.unsupported[reasons(error, item.backend)] += 1
+    except Exception as error:  # whatever it is, it is this item's result
+        text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        record.failures.append({"item": item.name, "repro": item.repro, "report": text[:4000]})
+        if "CUDA" in text and not isinstance(error, AssertionError):
+            return False
+        import openmla
+
+        openmla.check_errors()  # what it left is not the next one's
+    return True
+
+
+def listed(options: argparse.Namespace) -> list[Any]:
+    """The items of the sections asked for, every n-th one of each."""
     import decode_sections
+
+    setup = decode_sections.Setup(options.backend, options.device, options.small, options.soak)
+    return [
+        item
+        for name in options.sections.split(",")
+        for item in decode_sections.SECTIONS[name](setup, only=options.case_seed)[options.shard :: options.shards]
+    ]
+
+
+def work(options: argparse.Namespace) -> int:
+    """The child: one shard of a lane."""
     import torch
 
-    torch.set_num_threads(2)  # several of these run at a time
-    setup = decode_sections.Setup(options.backend, options.device, options.small, options.soak)
-    items = decode_sections.SECTIONS[options.sections](setup)[options.shard :: options.shards]
-    record = Record()
-    is_alive = run_items(items, record, lambda: record.write(Path(options.child)), options.begin, options.seconds)
+    torch.set_num_threads(1)  # several of these run at a time
+    progress, path = Progress(), Path(options.child)
+    is_alive = run_items(listed(options), progress, lambda: progress.write(path), options.begin, options.seconds)
     return 0 if is_alive else 3
 
 
 def single(options: argparse.Namespace) -> int:
     """One item in this process, with its traceback."""
-    import decode_sections
-
-    setup = decode_sections.Setup(options.backend, options.device, options.small, options.soak)
-    items = decode_sections.SECTIONS[options.sections](setup, only=options.case_seed)
-    for item in items:
+    for item in listed(options):
         print(item.name)
         print(item.run())
     return 0
@@ -179,7 +212,7 @@ def supervise(
     *,
     parallel: int,
     seconds: float,
-    item_seconds: Callable[[Job], float],
+    item_seconds: Callable[[str], float],
     say: Callable[[str], None],
 ) -> dict[str, Record]:
     """Run jobs, some at a time; start one again behind the item at which it crashed or hung.
@@ -189,10 +222,10 @@ def supervise(
         command: (job, path of its record, seconds that it has) -> argv.
         parallel: processes at a time.
         seconds: for all of them; what is not begun by then is cut.
-        item_seconds: a process of that job whose record stands still for so long hangs.
+        item_seconds: section -> a process at such an item whose record stands still for so long hangs.
         say: called with lines of progress.
     """
-    records = {job.section: Record() for job in jobs}
+    records = {name: Record() for job in jobs for name in job.sections}
     waiting, at_work, begin = deque(jobs), [], time.monotonic()
     last = begin
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +234,7 @@ def supervise(
                 left = seconds - (time.monotonic() - begin)
                 while waiting and len(at_work) < parallel:
                     job = waiting.popleft()
-                    path = Path(folder, f"{job.section}-{job.shard}-{job.starts}.json")
+                    path = Path(folder, f"{job.lane}-{job.shard}-{job.starts}.json")
                     log = path.with_suffix(".log").open("w")
                     process = subprocess.Popen(
                         command(job, path, max(left, 1.0)), stdout=log, stderr=log, start_new_session=True
@@ -210,7 +243,7 @@ def supervise(
                 for entry in list(at_work):
                     job, path, process, log, started = entry
                     stood = time.time() - path.stat().st_mtime if path.exists() else time.monotonic() - started
-                    limit = item_seconds(job)
+                    limit = item_seconds(Progress.read(path).running_section or job.sections[0])
                     is_hung = process.poll() is None and (stood > limit or left < -min(limit, GRACE_SECONDS))
                     if process.poll() is None and not is_hung:
                         continue
@@ -220,15 +253,21 @@ def supervise(
                     log.close()
                     at_work.remove(entry)
                     found, again = _finish(job, path, process.returncode, is_hung, stood)
-                    found.is_cut |= again is not None and left <= 0
+                    for name, each in found.sections.items():
+                        each.is_cut |= again is not None and left <= 0 and each.done < each.planned
+                        if again is not None and left > 0:
+                            each.planned = each.done
+                        records[name].add(each)
+                        say(
+                            f"{job.name}, {name}: {each.passed} passed, {len(each.failures)} failed, {each.seconds:.0f} s"
+                        )
                     if again is not None and left > 0:
-                        found.planned = found.done
                         waiting.append(again)
-                    records[job.section].add(found)
-                    say(f"{job.name}: {found.passed} passed, {len(found.failures)} failed, {found.seconds:.0f} s")
                 if time.monotonic() - last > 10:
                     last = time.monotonic()
-                    doing = [f"{job.name} {(now := Record.read(path)).done}/{now.planned}" for job, path, *_ in at_work]
+                    doing = [
+                        f"{job.name} {(now := Progress.read(path)).done}/{now.planned}" for job, path, *_ in at_work
+                    ]
                     say(f"{left:.0f} s left: {', '.join(doing)}")
                 time.sleep(WATCH_SECONDS)
         finally:
@@ -238,21 +277,24 @@ def supervise(
     return records
 
 
-def _finish(job: Job, path: Path, status: int, is_hung: bool, stood: float) -> tuple[Record, Job | None]:
+def _finish(job: Job, path: Path, status: int, is_hung: bool, stood: float) -> tuple[Progress, Job | None]:
     """(what the process did, the job that goes on behind it or None)."""
-    found = Record.read(path)
-    is_whole = status == 0 and not found.running
-    if is_whole:
+    found = Progress.read(path)
+    if status == 0 and not found.running:
         return found, None
     if found.running or status != 3:  # 3: the item's failure is in the record already, and the device is lost
         log = path.with_suffix(".log").read_text(errors="replace")[-2000:]
         how = f"no end after {stood:.0f} s" if is_hung else f"the process ended with status {status}"
         where = found.running or ("at its end" if found.planned else "before the first item")
-        found.failures.append({"item": f"{job.name}: {where}", "repro": "", "report": f"{how}\n{log}"})
+        record = found.sections.setdefault(found.running_section or job.sections[0], Record())
+        record.failures.append({"item": f"{job.name}: {where}", "repro": "", "report": f"{how}\n{log}"})
+        record.done += bool(found.running)
         found.done += bool(found.running)
     rest = found.planned - found.done
     if not found.planned or rest <= 0 or job.starts >= MAX_STARTS:
-        found.is_cut |= rest > 0 or not found.planned
+        for name in job.sections:
+            record = found.sections.setdefault(name, Record())
+            record.is_cut |= record.done < record.planned or not found.planned
         return found, None
     return found, replace(job, begin=job.begin + found.done, starts=job.starts + 1)
 
@@ -319,37 +361,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"unknown section {', '.join(unknown)}; use {', '.join(decode_sections.SECTIONS)}")
 
     def command(job: Job, path: Path, seconds: float) -> list[str]:
-        given = {"backend": options.backend, "device": options.device, "sections": job.section, "child": path,
+        given = {"backend": options.backend, "device": options.device, "sections": ",".join(job.sections), "child": path,
                  "shard": job.shard, "shards": job.shards, "begin": job.begin, "seconds": seconds, "soak": options.soak}  # fmt: skip
         argv = [f"--{key}={value}" for key, value in given.items()] + ["--small"] * options.small
         return [sys.executable, str(HERE / "prove_decode.py"), *argv]
 
-    def patience(job: Job) -> float:
+    def patience(section: str) -> float:
         own = {
             "soak": options.soak + LONG_SECONDS,
             "sanitize": LONG_SECONDS,
             "faults": LONG_SECONDS,
             "modes": LONG_SECONDS,
         }
-        return own.get(job.section, options.item_seconds)
+        return own.get(section, options.item_seconds)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit from outside ends the children too
     begin = time.monotonic()
     facts = {"backend": options.backend, "environment": store.environment(Target.detect(options.device)), **sources()}
     records: dict[str, Record] = {}
-    alone = [name for name in decode_sections.ALONE if name in wanted]
-    for stage in ([name for name in decode_sections.SECTIONS if name in wanted and name not in alone], alone):
+    alone = decode_sections.ALONE
+    together = [lane for lane in decode_sections.LANES if lane != alone]
+    for stage in (together, [alone]):
         jobs = [
-            Job(name, shard, shards)
-            for name in stage
-            for shards in [1 if options.small else decode_sections.SHARDS.get(name, 1)]
-            for shard in range(shards)
+            Job(lane, sections, shard, shards)
+            for lane in stage
+            for sections in [tuple(name for name in decode_sections.LANES[lane][0] if name in wanted)]
+            for shards in [1 if options.small else decode_sections.LANES[lane][1]]
+            for shard in range(shards if sections else 0)
         ]
         left = options.seconds - (time.monotonic() - begin)
         if jobs:
             records |= supervise(
-                jobs, command, parallel=1 if stage is alone else options.parallel,
-                seconds=left if stage is alone else left - ALONE_SECONDS * bool(alone), item_seconds=patience,
+                jobs, command, parallel=options.parallel,
+                seconds=left - ALONE_SECONDS * (stage is together), item_seconds=patience,
                 say=lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", file=sys.stderr, flush=True),
             )  # fmt: skip
         found = summary(records, {} if options.small else decode_sections.REQUIRED) | facts

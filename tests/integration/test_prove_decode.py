@@ -35,26 +35,33 @@ def test_a_section_passes_on_the_cpu_backend(scripts, section, numbers):
     prove, sections = scripts
     setup = sections.Setup("torch", "cpu", is_small=True)
     items = [item for number in numbers for item in sections.SECTIONS[section](setup, only=number)]
-    record, saved = prove.Record(), []
-    assert prove.run_items(items, record, lambda: saved.append(record.running), 0, 600)
+    progress, saved = prove.Progress(), []
+    assert prove.run_items(items, progress, lambda: saved.append(progress.running), 0, 600)
+    record = progress.sections[section]
     assert not record.failures, record.failures
     assert record.passed == record.done == record.planned == len(numbers)
     assert saved == [*(item.name for item in items), ""]
 
 
+def run(prove, items):
+    """The record of the one section that the items are of."""
+    progress = prove.Progress()
+    prove.run_items(items, progress, lambda: None, 0, 600)
+    (record,) = progress.sections.values()
+    return record
+
+
 @pytest.mark.parametrize("section", ["plans", "sanitize", "faults", "soak", "modes"])
 def test_what_cannot_run_here_says_why(scripts, section):
     prove, sections = scripts
-    record = prove.Record()
     items = sections.SECTIONS[section](sections.Setup("torch", "cpu"), only=0)
-    prove.run_items(items, record, lambda: None, 0, 600)
+    record = run(prove, items)
     assert sum(record.not_run.values()) == 1 and not record.passed and not record.failures
 
 
 def test_what_a_backend_refuses_is_counted_with_the_reason(scripts):
     prove, sections = scripts
-    record = prove.Record()
-    prove.run_items(sections.SECTIONS["border"](sections.Setup("cute", "cpu"), only=1), record, lambda: None, 0, 600)
+    record = run(prove, sections.SECTIONS["border"](sections.Setup("cute", "cpu"), only=1))
     assert not record.failures and not record.passed
     (reason,) = record.unsupported
     assert "sm_90a" in reason
@@ -72,9 +79,8 @@ def test_a_wrong_kernel_is_found_by_graphs_and_repeats(scripts, monkeypatch):
 
     monkeypatch.setattr(openmla, "decode", drifting)
     for section, number in (("graphs", 0), ("repeats", 6), ("invariance", 0)):
-        record = prove.Record()
         setup = sections.Setup("torch", "cpu", is_small=True)
-        prove.run_items(sections.SECTIONS[section](setup, only=number), record, lambda: None, 0, 600)
+        record = run(prove, sections.SECTIONS[section](setup, only=number))
         (failure,) = record.failures
         assert "differ" in failure["report"] or "changed" in failure["report"]
         assert f"--sections {section} --case-seed {number}" in failure["repro"]
@@ -85,18 +91,19 @@ _CHILD = """
 import json, os, sys, time
 path, begin = sys.argv[1], int(sys.argv[2])
 record = dict(planned=6 - begin, done=0, passed=0, unsupported={}, not_run={}, failures=[], ran={}, measured={},
-              seconds=0.0, running="", is_cut=False)
+              seconds=0.0, is_cut=False)
+progress = dict(sections={"odd": record}, planned=6 - begin, done=0, running="", running_section="odd")
 def save():
-    open(path + ".x", "w").write(json.dumps(record)); os.replace(path + ".x", path)
+    open(path + ".x", "w").write(json.dumps(progress)); os.replace(path + ".x", path)
 for item in range(begin, 6):
-    record["running"] = str(item); save()
+    progress["running"] = str(item); save()
     if item == 1: os._exit(11)
     if item == 3: time.sleep(60)
     if item == 4:
         record["failures"].append(dict(item="4", repro="", report="CUDA error"))
     else:
         record["passed"] += 1
-    record["done"] += 1; record["running"] = ""; save()
+    record["done"] += 1; progress["done"] += 1; progress["running"] = ""; save()
     if item == 4: sys.exit(3)
 """
 
@@ -104,7 +111,7 @@ for item in range(begin, 6):
 def test_a_crash_a_hang_and_a_lost_device_cost_one_item_each(scripts):
     prove, _ = scripts
     records = prove.supervise(
-        [prove.Job("odd")],
+        [prove.Job("odd", ("odd",))],
         lambda job, path, seconds: [sys.executable, "-c", _CHILD, str(path), str(job.begin)],
         parallel=2, seconds=120, item_seconds=lambda job: 1.5, say=lambda text: None,
     )  # fmt: skip

@@ -6,6 +6,7 @@ everything around them: verdicts, plan options, scratch, the order of arguments,
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from openmla.core.faults import fault_word
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
-from openmla.ops import canary, dispatch, native
+from openmla.ops import canary, dispatch, native, observers
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget
@@ -403,6 +404,32 @@ def test_the_next_layer_of_a_step_goes_straight_to_the_launch(calls: list[str], 
     for _ in range(2):
         assert openmla.decode(**second, plan=plan, backend="cute", out=given)[0] is given
     assert calls == ["usual"] * 2
+
+
+def test_a_repeated_call_is_watched_without_the_usual_way(calls: list[str]) -> None:
+    class Watcher:
+        def __init__(self) -> None:
+            self.seen: list[tuple[Any, ...]] = []
+            self.wants = itertools.cycle([False, True]).__next__
+
+        def before(self, prepared: Any, operands: Any, plan: Any) -> str:
+            return "begun"
+
+        def after(self, prepared: Any, operands: Any, plan: Any, begun: Any) -> None:
+            self.seen.append((prepared.tally.kernel, operands, plan, begun))
+
+    tensors = _tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    want, _ = openmla.decode(**tensors, plan=plan, backend="cute")
+    calls.clear()
+    watcher = Watcher()
+    observers.add(watcher)
+    outs = [openmla.decode(**tensors, plan=plan, backend="cute")[0] for _ in range(4)]
+    observers.remove(watcher)
+    assert not calls and all(torch.equal(out, want) for out in outs)
+    assert [(kernel, begun) for kernel, _, _, begun in watcher.seen] == [("decode_dense_small", "begun")] * 2
+    for (_, operands, pieces, _), out in zip(watcher.seen, outs[1::2], strict=True):
+        assert operands.out is out and operands.cache_seqlens is tensors["cache_seqlens"] and pieces is plan.pieces
 
 
 def _changed(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from openmla.core.layout import KVLayout
 from openmla.core.problem import Problem
 from openmla.core.target import Target
 from openmla.ops import canary, checks, recovery
-from openmla.ops.observers import around, observers
+from openmla.ops.observers import around, observers, watching
 
 LseBase = Literal["e", "2"]
 LOG2_E = 1.4426950408889634
@@ -206,8 +206,10 @@ def launch(prepared: Prepared, operands: Any, plan: Any = None) -> None:
         checks.before_launch(prepared.problem, operands, mode)
     prepared.tally.count()
     try:
-        if observers:
-            around(prepared, operands, plan)
+        seen_by = watching() if observers else ()
+        if seen_by:
+            run = prepared.kernel.launch
+            around(seen_by, prepared, operands, plan, lambda: run(prepared.compiled, prepared.problem, operands, plan))
         else:
             prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
         if mode == "strict":
@@ -254,9 +256,10 @@ class Repeat:
         run: Repeatable,
         options: tuple[Any, ...],
         operands: DecodeOperands,
+        plan: DecodePlan,
         is_out_given: bool,
     ) -> None:
-        self.prepared, self.run, self.options = prepared, run, options
+        self.prepared, self.run, self.options, self.plan = prepared, run, options, plan
         self.backend, self.mode = env.BACKEND.read(), env.CHECKS.read()
         self.q, self.kv_cache, self.out = map(signature, (operands.q, operands.kv_cache, operands.out))
         self.table, self.lengths, self.sink = operands.block_table, operands.cache_seqlens, operands.attn_sink
@@ -284,7 +287,6 @@ class Repeat:
             or env.CHECKS.read() != self.mode
             or env.BACKEND.read() != self.backend
             or recovery.LOST
-            or observers
         ):
             return None
         try:
@@ -298,12 +300,16 @@ class Repeat:
         except torch.OutOfMemoryError:
             return None  # the usual way says so
         self.prepared.tally.count()
+        given = (q, kv_cache, block_table, cache_seqlens)
         try:
-            self.run(q, kv_cache, block_table, cache_seqlens, out, lse)
+            seen_by = watching() if observers else ()
+            if seen_by:
+                operands = DecodeOperands(*given, self.softmax_scale, out, lse, self.fault_word, None, attn_sink)
+                around(seen_by, self.prepared, operands, self.plan, lambda: self.run(*given, out, lse))
+            else:
+                self.run(*given, out, lse)
         except Exception as error:
-            operands = DecodeOperands(
-                q, kv_cache, block_table, cache_seqlens, self.softmax_scale, out, lse, self.fault_word, None, attn_sink
-            )
+            operands = DecodeOperands(*given, self.softmax_scale, out, lse, self.fault_word, None, attn_sink)
             if _ran_elsewhere(self.prepared, operands, error):
                 return out, lse
             raise
@@ -318,7 +324,7 @@ def repeat_of(
     if prepare_again is None or env.CHECKS.read() not in ("off", "fast"):
         return ()
     run = prepare_again(prepared.compiled, prepared.problem, operands, plan)
-    return () if run is None else (Repeat(prepared, run, options, operands, is_out_given),)
+    return () if run is None else (Repeat(prepared, run, options, operands, plan, is_out_given),)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

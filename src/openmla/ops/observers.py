@@ -42,14 +42,15 @@ def remove(observer: Observer) -> None:
         observers[:] = [each for each in observers if each is not observer]
 
 
-def around(prepared: Any, operands: Any, plan: Any) -> None:
+def watching() -> list[Observer]:
+    """Who wants to see this launch; asked once for each."""
+    return [each for each in observers if each.wants()]
+
+
+def around(watching: list[Observer], prepared: Any, operands: Any, plan: Any, launch: Callable[[], Any]) -> None:
     """The launch, between the two calls of every observer."""
-    watching = [each for each in observers if each.wants()]
-    if not watching:
-        prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
-        return
     begun = [_guarded(each.before, prepared, operands, plan) for each in watching]
-    prepared.kernel.launch(prepared.compiled, prepared.problem, operands, plan)
+    launch()
     for each, state in zip(watching, begun, strict=True):
         _guarded(each.after, prepared, operands, plan, state)
 
