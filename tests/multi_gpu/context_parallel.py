@@ -1,4 +1,4 @@
-"""Context-parallel decode over the GPUs of one host, through NCCL: right, timed, and a rank that dies is named.
+"""Context-parallel decode over the GPUs of one host, through NCCL and peer memory: right, timed, and a rank that dies is named.
 
     torchrun --nproc-per-node 2 tests/multi_gpu/context_parallel.py [--out rows.jsonl]
     torchrun --nproc-per-node 2 tests/multi_gpu/context_parallel.py --cpu --small      the script itself, over gloo
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +27,12 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from openmla.distributed import ContextParallel, DeadRankError
-from openmla.ops import native, parts
+from openmla.ops import native
 from openmla.reference import attention as reference
 from openmla.testing import budget
 
 PAGE, SCALE = 64, 192**-0.5
+EXCHANGES = ("direct", "all_gather", "all_to_all")
 
 
 def paged(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,7 +69,7 @@ def check(ranks: ContextParallel, device: torch.device, dtype: torch.dtype) -> i
             # Query i sees the tokens up to its own, of which this rank has so many.
             ends = torch.arange(s_k - s_q + 1, s_k + 1, device=device)
             seen = torch.stack([kept[:end].sum() for end in ends]).to(torch.int32).expand(batch, s_q).contiguous()
-            for exchange in ("all_gather", "all_to_all"):
+            for exchange in EXCHANGES if device.type == "cuda" else EXCHANGES[1:]:
                 name = f"{spread}, {exchange}, {batch=} {s_k=} {h_q=} {s_q=}"
                 out, lse = ranks.decode(q, pool, table, seen, exchange=exchange, softmax_scale=SCALE)
                 ranks.wait()
@@ -115,43 +117,34 @@ def seconds(call, device: torch.device) -> float:
 
 
 def measure(
-    ranks: ContextParallel,
-    device: torch.device,
-    dtype: torch.dtype,
-    small: bool,
-    layers: int,
-    s_k: int = 131072,
-    has_peers: bool = False,
+    ranks: ContextParallel, device: torch.device, small: bool, layers: int, s_k: int = 131072, is_planned: bool = True
 ) -> dict[str, object]:
     """Batch 4, 128k tokens, h_q 128: every rank alone over everything, and all of them over a share each.
 
-    `layers` calls per CUDA graph, times are per call; 0: without a graph.
+    `layers` calls per CUDA graph, times are per call; 0: without a graph. `is_planned`: one plan for all calls, as layers
+    of a model share it; else each call plans.
     """
     batch, s_k, h_q = (2, 1024, 16) if small else (4, s_k, 128)
     generator = torch.Generator(device).manual_seed(1)  # the same numbers on every rank
-    rows = torch.randn(batch, s_k, 576, generator=generator, device=device).to(dtype)
-    q = torch.randn(batch, 1, h_q, 576, generator=generator, device=device).to(dtype)
+    rows = torch.randn(batch, s_k, 576, generator=generator, device=device).to(torch.bfloat16)
+    q = torch.randn(batch, 1, h_q, 576, generator=generator, device=device).to(torch.bfloat16)
     whole = paged(rows)
     share = paged(rows[:, ranks.rank :: ranks.world].contiguous())
     link = ranks.measure(device)
-    calls: dict[str, Callable[[], object]] = {"one": lambda: native.decode(q, *whole, softmax_scale=SCALE)}
-    calls["share"] = lambda: native.decode(q, *share, softmax_scale=SCALE)  # what of it is attention
-    for exchange in ("all_gather", "all_to_all"):
-        calls[exchange] = lambda e=exchange: ranks.decode(q, *share, exchange=e, softmax_scale=SCALE)
+    plans = (native.plan(q, *whole), ranks.plan(q, *share)) if is_planned else (None, None)
+    exchanges = ["all_gather", "all_to_all"]
+    if ranks.why_not_direct(q) is None:
+        exchanges.insert(0, "direct")
+    calls: dict[str, Callable[[], object]] = {
+        "one": lambda: native.decode(q, *whole, softmax_scale=SCALE, plan=plans[0]),
+        "share": lambda: native.decode(q, *share, softmax_scale=SCALE, plan=plans[1]),  # what of it is attention
+    }
     want, _ = native.decode(q, *whole, softmax_scale=SCALE)
-    if has_peers:
-        try:
-            calls["over peers"] = over_peers(ranks, q, share)
-            torch.testing.assert_close(calls["over peers"]()[0].float(), want.float(), rtol=2e-2, atol=2e-3)  # type: ignore[index]
-        except (RuntimeError, ImportError, AttributeError) as error:
-            calls.pop("over peers", None)
-            print(
-                f"over peers: {type(error).__name__}: {str(error).splitlines()[0][:200]}", file=sys.stderr, flush=True
-            )
+    for exchange in exchanges:
+        calls[exchange] = partial(ranks.decode, q, *share, exchange=exchange, softmax_scale=SCALE, plan=plans[1])
+        torch.testing.assert_close(calls[exchange]()[0].float(), want.float(), rtol=2e-2, atol=2e-3)  # type: ignore[index]
     if layers:
         calls = {name: graphed(call, device, layers) for name, call in calls.items()}
-    found, _ = ranks.decode(q, *share, exchange="all_gather", softmax_scale=SCALE)
-    torch.testing.assert_close(found.float(), want.float(), rtol=2e-2, atol=2e-3)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(4 if small else 34):
         for name, call in calls.items():
@@ -160,45 +153,63 @@ def measure(
             if turn >= 4 or small:
                 times[name].append(float(slowest) / max(layers, 1))
     median = {name: statistics.median(each) for name, each in times.items()}
-    fastest = min(median["all_gather"], median["all_to_all"])
+    fastest = min(exchanges, key=median.__getitem__)
     return {
         "what": "context_parallel_decode", "world": ranks.world, "backend": dist.get_backend(), "batch": batch,
-        "s_k": s_k, "h_q": h_q, "dtype": str(dtype), "calls_per_graph": layers,
+        "s_k": s_k, "h_q": h_q, "dtype": "torch.bfloat16", "calls_per_graph": layers, "is_planned": is_planned,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__, "median_us": {name: round(1e6 * each, 2) for name, each in median.items()},
         "spread_us": {name: round(1e6 * (max(each) - min(each)), 2) for name, each in times.items()},
-        "speedup": round(median["one"] / fastest, 3), "chosen": link.choose(batch * h_q, 1028, 1028, ranks.world, "all"),
+        "speedup": round(median["one"] / median[fastest], 3), "fastest": fastest,
         "link": {"latency_us": round(1e6 * link.latency_s, 2), "gbps": round(link.bytes_per_s / 1e9, 2)},
     }  # fmt: skip
 
 
-def over_peers(ranks: ContextParallel, q: torch.Tensor, share: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-    """An experiment that has not run to its end, no part of the library: ranks read one another's share over NVLink.
+def hurry(ranks: ContextParallel, device: torch.device, rounds: int) -> dict[str, object]:
+    """Calls one behind the other, other queries each, ranks out of step at random: none may see another call's share."""
+    batch, s_k, h_q, kinds = 2, 512, 16, 5
+    generator = torch.Generator(device).manual_seed(3)
+    rows = torch.randn(batch, s_k, 576, generator=generator, device=device).to(torch.bfloat16)
+    share = paged(rows[:, ranks.rank :: ranks.world].contiguous())
+    queries = torch.randn(kinds, batch, 1, h_q, 576, generator=generator, device=device).to(torch.bfloat16)
+    want = [ranks.decode(q, *share, exchange="all_gather", softmax_scale=SCALE) for q in queries]
+    call = partial(ranks.decode, exchange="auto", softmax_scale=SCALE)
+    graphs, outs = [], []
+    for kind in range(kinds):  # one and several calls per graph
+        call(queries[kind], *share)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outs.append([call(queries[(kind + i) % kinds], *share) for i in range(1 + kind % 3)])
+        graphs.append(graph)
+    chance = torch.Generator().manual_seed(100 + ranks.rank)  # another on every rank
+    counts = torch.zeros(2, dtype=torch.int64, device=device)  # on the device: nothing here waits for it
+    for turn in range(rounds):
+        if int(torch.randint(3, (1,), generator=chance)) == 0:
+            torch.cuda._sleep(int(torch.randint(200_000, (1,), generator=chance)))
+        kind = turn * 7 % kinds
+        if turn % 4 == 3:
+            found = [call(queries[kind], *share)]
+        else:
+            graphs[kind].replay()
+            found = outs[kind]
+        for i, (out, lse) in enumerate(found):
+            right, right_lse = want[(kind + i) % kinds]
+            is_close = torch.isclose(out.float(), right.float(), rtol=1e-2, atol=1e-3).all()
+            is_close &= torch.isclose(lse, right_lse, rtol=1e-5, atol=1e-5).all()
+            counts += torch.stack([~is_close, (out != right).any()])
+    ranks.wait()
+    dist.all_reduce(counts)
+    return {"what": "direct_out_of_step", "rounds": rounds, "wrong": int(counts[0]), "other_bits": int(counts[1])}
 
-    The kernel writes into memory that the other GPU has mapped; a barrier on the device, the merge reads both, and a
-    second barrier lets the next call write.
-    """
-    import torch.distributed._symmetric_memory as symmetric
 
-    batch, s_q, h_q, _ = q.shape
-    num_rows = batch * s_q * h_q
-    end = num_rows * 512 * q.element_size()
-    buffer = symmetric.empty(end + num_rows * 4, dtype=torch.uint8, device=q.device)
-    handle = symmetric.rendezvous(buffer, dist.group.WORLD)
-    bytes_of = [handle.get_buffer(rank, (end + num_rows * 4,), torch.uint8) for rank in range(ranks.world)]
-    outs = [each[:end].view(q.dtype).view(batch, s_q, h_q, 512) for each in bytes_of]
-    lses = [each[end:].view(torch.float32).view(batch, h_q, s_q) for each in bytes_of]
-
-    def call() -> object:
-        _, lse = native.decode(q, *share, softmax_scale=SCALE, out=outs[ranks.rank])
-        assert lse is not None, "asked for by default"
-        lses[ranks.rank].copy_(lse)
-        handle.barrier(channel=0)
-        found = parts.merge(outs[0], lses[0], outs[1][None], lses[1][None])
-        handle.barrier(channel=1)
-        return found
-
-    return call
+def opened(ranks: ContextParallel, device: torch.device) -> str | None:
+    """Why shares do not travel through peer memory, once the ranks have met."""
+    pool, table, lengths = paged(torch.randn(1, 64, 576, device=device).to(torch.bfloat16))
+    q = torch.randn(1, 1, 16, 576, device=device).to(torch.bfloat16)
+    ranks.decode(q, pool, table, lengths)
+    ranks.wait()
+    return ranks.why_not_direct(q)
 
 
 def stall(ranks: ContextParallel, device: torch.device) -> str:
@@ -228,7 +239,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--stall", action="store_true")
-    parser.add_argument("--peers", action="store_true", help="also the experiment without a collective, on two GPUs")
+    parser.add_argument("--untimed", action="store_true", help="only whether it is right")
     options = parser.parse_args()
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if options.cpu else torch.device("cuda", local)
@@ -240,10 +251,14 @@ def main() -> None:
     ranks = ContextParallel(timeout_s=5 if options.cpu else 60)  # a rank may still be compiling
     dtype = torch.bfloat16
     if options.cpu:
-        write(measure(ranks, device, dtype, options.small, 0), ranks, options.out)
+        write(measure(ranks, device, options.small, 0), ranks, options.out)
     else:
-        for layers, s_k in ((8, 131072), (8, 524288), (1, 131072), (0, 131072)):
-            write(measure(ranks, device, dtype, options.small, layers, s_k, options.peers), ranks, options.out)
+        # Before anything is timed: the first call of each exchange, and whether one disturbs another.
+        print(f"why not direct: {opened(ranks, device)}", file=sys.stderr, flush=True)
+        write(hurry(ranks, device, 400), ranks, options.out)
+        runs = ((27, 131072, True), (8, 131072, False), (27, 524288, True), (0, 131072, True))
+        for layers, s_k, is_planned in () if options.untimed else runs:
+            write(measure(ranks, device, options.small, layers, s_k, is_planned), ranks, options.out)
     write({"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}, ranks, options.out)
     if options.stall:
         ranks.timeout_s = 5

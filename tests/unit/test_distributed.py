@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from openmla.core.errors import ProblemError
+from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import plain_layout
 from openmla.distributed import ContextParallel, DeadRankError, Link
 from openmla.kv.cache import PagedKVCache
@@ -110,6 +110,14 @@ def _shares_merge(rank: int) -> list[str]:
     for exchange in ("all_gather", "all_to_all", "auto"):
         out, lse = ranks.decode(q, *paged(mine, 16), exchange=exchange, **options)
         judge(f"uneven {exchange}", out, lse, want, q)
+    plan = ranks.plan(q, *paged(mine, 16))
+    for _ in range(2):  # as two layers would
+        out, lse = ranks.decode(q, *paged(mine, 16), plan=plan, **options)
+    judge("planned", out, lse, want, q)
+    reason = ranks.why_not_direct(q)
+    assert reason == "q is on cpu: only GPUs have peer memory", reason
+    with pytest.raises(UnsupportedError, match="only GPUs have peer memory"):
+        ranks.decode(q, *paged(mine, 16), exchange="direct", **options)
     sink = torch.linspace(-2, 3, HEADS)
     out, lse = ranks.decode(q, *paged(mine, 16), attn_sink=sink, **options)
     judge("sink", out, lse, golden(q, keys, sink=sink), q)
@@ -120,12 +128,15 @@ def _shares_merge(rank: int) -> list[str]:
         pool, table, local = paged(mine, 16)
         assert torch.equal(ranks.shares(lengths, interleave=interleave)[:, rank], local)
         seen = ranks.visible(lengths, S_Q, interleave=interleave)
-        out, lse = ranks.decode(q, pool, table, seen, exchange="all_to_all", **options)
+        plan = ranks.plan(q, pool, table, seen)
+        out, lse = ranks.decode(q, pool, table, seen, exchange="all_to_all", plan=plan, **options)
         judge(f"causal {interleave}", out, lse, golden(q, keys, is_causal=True), q)
         if HEADS % world == 0:
             own = slice(rank * HEADS // world, (rank + 1) * HEADS // world)
             for exchange in ("all_gather", "all_to_all"):
-                out, lse = ranks.decode(q[:, :, own], pool, table, seen, heads="own", exchange=exchange, **options)
+                out, lse = ranks.decode(
+                    q[:, :, own], pool, table, seen, heads="own", exchange=exchange, plan=plan, **options
+                )
                 judge(f"own {exchange} {interleave}", out, lse, golden(q, keys, is_causal=True), q, own)
     # bf16 shares are rounded once before the merge and once after: the rule holds, with room.
     q, keys = operands(torch.bfloat16)
@@ -142,7 +153,7 @@ def _shares_merge(rank: int) -> list[str]:
 def test_shares_merge_to_the_whole(world) -> None:
     found = run_ranks(_shares_merge, world)
     assert all(each == found[0] for each in found)
-    assert len(found[0]) == (11 if world == 2 else 7)
+    assert len(found[0]) == (12 if world == 2 else 8)
 
 
 def _bits(rank: int) -> list[torch.Tensor]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def state_dir() -> Path:
 def for_child(**variables: str) -> dict[str, str]:
     """The environment of a process that this one starts: its own, with `variables` in place."""
     return {**os.environ, **variables}
+
+
+@contextmanager
+def lent(name: str, value: str) -> Iterator[None]:
+    """Another library's variable, set for as long as the block runs."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def any_is_set(*foreign: str) -> bool:

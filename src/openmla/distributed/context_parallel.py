@@ -1,20 +1,22 @@
-"""Several ranks on torch.distributed: context-parallel decode, and the two collectives of tensor-parallel heads.
+"""Context-parallel decode: the tokens of a request are spread over the ranks of a group, in any way.
 
-Context parallelism: the tokens of a request are spread over the ranks, in any way. Each rank attends over its own
-share, which gives (out, lse), and the shares are merged by the law of `openmla.split.combine`. A rank may hold more
-tokens than another, or none.
+Each rank attends over its own share, which gives (out, lse), and the shares are merged by the law of
+`openmla.split.combine`. A rank may hold more tokens than another, or none.
 
     ranks = ContextParallel(group)
     lengths = ranks.shares(total_lengths)                          # [batch, world]: tokens per rank, round robin
     out, lse = ranks.decode(q, kv_cache, block_table, lengths[:, ranks.rank])
 
-Two ways to exchange the shares of R = batch * s_q * h_q rows, each of d_v numbers and an lse:
+Three ways to exchange the shares of R = batch * s_q * h_q rows, each of d_v numbers and an lse:
 
+    direct        every rank writes its share into the others' memory 1 launch,      (P - 1) R rows received;
+                  and merges what it was written: no collective       GPUs of one host (`openmla.distributed.mailbox`)
     all_gather    every rank gets every share and merges all rows     1 collective,  (P - 1) R rows received
     all_to_all    every rank merges the rows of its own heads         1 collective,  (P - 1) / P R rows received;
                   and, where all need all heads, gathers the result   1 more,        (P - 1) / P R merged rows
 
-`Link` is the cost model that chooses. Every rank computes the same choice from the same numbers.
+`direct` is taken where it can be; else `Link`, a cost model, chooses. Every rank computes the same choice from the
+same numbers.
 
 A rank that dies or stalls ends every other rank's call in a DeadRankError that names it, at most `timeout_s` after
 the collective should have ended plus `timeout_s` for the roll call. Nothing waits for ever.
@@ -38,14 +40,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from openmla.core import incidents
-from openmla.core.errors import OpenMLAError, ProblemError
+from openmla.core import env, incidents
+from openmla.core.errors import OpenMLAError, ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
+from openmla.distributed.mailbox import Mailbox, host_number
+from openmla.distributed.message import Message
 from openmla.ops import native, parts
 from openmla.split.schedule import Policy
 
-Exchange = Literal["auto", "all_gather", "all_to_all"]
+Exchange = Literal["auto", "direct", "all_gather", "all_to_all"]
 Heads = Literal["all", "own"]
+
+DIRECT_BYTES = 16 << 20  # of one share; mailboxes hold 2 * world of them
 
 # PyTorch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -99,13 +105,20 @@ class ContextParallel:
         group: default: all ranks. NCCL for tensors on GPUs, gloo on CPUs.
         timeout_s: how long a collective may take before its ranks are called up one by one.
         link: cost model of the exchange; must be the same on every rank. Default: `Link.of` the backend.
+        direct: whether `auto` may exchange through peer memory. Its mailboxes belong to this object, which must outlive
+            every CUDA graph that holds a call; they serve one stream at a time.
 
     Raises:
         ProblemError: torch.distributed is not initialised, or timeout_s is not positive.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 30.0, link: Link | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        timeout_s: float = 30.0,
+        link: Link | None = None,
+        direct: bool = True,
     ) -> None:
         wrong = []
         if not dist.is_initialized():
@@ -129,6 +142,10 @@ class ContextParallel:
         self._agreed: set[tuple[tuple[str, Any], ...]] = set()  # kinds of calls that all ranks make alike
         self._asked = 0  # agreements that were sought; the same on every rank
         self._at: tuple[tuple[str, Any], ...] = ()  # the call at work
+        self._direct = direct
+        self._boxes: dict[int, Mailbox] = {}  # by words of a row
+        self._outgrown: list[Mailbox] = []  # captured graphs may still use them
+        self._refusal: str | None = None  # why these ranks cannot have mailboxes
 
     # Who holds what
 
@@ -169,6 +186,7 @@ class ContextParallel:
         attn_sink: torch.Tensor | None = None,
         kv_layout: KVLayout | str | None = None,
         policy: Policy = "balanced",
+        plan: native.Plan | None = None,
         backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`openmla.decode` over all ranks' tokens. Collective: every rank calls it with the same shapes and options.
@@ -180,7 +198,8 @@ class ContextParallel:
             cache_seqlens: int32 [batch], tokens of this rank that every query sees; or [batch, s_q], of which query i
                 sees the first cache_seqlens[b, i] (`visible`): several causal queries. 0 is legal.
             heads: `own` takes and returns the heads of this rank only: what tensor-parallel projections need.
-            exchange: `auto` asks the cost model.
+            exchange: `auto` takes `direct` where `why_not_direct` has no reason against it, else asks the cost model.
+            plan: of `ContextParallel.plan`, once for all layers of a step; default: made for this call.
             d_v, softmax_scale, attn_sink, kv_layout, policy, backend: as for `openmla.decode`; attn_sink has all heads.
 
         Returns:
@@ -188,37 +207,41 @@ class ContextParallel:
             lse: [batch, h_q, s_q] fp32, natural; -inf where no rank has a key.
 
         Raises:
-            ProblemError, UnsupportedError: as `openmla.decode`; ProblemError also where ranks pass other shapes or options.
+            ProblemError, UnsupportedError: as `openmla.decode`; ProblemError also where ranks pass other shapes or options,
+                UnsupportedError where exchange="direct" cannot be had.
             DeadRankError: a rank did not answer; this object is of no use any more.
 
         Notes:
             Precision: shares travel in the dtype of q (lse in fp32) and are merged in fp32, so out is rounded twice.
             Determinism: shares are merged in the order of ranks: same inputs, same bits, on every rank.
-            On GPUs the call returns when the work is queued; `wait` is the point where a dead rank is noticed.
+            On GPUs the call returns when the work is queued; `wait` is the point where a dead rank is noticed. Rows whose
+            share did not arrive by `direct` within timeout_s are NaN.
+            CUDA graphs: safe after one warm call of that size on every rank.
         """
         self._check(q, cache_seqlens, heads, exchange)
         self._agree((
             ("q", tuple(q.shape)), ("dtype", q.dtype), ("cache_seqlens", tuple(cache_seqlens.shape)), ("heads", heads),
             ("exchange", exchange), ("d_v", d_v), ("softmax_scale", softmax_scale), ("has_sink", attn_sink is not None),
             ("kv_layout", kv_layout), ("policy", policy), ("link", self.link),
+            ("direct", self._direct),
         ))  # fmt: skip
         q = self._gather_heads(q) if heads == "own" else q
         batch, s_q, h_q, d_qk = q.shape
-        chosen = self._exchange(exchange, heads, batch * s_q * h_q, d_v * q.element_size() + 4)
-        table, lengths, rows = block_table, cache_seqlens, q
-        if cache_seqlens.dim() == 2:  # one query per request, so that each has a length of its own
-            rows = q.reshape(batch * s_q, 1, h_q, d_qk)
-            table, lengths = table.repeat_interleave(s_q, 0), cache_seqlens.flatten()
+        chosen = self._exchange(exchange, heads, q, d_v)
+        rows, table, lengths = _each_query(q, block_table, cache_seqlens)
         # Every rank gets every share: the kernel writes straight into what travels.
-        share = _Message.empty((batch, s_q, h_q, d_v), q) if chosen == "all_gather" else None
+        share = Message.empty((batch, s_q, h_q, d_v), q) if chosen == "all_gather" else None
         scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
         out, lse = native.decode(
-            rows, kv_cache, table, lengths.contiguous(), d_v=d_v, softmax_scale=scale, kv_layout=kv_layout,
+            rows, kv_cache, table, lengths, d_v=d_v, softmax_scale=scale, kv_layout=kv_layout, plan=plan,
             policy=policy, backend=backend, out=None if share is None else share.out[0].view(*rows.shape[:3], d_v),
         )  # fmt: skip
         assert lse is not None, "asked for by default"
         lse = lse.view(batch, h_q, s_q) if rows is q else lse.view(batch, s_q, h_q).transpose(1, 2)
         own = self._slice(h_q) if heads == "own" or share is None else slice(None)
+        if chosen == "direct":
+            merged, merged_lse = self._exchange_directly(out.view(batch, s_q, h_q, d_v), lse, attn_sink)
+            return (merged, merged_lse) if heads == "all" else (merged[:, :, own].contiguous(), merged_lse[:, own])
         if share is not None:
             share.lse[0].copy_(lse)
             shares = self._all_shares(share)
@@ -232,13 +255,102 @@ class ContextParallel:
             return self._gather_merged(merged, merged_lse, h_q)
         return merged, merged_lse
 
-    def _exchange(self, asked: Exchange, heads: Heads, rows: int, row_bytes: int) -> Exchange:
-        """How the shares of so many rows travel: as asked, or what the cost model says; alone, the rank gathers itself."""
+    def plan(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        *,
+        heads: Heads = "all",
+        d_v: int = 512,
+        kv_layout: KVLayout | str | None = None,
+        policy: Policy = "balanced",
+        backend: str | None = None,
+    ) -> native.Plan:
+        """Cut this rank's tokens into pieces, once for all layers of a step; the arguments of `decode`. Not collective."""
+        self._check(q, cache_seqlens, heads, "auto")
+        if heads == "own":
+            q = q.new_empty(*q.shape[:2], q.shape[2] * self.world, q.shape[3])
+        rows, table, lengths = _each_query(q, block_table, cache_seqlens)
+        return native.plan(
+            rows, kv_cache, table, lengths, d_v=d_v, kv_layout=kv_layout, policy=policy, backend=backend
+        )  # fmt: skip
+
+    def _exchange(self, asked: Exchange, heads: Heads, q: torch.Tensor, d_v: int) -> Exchange:
+        """How the shares of q travel: as asked, or the best there is; alone, the rank gathers itself."""
         if self.world == 1:
             return "all_gather"
+        if asked == "direct" or (asked == "auto" and self._direct):
+            reason = self._open(q, d_v)
+            if reason is None:
+                return "direct"
+            if asked == "direct":
+                raise UnsupportedError(
+                    "exchange='direct' cannot be had", {"direct": (reason,)}, "ContextParallel.decode"
+                )
         if asked == "auto":
-            return self.link.choose(rows, row_bytes, row_bytes, self.world, heads)
+            row_bytes = d_v * q.element_size() + 4
+            return self.link.choose(math.prod(q.shape[:3]), row_bytes, row_bytes, self.world, heads)
         return asked
+
+    # Through peer memory
+
+    def why_not_direct(self, q: torch.Tensor, d_v: int = 512) -> str | None:
+        """Why shares of these queries do not travel through peer memory; None if they do. Not collective.
+
+        What only a meeting of all ranks can tell (one host, memory that can be mapped) is known after the first decode.
+        """
+        backend, size = dist.get_backend(self.group), math.prod(q.shape[:3]) * d_v * q.element_size()
+        reasons = (
+            (self._refusal, self._refusal is not None),
+            (f"q is on {q.device}: only GPUs have peer memory", not q.is_cuda),
+            (f"the group's backend is {backend}, not nccl: its ranks need not be on one host", "nccl" not in backend),
+            (f"a row of {d_v} numbers is not whole 32-bit words", d_v * q.element_size() % 4 != 0),
+            (f"a share of {size} bytes is above {DIRECT_BYTES}, where bandwidth decides", size > DIRECT_BYTES),
+        )
+        return next((reason for reason, holds in reasons if holds), None)
+
+    def _open(self, q: torch.Tensor, d_v: int) -> str | None:
+        """Make sure that there is a mailbox for q's shares, or say why not; the same on every rank. Collective."""
+        rows, words = math.prod(q.shape[:3]), d_v * q.element_size() // 4
+        reason = self.why_not_direct(q, d_v)
+        box = self._boxes.get(words)
+        if reason is not None or (box is not None and box.capacity >= rows):
+            return reason
+        if torch.cuda.is_current_stream_capturing():
+            return "a captured call needs a warm one of its size first, which opens the mailboxes"
+        if self._refusal is None:
+            meeting = self._told(host_number() if env.is_importable("triton") else 0)
+            if 0 in meeting:
+                self._refusal = "a rank has no Triton"
+            elif len(set(meeting)) > 1:
+                self._refusal = "the ranks are on several hosts"
+        if self._refusal is None:
+            found = Mailbox.open(self.group, q.device, rows, words)
+            if 0 in self._told(int(isinstance(found, Mailbox))):  # also: every mailbox is empty before anybody writes
+                self._refusal = f"no symmetric memory: {found if isinstance(found, str) else 'on another rank'}"
+            elif isinstance(found, Mailbox):
+                self._outgrown += [box] if box is not None else []
+                self._boxes[words] = found
+        return self._refusal
+
+    def _told(self, number: int) -> list[int]:
+        """Every rank's number; waits for the device, within the time limit."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        numbers = self._gather(torch.tensor([number], dtype=torch.int64, device=device), "meeting of the ranks")
+        self.wait()
+        found: list[int] = numbers.flatten().tolist()
+        return found
+
+    def _exchange_directly(
+        self, out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everybody's shares of all heads, merged, by one launch."""
+        if self._lost is not None:
+            raise self._lost
+        box = self._boxes[out.shape[3] * out.element_size() // 4]
+        return box.exchange(out.contiguous(), lse, attn_sink, self.timeout_s)
 
     def _check(self, q: torch.Tensor, cache_seqlens: torch.Tensor, heads: str, exchange: str) -> None:
         wrong = []
@@ -250,8 +362,8 @@ class ContextParallel:
             )
         if heads not in ("all", "own"):
             wrong.append(f"heads must be all or own, got {heads!r}")
-        if exchange not in ("auto", "all_gather", "all_to_all"):
-            wrong.append(f"exchange must be auto, all_gather or all_to_all, got {exchange!r}")
+        if exchange not in ("auto", "direct", "all_gather", "all_to_all"):
+            wrong.append(f"exchange must be auto, direct, all_gather or all_to_all, got {exchange!r}")
         if wrong:
             raise ProblemError("ContextParallel.decode", wrong)
 
@@ -262,17 +374,17 @@ class ContextParallel:
         begin = rank * each + min(rank, more)
         return slice(begin, begin + each + (rank < more))
 
-    def _all_shares(self, share: _Message) -> _Message:
+    def _all_shares(self, share: Message) -> Message:
         """Everybody's share of all heads."""
         if self.world == 1:
             return share
         return share.replaced(self._gather(share.content[0], "gather of attention shares"))
 
-    def _trade_heads(self, out: torch.Tensor, lse: torch.Tensor) -> _Message:
+    def _trade_heads(self, out: torch.Tensor, lse: torch.Tensor) -> Message:
         """From this rank's share [batch, s_q, h_q, d_v], [batch, h_q, s_q] everybody's shares of this rank's heads."""
         batch, s_q, h_q, d_v = out.shape
         spans = [self._slice(h_q, rank) for rank in range(self.world)]
-        sent = [_Message.empty((batch, s_q, span.stop - span.start, d_v), out) for span in spans]
+        sent = [Message.empty((batch, s_q, span.stop - span.start, d_v), out) for span in spans]
         for message, span in zip(sent, spans, strict=True):
             message.fill(out[:, :, span], lse[:, span])
         mine = sent[self.rank].content.numel()
@@ -292,7 +404,7 @@ class ContextParallel:
         batch, s_q, mine, d_v = out.shape
         sizes = [span.stop - span.start for span in (self._slice(h_q, rank) for rank in range(self.world))]
         # Heads may be uneven: every rank sends as many as the first.
-        block = _Message.empty((batch, s_q, sizes[0], d_v), out)
+        block = Message.empty((batch, s_q, sizes[0], d_v), out)
         block.out[0, :, :, :mine].copy_(out)
         block.lse[0, :, :mine].copy_(lse)
         whole = block.replaced(self._gather(block.content[0], "gather of merged heads"))
@@ -377,6 +489,8 @@ class ContextParallel:
             if time.monotonic() > deadline:
                 raise self._roll_call("wait", "queued work is not done")
             time.sleep(1e-4)
+        if any(box.is_lost() for box in (*self._boxes.values(), *self._outgrown)):
+            raise self._roll_call("exchange of attention shares", "a share was not written")
 
     def _roll_call(self, what: str, cause: str) -> DeadRankError:
         """Everybody who is alive comes here too, once their own collective fails: whoever does not is named."""
@@ -427,6 +541,20 @@ class ContextParallel:
         return self.link
 
 
+def _each_query(
+    q: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As they are, or with lengths per query one query per request, so that each has its own."""
+    if cache_seqlens.dim() == 1:
+        return q, block_table, cache_seqlens.contiguous()
+    batch, s_q, h_q, d_qk = q.shape
+    return (
+        q.reshape(batch * s_q, 1, h_q, d_qk),
+        block_table.repeat_interleave(s_q, 0),
+        cache_seqlens.flatten().contiguous(),
+    )
+
+
 def _within(seconds: float, talk: Callable[[], None]) -> str:
     """Talk to the store; why it failed, or "". In a thread: a store whose host stands still answers nobody, for minutes."""
     failed: list[str] = []
@@ -446,93 +574,3 @@ def _within(seconds: float, talk: Callable[[], None]) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-@dataclass(frozen=True)
-class _Message:
-    """Shares as they travel, one behind another: of each the rows out, then their lse, in one block of bytes.
-
-    content [n, bytes] uint8; out [n, batch, s_q, heads, d_v] in the dtype of q and lse [n, batch, heads, s_q] fp32 are
-    views of it. Both begin at multiples of 16 bytes, so that rows keep their alignment.
-    """
-
-    content: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], like: torch.Tensor) -> _Message:
-        """Room for one share of that shape, in the dtype and on the device of `like`."""
-        num_bytes = _whole_blocks(math.prod(shape) * like.element_size()) + _whole_blocks(math.prod(shape[:3]) * 4)
-        content = like.new_empty(1, num_bytes, dtype=torch.uint8)
-        return cls._over(content, shape, like.dtype)
-
-    @classmethod
-    def _over(cls, content: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> _Message:
-        batch, s_q, heads = shape[:3]
-        end = math.prod(shape) * dtype.itemsize
-        out = content[:, :end].view(dtype).unflatten(1, shape)
-        begin, count = _whole_blocks(end), batch * s_q * heads
-        lse = content[:, begin : begin + 4 * count].view(torch.float32).unflatten(1, (batch, heads, s_q))
-        return cls(content, out, lse)
-
-    def replaced(self, content: torch.Tensor) -> _Message:
-        """Other content [n, bytes] of the same form."""
-        return self._over(content, tuple(self.out.shape[1:]), self.out.dtype)
-
-    def fill(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Write the one share that it holds."""
-        self.out[0].copy_(out)
-        self.lse[0].copy_(lse)
-
-
-def _whole_blocks(num_bytes: int) -> int:
-    return -(-num_bytes // 16) * 16
-
-
-# Tensor-parallel heads. A rank computes its own heads from a shared input; the outputs add up.
-
-
-def shared_input(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The same x; its gradient is the sum over the ranks, each of which used x for its own heads."""
-    if group is None or group.size() == 1:
-        return x
-    result: torch.Tensor = _SharedInput.apply(x, group)  # type: ignore[no-untyped-call]
-    return result
-
-
-def sum_output(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The sum of x over the ranks; every rank gets its gradient as it is."""
-    if group is None or group.size() == 1:
-        return x
-    result: torch.Tensor = _SumOutput.apply(x, group)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _SharedInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """The same tensor."""
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
-        """Summed over the ranks."""
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _SumOutput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """Summed over the ranks."""
-        total = x.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
-        """As it is."""
-        return grads[0], None
