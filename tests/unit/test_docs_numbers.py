@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from openmla import backends
+from openmla.core.layout import kv_layout
 from openmla.lab import report, report_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +84,38 @@ def test_readme_says_what_the_rows_of_the_cpu_say() -> None:
         times, ratios = [r["median_us"] / 1e3 for r in mine], [r["ratio"]["sdpa"] for r in mine]
         assert f"{min(times):.0f} to {max(times):.0f} ms with {heads}" in sentence
         assert f"{min(ratios):.1f} to {max(ratios):.1f}" in sentence
+
+
+WHAT_RUNS = {
+    "dense decode, bf16 and fp16": [("decode", None)],
+    "dense decode, FP8 and FP4 caches": [("decode", "fp8_584"), ("decode", "fp4_288")],
+    "sparse decode, FP8 caches": [("sparse_decode", "fp8_656"), ("sparse_decode", "fp8_528")],
+    "sparse prefill, sparse decode over bf16 caches": [("sparse_prefill", None), ("sparse_decode", "bf16_576")],
+    "varlen prefill, with gradients": [("prefill", None)],
+    "writing into the cache": [("append", None)],
+}
+TARGETS = (("h100_sxm", "h200_sxm"), ("a100_sxm", "b200", "mi300x"), ("cpu",))
+WORDS = {"cute": "CuTe", "triton": "Triton", "torch": "PyTorch"}
+
+
+def test_readme_says_what_runs_where() -> None:
+    """Its table names the backend that `explain` chooses for the typical call of each operation, on each machine."""
+    text = (ROOT / "README.md").read_text().split("## What runs where, today")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(WHAT_RUNS)
+    for (what, calls), cells in zip(WHAT_RUNS.items(), lines, strict=True):
+        assert cells[0].startswith(what)
+        for op, layout in calls:
+            problem = backends.typical_problem(op)
+            if layout:
+                of = kv_layout(layout)
+                problem = dataclasses.replace(problem, layout=of, d_qk=of.d_qk, d_v=of.d_v)
+            for names, said in zip(TARGETS, cells[1:], strict=True):
+                for target in names:
+                    chosen = backends.explain(problem, target=target).chosen
+                    assert chosen is not None
+                    word = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", said).split(":")[0].split(",")[0]
+                    assert word == WORDS[chosen.backend], f"{what}, {layout}, {target}: {chosen}, README says {said}"
 
 
 def test_readme_says_what_the_rows_of_the_models_say() -> None:

@@ -122,6 +122,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def number(value: float, digits: int = 3) -> str:
+    """So many digits, whole numbers from 1000 on in full: 0.0289, 34.3, 2,440."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
 def amount(count: float, unit: str = "B") -> str:
     """Three digits with a binary prefix: 656 B, 4.5 MiB."""
     for step, prefix in ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from openmla.lab import plot, suite
-from openmla.lab.page import Cell, Figure, Page, Section, Table, Tile, amount, duration
+from openmla.lab.page import Cell, Figure, Page, Section, Table, Tile, amount, duration, number
 from openmla.lab.profile import Memory, Phase, Profile, Profiles
 from openmla.lab.report import label
 
@@ -34,7 +34,7 @@ STALLS = {
 
 def page(found: Profiles) -> Page:
     """Each case: phases, utilisation, stalls, memory, and what could not be seen."""
-    sections = [section for number, each in enumerate(found.profiles) for section in _sections(number, each)]
+    sections = [section for place, each in enumerate(found.profiles) for section in _sections(place, each)]
     if found.refused:
         rows = [[f"`{case}`", why] for case, why in found.refused.items()]
         sections.append(Section("Not profiled", tables=[Table("refused", ("case", "why"), rows, (0, 1))]))
@@ -50,12 +50,12 @@ def _name(each: Profile) -> str:
     return label(case) if case else each.case
 
 
-def _sections(number: int, one: Profile) -> list[Section]:
+def _sections(place: int, one: Profile) -> list[Section]:
     has_threads = bool(one.operators)  # of a CPU; a GPU's phases are kernels
     figures = [
         Figure(
             plot.bars(
-                [(each.name, 100 * each.share) for each in one.phases], salt=f"phases{number}",
+                [(each.name, 100 * each.share) for each in one.phases], salt=f"phases{place}",
                 title=f"Phases of {one.case}", heading="% of the time",
             ),
             "All threads count: waiting is a part like the others." if has_threads else "Kernels of the call.",
@@ -64,12 +64,12 @@ def _sections(number: int, one: Profile) -> list[Section]:
     ] if len(one.phases) > 1 else []  # fmt: skip
     if one.stalls:
         svg = plot.bars(
-            [(name, 100 * share) for name, share in one.stalls[:10]], salt=f"stalls{number}",
+            [(name, 100 * share) for name, share in one.stalls[:10]], salt=f"stalls{place}",
             title=f"Stalls of {one.case}", heading="% of the warps' waiting",
         )  # fmt: skip
         figures.append(Figure(svg, "What warps of the longest kernel wait for.", "stall reasons"))
     readings: Sequence[Sequence[str | Cell]] = [
-        [name, f"{_number(each.value)} {each.unit}", each.meaning] for name, each in one.readings.items()
+        [name, f"{number(each.value, 4)} {each.unit}", each.meaning] for name, each in one.readings.items()
     ]
     tables = [Table("counters", ("counter", "value", "what it is"), readings, left=(0, 2)), _memory(one.memory)]
     if one.stalls:
@@ -86,11 +86,6 @@ def _sections(number: int, one: Profile) -> list[Section]:
         f"`{one.case}`: {duration(one.seconds)} by `{one.who}/{one.kernel}`, seen with {one.tool}. Gate: {one.gate}."
     ]
     return [Section(_name(one), text, figures, tables)]
-
-
-def _number(value: float) -> str:
-    """Four digits; whole numbers from 1000 on in full."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _phases(name: str, phases: Sequence[Phase]) -> Table:

@@ -17,7 +17,7 @@ from openmla.core.cost import Cost, cost
 from openmla.core.errors import ConfigError
 from openmla.core.target import Target
 from openmla.lab import bars, ceilings, plot, runner, store, suite, workload
-from openmla.lab.page import Figure, Page, Section, Table, Tile, duration
+from openmla.lab.page import Figure, Page, Section, Table, Tile, duration, number
 from openmla.lab.progress import Stages
 from openmla.lab.report import label
 from openmla.lab.store import Row
@@ -257,7 +257,7 @@ def _sections(found: Roofline) -> Iterator[Section]:
     rows = [
         [f"`{each.case}`", duration(each.measured_us / 1e6) if each.measured_us else "-",
          f"{100 * each.share:.0f} %" if each.share else "-", each.bound, duration(each.floor_us / 1e6),
-         f"{each.intensity:.3g}", _three(each.flops / 1e9), _three(each.bytes / 1e6)]
+         f"{each.intensity:.3g}", number(each.flops / 1e9), number(each.bytes / 1e6)]
         for each in found.places
     ]  # fmt: skip
     head = ("case", "measured", "of the roof", "bound by", "at best", "FLOP per byte", "GFLOP", "MB")
@@ -270,11 +270,6 @@ def _sections(found: Roofline) -> Iterator[Section]:
             Table("in one sentence each", ("case", ""), sentences, (0, 1), True),
         ],
     )
-
-
-def _three(value: float) -> str:
-    """Three digits, from 1000 on all of them."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _name(each: Place) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from openmla.lab import plot
-from openmla.lab.page import Figure, Page, Section, Table, Tile, amount, duration
+from openmla.lab.page import Figure, Page, Section, Table, Tile, amount, duration, number
 from openmla.lab.study import LENGTHS, WORKLOADS, Study, losses
 
 _BYTES = 2
@@ -89,8 +89,8 @@ def _money(found: Study) -> Section:
     for load in WORKLOADS:
         for each in (each for each in found.prices if each.workload == load.name):
             rows.append([
-                load.name if each.form == found.forms[0].name else "", each.form, f"{each.tokens_per_second:,.0f}",
-                f"{each.per_million:.3g}", f"{each.kv_gib:,.3g}" if each.kv_gib < 100 else f"{each.kv_gib:,.0f}", f"{each.cards_for_kv:.2g}",
+                load.name if each.form == found.forms[0].name else "", each.form, number(each.tokens_per_second),
+                number(each.per_million), number(each.kv_gib), number(each.cards_for_kv, 2),
             ])  # fmt: skip
     head = ("workload", "form", "tokens per second", "cost of a million tokens", "KV GiB", "cards that KV fills")
     text = (
