@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 
@@ -149,3 +150,18 @@ def test_refusals():
     with pytest.raises(ConfigError, match="names no case"):
         profile.run_once("x", "torch")
     assert "not profiled" in str(profile.profile([CASE], CPU, backend="cute"))
+
+
+def test_what_ncu_says_of_its_failure_is_passed_on(monkeypatch):
+    said = '==PROF== Connected\n==ERROR== LaunchFailed\n"1","2"\n'
+    failed = subprocess.CompletedProcess([], 9, said, "")
+    monkeypatch.setattr(profile.shutil, "which", lambda name: "/bin/ncu")
+    monkeypatch.setattr(profile.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ConfigError, match="ncu ended with 9: ==ERROR== LaunchFailed$"):
+        profile._ncu(CASE, Target.preset("h100_sxm"), "cute")
+
+
+def test_kernels_of_the_cute_dsl_are_named_by_their_class():
+    long = "kernel_cutlass_kernel_openmlabackendscutedecode_dense_smallkernelDecodeDenseSmall_object_at__CopyAtom"
+    assert profile.kernel_name(long) == "DecodeDenseSmall"
+    assert profile.kernel_name("_split_kernel") == "_split_kernel"
