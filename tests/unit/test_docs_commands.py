@@ -70,3 +70,10 @@ def test_the_pages_print_commands_and_a_wrong_one_is_found(capsys: pytest.Captur
     assert len(_VERBS) >= 11
     assert refusal(["bench", "--suit", "x", "--no-such"], capsys)
     assert refusal(["lern", "x"], capsys)
+
+
+def test_the_laboratory_names_every_suite() -> None:
+    from openmla.lab import suite
+
+    text = (ROOT / "docs" / "laboratory.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \| ", text, re.MULTILINE)) >= set(suite.available())

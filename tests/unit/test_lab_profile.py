@@ -157,7 +157,7 @@ def test_what_ncu_says_of_its_failure_is_passed_on(monkeypatch):
     failed = subprocess.CompletedProcess([], 9, said, "")
     monkeypatch.setattr(profile.shutil, "which", lambda name: "/bin/ncu")
     monkeypatch.setattr(profile.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ConfigError, match="ncu ended with 9: ==ERROR== LaunchFailed$"):
+    with pytest.raises(ConfigError, match=r"ncu ended with 9: ==ERROR== LaunchFailed$"):
         profile._ncu(CASE, Target.preset("h100_sxm"), "cute")
 
 
