@@ -49,7 +49,7 @@ class Cta:
         self.q_full, self.q_empty = Barrier(1), Barrier(4)
         self.p_full, self.p_empty = [Barrier(4) for _ in range(2)], [Barrier(8) for _ in range(2)]
         self.go = [Barrier(4) for _ in range(4)]
-        self.sum_full, self.sum_empty = Barrier(4), Barrier(8)
+        self.sum_full, self.sum_empty = Barrier(4 * 8), Barrier(8)
         self.piece_full, self.piece_empty = [Barrier(1) for _ in range(PIECES)], [Barrier(15) for _ in range(PIECES)]
         self.share_full, self.share_empty = [Barrier(1) for _ in range(2)], [Barrier(8) for _ in range(2)]
         self.piece: list[int] = [0] * PIECES
@@ -191,7 +191,7 @@ class Machine:
 
         def sums(piece: int) -> Machine.Role:
             yield c.sum_empty, (piece & 1) ^ 1
-            c.sum_full.arrive(4)
+            c.sum_full.arrive(4 * 8)
             c.piece_empty[piece % PIECES].arrive(4)
 
         def body(piece: int, tiles: int) -> Machine.Role:

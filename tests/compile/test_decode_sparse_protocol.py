@@ -56,7 +56,7 @@ class Machine:
         self.q_full, self.q_empty = Barrier(1), Barrier(4)
         self.p_full, self.p_empty = [Barrier(4) for _ in range(2)], [Barrier(8) for _ in range(2)]
         self.go = [Barrier(4) for _ in range(5)]
-        self.sum_full, self.sum_empty = Barrier(4), Barrier(8)
+        self.sum_full, self.sum_empty = Barrier(4 * 8), Barrier(8)
         self.piece_full, self.piece_empty = [Barrier(1) for _ in range(PIECES)], [Barrier(15) for _ in range(PIECES)]
         self.piece: list[int] = [0] * PIECES
         self.ring: list[list[object]] = [[None] * WARPS for _ in range(units)]  # unit, warp's keys
@@ -195,7 +195,7 @@ class Machine:
                 count += 1
             yield self.sum_empty, (piece & 1) ^ 1
             self.sums = piece
-            self.sum_full.arrive(4)
+            self.sum_full.arrive(4 * 8)
             self.piece_empty[piece % PIECES].arrive(4)
             piece += 1
             yield from self.next_piece(piece, tiles)

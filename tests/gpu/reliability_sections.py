@@ -23,6 +23,7 @@ from openmla.core.errors import DeviceLostError, ProblemError
 from openmla.core.faults import Fault
 from openmla.observe import metrics, watchdog
 from openmla.ops import canary, dispatch
+from openmla.ops.append import append
 from openmla.reference.quant import quantise
 
 DEVICE = "cuda"
@@ -212,6 +213,15 @@ def section_values() -> None:
     openmla.check_errors()
     (found,) = faults.findings()
     assert (found.tensor, found.place, found.value) == ("indices", (2, 555), 2048), found
+    cache, slots = (
+        torch.zeros(4, 64, 1, 576, device=DEVICE, dtype=torch.bfloat16),
+        torch.tensor([3, 2**40], device=DEVICE),
+    )
+    append(cache, slots, torch.ones(2, 576, device=DEVICE, dtype=torch.bfloat16))
+    openmla.check_errors()
+    (found,) = faults.findings()
+    assert (found.op, found.tensor, found.place, found.value) == ("append", "slots", (1,), 2**31 - 1), found
+    assert bool(cache.view(-1, 576)[3].all()) and int(cache.count_nonzero()) == 576
     openmla.decode(**given)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -222,7 +232,7 @@ def section_values() -> None:
     openmla.check_errors()
     (found,) = faults.findings()
     assert (found.place, found.value) == ((1, 2), -77), found
-    say(findings_named=6, in_a_graph=True)
+    say(findings_named=7, in_a_graph=True)
 
 
 def section_modes() -> None:

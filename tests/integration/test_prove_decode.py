@@ -125,6 +125,15 @@ def test_a_crash_a_hang_and_a_lost_device_cost_one_item_each(scripts):
     assert "FAILED odd: odd: 1" in prove.table(records)
 
 
+def test_long_lengths_of_the_batches_are_lengths(scripts):
+    """What is cut to a table of three pages is no longer than a chunk of batch_invariant."""
+    _, sections = scripts
+    batches = sections._batches(15)
+    assert len(batches) == 15 and all(max(lengths) >= 4000 for lengths in batches)
+    given = sections.dense(batches[0], 16, no_length=20_000).tensors()
+    assert given["block_table"].shape[1] * 64 >= max(batches[0]) == int(given["cache_seqlens"].max())
+
+
 def test_from_the_command_line(tmp_path):
     out = tmp_path / "record.json"
     done = subprocess.run(

@@ -66,6 +66,7 @@ class Case:
     invalid_share: float = 0.0  # of indices, or of pages in use
     nan_tokens: bool = False  # some attended keys hold NaN
     is_large: bool = False  # several tiles of keys per row
+    no_length: int = 5000  # a length of this or more is none: the block table has three pages for it
     poison: int = 0xFF  # what every KV byte holds that no row reaches; 0xFF is NaN in each format
 
     @property
@@ -104,7 +105,9 @@ class Case:
     def __str__(self) -> str:
         shown = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return " ".join(
-            f"{name}={value}" for name, value in shown if value not in ("", 0, False) and name not in ("op", "poison")
+            f"{name}={value}"
+            for name, value in shown
+            if value not in ("", 0, False) and name not in ("op", "poison", "no_length")
         )
 
 
@@ -330,7 +333,7 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
     layout, size = _layout(case, case.layout), case.page_size
     batch = len(case.seqlens_k)
     # Lengths that are no lengths (negative, beyond capacity) get a real table of three full pages.
-    real = [length if 0 <= length < 5000 else 3 * size for length in case.seqlens_k]
+    real = [length if 0 <= length < case.no_length else 3 * size for length in case.seqlens_k]
     used = [-(-length // size) for length in real]
     columns = max(used, default=0) + pick.choice((0, 1, 3))
     num_pages = max(sum(used) + pick.choice((0, 1, 4)), 1)
@@ -351,7 +354,7 @@ def _make_decode(case: Case, pick: random.Random, generator: torch.Generator) ->
         shared = pages[: used[request]] if pick.random() < 0.2 else []
         pages = shared + [free.pop() for _ in range(used[request] - len(shared))]
         table[request, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        if not 0 <= case.seqlens_k[request] < 5000:
+        if not 0 <= case.seqlens_k[request] < case.no_length:
             # A length beyond capacity reaches every column, so every column holds a page that exists.
             rest = [pick.choice(pages) for _ in range(columns - len(pages))]
             table[request, len(pages) :] = torch.tensor(rest, dtype=torch.int32)

@@ -127,13 +127,12 @@ class Combine:
             heads = h_q // h_kv  # per KV head
             per_head = s_q * heads
             token, head = (row % per_head) // heads, (row // per_head) * heads + row % heads
-            scale = Float32(0.0)
-            lse2 = -Float32.inf
-            if total > 0.0:
-                scale = Float32(1.0) / total
-                lse2 = peak + cute.math.log2(total, fastmath=True)
-                if has_sink != 0:
-                    scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
+            scale = Float32(1.0) / total
+            lse2 = peak + cute.math.log2(total, fastmath=True)
+            if total == 0.0:  # sees nothing; a NaN stays one
+                scale, lse2 = Float32(0.0), -Float32.inf
+            if (has_sink != 0) & (total > 0.0):
+                scale = scale / (Float32(1.0) + cute.math.exp2(sink[head] * LOG2_E - lse2, fastmath=True))
             if const_expr(self.groups > 1):
                 cute.autovec_copy(sums, box[None, place, group])
                 cute.arch.sync_threads()

@@ -40,7 +40,7 @@ Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test
     rope_full/empty, q_full/empty                                  as above; q_empty 4 warps
     p_full/empty[2] scores -> values / back                        4 warps / 8 warps
     go[half, 2]     scores -> values: the gates                    4 warps
-    sum_full/empty  scores -> values: 1 / row sums                 4 / 8 warps
+    sum_full/empty  scores -> values: 1 / row sums                 32 lanes / 8 warps
     piece_full/empty[4]  planner -> everybody                      1 / 15 warps
     share_full/empty[2]  planner -> values: shares to merge        1 / 8 warps
     parts_full           partials of a share -> values             1 arrival + their bytes
@@ -339,7 +339,7 @@ class DecodeDense:
                     (c.p_full, 4, 2),
                     (c.p_empty, 8, 2),
                     (c.go, 4, 4),
-                    (c.sum_full, 4, 1),
+                    (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12 + 2 + cfg.has_rope, PIECES),  # math warps and loaders
@@ -1042,7 +1042,8 @@ class DecodeDense:
                             extra = cute.math.exp2(c.attn_sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
                             inverse = inverse / (Float32(1.0) + extra) if l != 0.0 else inverse
                 shared_inverse[s.row0 + 8 * half] = inverse
-        self.arrive(c.sum_full)
+            # Each lane for its own stores: compute-sanitizer sees no order that only a warp makes (log 21).
+            cute.arch.mbarrier_arrive(c.sum_full)
         self.arrive(c.piece_empty + index)
 
     # ------------------------------------------------------------------ O += P V

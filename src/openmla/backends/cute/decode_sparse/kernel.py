@@ -41,7 +41,7 @@ Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test
     q_full/empty         copy engine -> scores / back                   1 + bytes / 4 warps
     p_full/empty[2]      scores -> values / back                        4 / 8 warps
     go[half, 2]          scores -> values: the gates                    4 warps
-    sum_full/empty       scores -> values: 1 / row sums                 4 / 8 warps
+    sum_full/empty       scores -> values: 1 / row sums                 32 lanes / 8 warps
     piece_full/empty[8]  first producer warp -> everybody / back        1 / 15 warps
 
 Sources
@@ -286,8 +286,9 @@ class DecodeSparse:
                     (c.q_empty, 4, 1),
                     (c.p_full, 4, 2),
                     (c.p_empty, 8, 2),
-                    (c.go, 4, 5),
-                    (c.sum_full, 4, 1),
+                    (c.go, 4, 4),
+                    (c.go + 4, (1 << 20) - 1, 1),  # nobody's: never complete, so that nobody misses a wait
+                    (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12 + 3, PIECES),  # math warps and the other producers
@@ -985,7 +986,8 @@ class DecodeSparse:
                             if l != 0.0:  # an empty row stays 0, also for a sink of -inf
                                 inverse = inverse / (Float32(1.0) + weight)
                 shared_inverse[s.row0 + 8 * half] = inverse
-        self.arrive(c.sum_full)
+            # Each lane for its own stores: compute-sanitizer sees no order that only a warp makes.
+            cute.arch.mbarrier_arrive(c.sum_full)
         self.arrive(c.piece_empty + index)
 
     # ------------------------------------------------------------------ O += P V
