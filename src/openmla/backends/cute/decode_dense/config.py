@@ -22,7 +22,7 @@ from openmla.mods import Mod
 FAMILY, MERGE_FAMILY = "decode_dense", "decode_dense_merge"
 BLOCK_ROWS = 64  # query rows per CTA: one wgmma M
 BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
-OVERHEAD_BLOCKS = 5  # of a piece: refilling the pipeline, epilogue, and its share of the merge
+OVERHEAD_BLOCKS = 9  # of a piece: refill, epilogue, share of the merge; against 5, 8 and 12: log 36
 MERGE_BLOCKS = 10  # per 64 rows, of splitting at all: measured 22 at 128 rows, 39 at 256 (dd-5-15, -19, -21, -25)
 MAX_BATCH = 4096  # what the device plan keeps in shared memory
 SLICE = 64  # columns of one 128-byte swizzled box
