@@ -73,6 +73,22 @@ def test_bytes_are_those_of_the_reference(layout, dtype, kind):
     assert openmla.check_errors() == ()
 
 
+@pytest.mark.parametrize("layout", ["fp8_656", "fp8_584", "fp8_528_mx"])
+def test_scales_change_where_those_of_the_reference_do(layout):
+    """A group whose largest magnitude is 448 times a power of two, and its neighbours on both sides; so the smallest scale."""
+    edges = torch.cat([448 * torch.exp2(torch.arange(-30.0, 30.0)), torch.tensor([0.0448, 1e-4, 2.0**-149, 448.0])])
+    up, down = (torch.nextafter(edges, edges * factor) for factor in (2.0, 0.0))
+    peaks = torch.cat([edges, up, down, edges * 1.25, edges * 1.75])
+    stored = kv_layout(layout)
+    rows, slots = torch.zeros(len(peaks), stored.d_qk), torch.arange(len(peaks))
+    rows[:, :: stored.scale_group] = peaks[:, None]
+    rows[:, 5 :: stored.scale_group] = -peaks[:, None] * 0.3
+    mine, expected = (stored.empty_cache(2, 160).fill_(0) for _ in range(2))
+    append(mine, layout, slots, rows)
+    quant.write_rows(expected, layout, slots, rows)
+    assert torch.equal(mine.view(torch.uint8), expected.view(torch.uint8))
+
+
 @pytest.mark.parametrize("layout", BYTE_LAYOUT_NAMES)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
 def test_a_group_that_is_not_finite_reads_as_nan(layout, odd):

@@ -98,10 +98,6 @@ class _PrefillKernel:
         return prefill_launch.prefill_backward(problem, compiled, operands, grad_out)
 
 
-# Byte layouts that append.py has written on a GPU as it is, bit for bit (tests/gpu/portable.py append).
-APPENDED: tuple[str, ...] = ("fp8_656", "fp8_584")
-
-
 @dataclass(frozen=True)
 class _AppendKernel:
     op: str = "append"
@@ -111,23 +107,21 @@ class _AppendKernel:
     def supports(self, problem: AppendProblem, target: Target) -> Verdict:
         """Every reason against, without importing Triton. Nothing is multiplied, so the interpreter may have bf16."""
         found = require((choice.is_installed(), "triton is not installed: pip install openmla[triton]"))
-        machine = choice.machine_verdict(torch.float32, target) if found else found
-        is_checked = target.arch == "cpu" or not problem.layout.is_quantised or problem.layout.name in APPENDED
-        return require((is_checked, f"has not written {problem.layout} on a GPU yet")) if machine else machine
+        return choice.machine_verdict(torch.float32, target) if found else found
 
-    def configs(self, problem: AppendProblem, target: Target) -> Sequence[int]:
-        """Warps per token."""
-        return (2,)
+    def configs(self, problem: AppendProblem, target: Target) -> Sequence[tuple[int, int]]:
+        """Tokens and warps of a program."""
+        return ((8, 4),)
 
-    def compile(self, problem: AppendProblem, config: int, target: Target) -> int:
+    def compile(self, problem: AppendProblem, config: tuple[int, int], target: Target) -> tuple[int, int]:
         """Machine code follows at the first launch."""
         return config
 
-    def launch(self, compiled: int, problem: AppendProblem, operands: Any, plan: Any) -> None:
+    def launch(self, compiled: tuple[int, int], problem: AppendProblem, operands: Any, plan: Any) -> None:
         """Writes the rows into their slots, on the current stream."""
         from openmla.backends.triton.append import append
 
-        append(problem.layout, operands, compiled)
+        append(problem.layout, operands, *compiled)
 
 
 DECODE = _DecodeKernel("decode", "decode_split")
