@@ -24,6 +24,7 @@ TOGETHER = (
     "bar",
     "redux",
     "ldmatrix",
+    "mma",
 )  # instructions that all lanes of a warp execute at once
 
 
@@ -363,6 +364,32 @@ class GridCta(Cta):
                 row, column = LANES // 4 + 8 * (x // 2 % 2), x // 4 * 8 + LANES % 4 * 2 + x % 2
                 old = warp.registers[name].view(np.float32) if adds else np.float32(0)
                 warp.registers[name] = (old + product[row, column]).astype(np.float32).view(np.uint32)
+
+        return run
+
+    def do_mma(self, p: list[str], o: list[str]) -> Any:
+        """m16n8k16 of one warp: 16 bits times 16 bits, sums in fp32."""
+        assert "m16n8k16" in p, p
+        names = self.vector(o[0])
+        a, b, c = ([self.reader(x, "u32") for x in self.vector(each)] for each in o[1:])
+
+        def numbers(warp: Warp, read: Any) -> np.ndarray:
+            bits = np.ascontiguousarray(read(warp)).view(np.uint16)
+            return (bits.view(np.float16).astype(np.float32) if "f16" in p else from_bf16(bits)).reshape(32, 2)
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "mma of lanes that are elsewhere"
+            left, right = np.zeros((16, 16), np.float32), np.zeros((8, 16), np.float32)
+            for side in range(2):
+                for x, read in enumerate(a):
+                    left[LANES // 4 + 8 * (x % 2), LANES % 4 * 2 + side + 8 * (x // 2)] = numbers(warp, read)[:, side]
+                for x, read in enumerate(b):
+                    right[LANES // 4, LANES % 4 * 2 + side + 8 * x] = numbers(warp, read)[:, side]
+            product = left @ right.T
+            for x, (name, old) in enumerate(zip(names, c, strict=True)):
+                before = np.ascontiguousarray(old(warp)).view(np.float32)
+                found = product[LANES // 4 + 8 * (x // 2), LANES % 4 * 2 + x % 2]
+                warp.registers[name] = (before + found).astype(np.float32).view(np.uint32)
 
         return run
 

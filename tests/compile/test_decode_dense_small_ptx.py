@@ -75,15 +75,16 @@ class Call:
         )  # fmt: skip
         self.metadata = plan.tile_scheduler_metadata().view(plan.ranges, parts, 8)
         self.num_splits = plan.num_splits_tensor()
-        self.exchange = torch.full((1, plan.num_pieces, 16 * 576), 0x7FC00001, dtype=torch.int32)
+        rows = h_q * (self.max_s_q or s_q)
+        self.config = next(x for x in small.VARIANTS if x.layout == layout and x.dtype == "bf16" and x.rows >= rows)
+        self.exchange = torch.full((1, plan.num_pieces, self.config.rows * 576), 0x7FC00001, dtype=torch.int32)
         self.exchange[..., ::4] = small.UNWRITTEN
         self.out, self.lse = torch.empty(*lead, h_q, 512).bfloat16(), torch.empty(lead[0], h_q, lead[1])
         self.fault = torch.zeros(1, dtype=torch.int32)
 
     def run(self, seed: int, blocks=None) -> None:
         """One launch. `blocks`: the parts that take part."""
-        config = next(each for each in small.VARIANTS if each.layout == self.layout and each.rows == 16)
-        program, smem = compiled(config)
+        program, smem = compiled(self.config)
         self.out.fill_(NAN)
         self.lse.fill_(NAN)
         memory = Memory()
@@ -109,9 +110,16 @@ class Call:
                 self.sink is not None,
             )),
         ]  # fmt: skip
-        threads = 288 if self.layout == "plain" else 384
         try:
-            launch(program, memory, params, [(x, 0, 0) for x in blocks or range(self.parts)], threads, smem, seed)
+            launch(
+                program,
+                memory,
+                params,
+                [(x, 0, 0) for x in blocks or range(self.parts)],
+                self.config.threads,
+                smem,
+                seed,
+            )
         finally:
             memory.read_back()
 
@@ -145,6 +153,18 @@ class Call:
             id="fp8_656-window",
         ),
         pytest.param({"lengths": (200, 30, 0), "layout": "fp8_656", "page": 3, "parts": 2}, id="fp8_656-page3"),
+        pytest.param(
+            {
+                "lengths": (200, 70, 0),
+                "layout": "fp8_656",
+                "h_q": 13,
+                "s_q": 2,
+                "parts": 2,
+                "causal": True,
+                "sink": True,
+            },
+            id="fp8_656-rows32",
+        ),
         pytest.param(
             {
                 "lengths": (300, 70, 9),

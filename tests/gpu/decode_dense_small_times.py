@@ -167,13 +167,14 @@ def run_times(libraries: list[str], only: list[str]) -> None:
             continue
         case = Case(tag, (s_k,) * batch, h_q=h_q)
         x = Inputs(case, poison=False)
-        graphs = {}
+        graphs, kept = {}, []  # kept: a graph replays over the plan and the exchange of its operator
         call = peer(x)
         if call is not None:
             graphs["flash_mla"] = graph_of(call)
         for name, fns in versions.items():
             op = Operator(fns, x, kernel_name(case))
             op.plan()
+            kept.append(op)
             graphs[name] = graph_of(op.run)
             if call is not None:
                 ref = call()[0]
@@ -194,7 +195,7 @@ def run_times(libraries: list[str], only: list[str]) -> None:
             )
             print(f"{tag:16}{'clean' if is_clean else 'dirty'}", *said, sep=" | ", flush=True)
             append(out_dir / "decode_dense_small.jsonl", rows)
-        del graphs, x, call
+        del graphs, kept, x, call
         torch.cuda.empty_cache()
 
 

@@ -314,7 +314,7 @@ def test_an_output_that_cannot_take_wide_stores_goes_through_a_copy(kernel: deco
         pytest.param({"s_q": 5}, "up to 32 query rows", id="many-rows"),
         pytest.param({"total_q": 0}, "at least one query", id="no-queries"),
         pytest.param({"layout": kv_layout("fp8_584")}, "reads bf16 and fp16", id="fp8_584"),
-        pytest.param({"layout": kv_layout("fp8_656")}, "has not passed on a GPU", id="fp8_656"),
+        pytest.param({"layout": kv_layout("fp8_656"), "dtype": torch.float16}, "q in bf16", id="fp8_656-fp16"),
         pytest.param({"dtype": torch.float32}, "reads bf16 and fp16", id="fp32"),
     ],
 )

@@ -2,9 +2,11 @@
 
 A token is 512 codes, four fp32 scales, then 64 bf16 columns of RoPE (fp8_656) or none (fp8_528). Codes never become a
 bf16 tile: each warp takes them out of the ring as matrix fragments and converts in registers, which hold the A operands of
-both products. Rows are an odd number of 16-byte chunks apart, so ldmatrix reads eight of them without a bank conflict.
+both products. Those are mma.sync of single warps: wgmma from registers has to be waited for before its registers are
+written again, and every such wait cost more than the product. Rows are an odd number of 16-byte chunks apart, so ldmatrix
+reads eight of them without a bank conflict.
 
-    S^T [64 keys, N]  = sum over groups of  scale[key, group] * (codes Q^T)    each group its own accumulators
+    S^T [64 keys, N]  = sum over groups of  scale[key, group] * (codes Q^T)    summed group by group
     O^T [512, N]     += codes^T (P scale)^T                                   four copies of P, one per group
 
 e4m3 is exact in fp16, so both products are fp16 x fp16 -> fp32 with exact codes. The power of two in a scale is applied
@@ -22,9 +24,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float16, Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass import Float32, Int32, Int64, const_expr
 
 M = 64
 GROUPS = 4  # of 128 columns, each with one scale
@@ -44,6 +44,7 @@ class Codes:
     n: int
     d_qk: int
     row_bytes: int
+    warpgroups: int
 
     # ------------------------------------------------------------------ the loading warp
 
@@ -158,8 +159,8 @@ class Codes:
         """
         lane = tid % 32
         words = cute.make_rmem_tensor(cute.make_layout(9), Int32)
-        for i in cutlass.range_constexpr(self.n // 8):
-            row = tid // 32 + i * 8
+        for i in cutlass.range_constexpr(self.n // 4 // self.warpgroups):
+            row = tid // 32 + i * 4 * self.warpgroups
             words.fill(0)
             if row < rows:
                 token, head = self.split_row(row, head_kv, group, per_group)
@@ -225,74 +226,111 @@ class Codes:
 
     # ------------------------------------------------------------------ scores
 
-    def products(self, dtype: Any) -> cute.TiledMma:
-        """64 rows from registers times N columns in shared memory; its own object, as branches change its state."""
-        k_major, registers = OperandMajorMode.K, warpgroup.OperandSource.RMEM
-        return sm90.make_trivial_tiled_mma(dtype, dtype, k_major, k_major, Float32, (1, 1, 1), (64, self.n), registers)
+    @cute.jit
+    def operand_place(self, base: Int32, lane: Int32) -> Int32:
+        """Where a lane's row of B begins for `operand`, of Q or P: [row, 64] of 16 bits in the 128-byte swizzle."""
+        row = lane // 16 * 8 + lane % 8
+        return base + row * 128 + (lane // 8 % 2 ^ lane % 8) * 16
+
+    @cute.jit
+    def operand(self, b: cute.Tensor, place: Int32, step: cutlass.Constexpr, offset: cutlass.Constexpr):
+        """B of 16 columns (`step` of a 64-column line), for all N rows: two words per eight rows."""
+        for i in cutlass.range_constexpr(self.n // 16):
+            b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3] = cute.arch.inline_ptx(
+                "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + "
+                + str(offset + i * 2048)
+                + "];",
+                write_only_types=[Int32] * 4,
+                read_only_args=[place ^ (step * 32)],
+            )
+
+    @cute.jit
+    def multiply(
+        self,
+        sums: cute.Tensor,
+        a: cute.Tensor,
+        first: cutlass.Constexpr,
+        b: cute.Tensor,
+        is_new: cutlass.Constexpr,
+        kind: cutlass.Constexpr,
+    ):
+        """Add A [16, 16] B [16, N] of one warp to sums [16, N], which lie as those of wgmma do."""
+        for g in cutlass.range_constexpr(self.n // 8):
+            old = [Float32(0.0) if const_expr(is_new) else sums[g * 4 + i] for i in range(4)]
+            new = cute.arch.inline_ptx(
+                "mma.sync.aligned.m16n8k16.row.col.f32." + kind + "." + kind + ".f32 {{$w0}, {$w1}, {$w2}, {$w3}},"
+                " {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
+                write_only_types=[Float32] * 4,
+                read_only_args=[a[first], a[first + 1], a[first + 2], a[first + 3], b[g * 2], b[g * 2 + 1], *old],
+            )
+            for i in cutlass.range_constexpr(4):
+                sums[g * 4 + i] = new[i]
 
     @cute.jit
     def score_codes(
         self,
         s: cute.Tensor,
-        b_codes: cutlass.Constexpr,
-        b_rope: cutlass.Constexpr,
+        q_base: Int32,
         tile: Int32,
-        is_odd: Int32 | int,
-        half: Int32,
+        is_odd: cutlass.Constexpr,
+        wg: Int32,
         wwarp: Int32,
         lane: Int32,
     ):
-        """A warpgroup's share of S^T: two groups of codes with their scales, and half of RoPE. is_odd: see `rounded`."""
+        """A warpgroup's share of S^T: its groups of codes with their scales, and its part of RoPE. is_odd: see `rounded`."""
         line = tile + (wwarp * 16 + lane % 16) * self.row_bytes + lane // 16 * 16
-        code_mma, rope_mma = self.products(Float16), self.products(self.dtype)
-        parts = [code_mma.make_fragment_C(code_mma.partition_shape_C((64, self.n))) for _ in range(2)]
+        groups = GROUPS // self.warpgroups
+        query = self.operand_place(q_base, lane)
+        key = wwarp * 16 + lane // 4
+        a = cute.make_rmem_tensor(cute.make_layout(8), Int32)
+        b = cute.make_rmem_tensor(cute.make_layout(self.n // 4), Int32)
+        part = s  # of one group, before its scale
+        if const_expr(groups > 1):
+            part = cute.make_rmem_tensor(cute.make_layout(self.n // 2), Float32)
+            self.score_rope(s, a, b, query, line, True, wg)
+        codes, query_codes = line + wg * (128 * groups), query + wg * (groups * 2 * self.n * 128)
+        for group in cutlass.range_constexpr(groups):
+            rests = []
+            if const_expr(is_odd):
+                rests = [self.rest_of(tile, key + 8 * r, wg * groups + group) for r in range(2)]
+            for j in cutlass.range_constexpr(4):
+                self.read_keys(a, 0, codes, group * 128 + j * 32)
+                if const_expr(is_odd):
+                    for x in cutlass.range_constexpr(8):
+                        a[x] = self.rounded(a[x], rests[x % 2], rests[x % 2])
+                for k in cutlass.range_constexpr(2):
+                    step = j * 2 + k  # of 16 columns
+                    self.operand(b, query_codes, step % 4, (group * 2 + step // 4) * (self.n * 128))
+                    self.multiply(part, a, k * 4, b, step == 0, "f16")
+            powers = [self.power_of(self.bits_of(tile, key + 8 * r, wg * groups + group)) for r in range(2)]
+            for i in cutlass.range_constexpr(self.n // 2):
+                x = part[i] * powers[i // 2 % 2]
+                s[i] = x + s[i] if const_expr(group > 0 or (groups > 1 and self.d_qk > SCALE_PLACE)) else x
+        if const_expr(groups == 1):  # without registers for two sums
+            self.score_rope(s, a, b, query, line, False, wg)
+
+    @cute.jit
+    def score_rope(
+        self,
+        s: cute.Tensor,
+        a: cute.Tensor,
+        b: cute.Tensor,
+        query: Int32,
+        line: Int32,
+        is_new: cutlass.Constexpr,
+        wg: Int32,
+    ):
+        """A warpgroup's part of the RoPE columns, bf16 as they are stored."""
+        steps = 4 // self.warpgroups
         if const_expr(self.d_qk > SCALE_PLACE):
-            a = rope_mma.make_fragment_A(rope_mma.partition_shape_A((64, 32)))
-            words = cute.recast_tensor(a, Int32)
-            for k in cutlass.range_constexpr(2):
-                words[k * 4], words[k * 4 + 1], words[k * 4 + 2], words[k * 4 + 3] = cute.arch.inline_ptx(
+            for k in cutlass.range_constexpr(steps):
+                a[0], a[1], a[2], a[3] = cute.arch.inline_ptx(
                     "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
                     write_only_types=[Int32] * 4,
-                    read_only_args=[line + half * 64 + (ROPE_PLACE + k * 32)],
+                    read_only_args=[line + wg * (32 * steps) + (ROPE_PLACE + k * 32)],
                 )
-            warpgroup.fence()
-            for k in cutlass.range_constexpr(2):
-                rope_mma.set(warpgroup.Field.ACCUMULATE, k != 0)
-                cute.gemm(rope_mma, s, a[None, None, k], b_rope[None, None, (half * 2 + k, 8)], s)
-            warpgroup.commit_group()
-        key = wwarp * 16 + lane // 4
-        waiting = 1 if self.d_qk > SCALE_PLACE else 0
-        for j in cutlass.range_constexpr(16 // self.steps):
-            if const_expr(j + waiting >= self.in_flight):
-                warpgroup.wait_group(self.in_flight - 1)  # frees registers
-            a = code_mma.make_fragment_A(code_mma.partition_shape_A((64, 16 * self.steps)))
-            words = cute.recast_tensor(a, Int32)
-            group = j * self.steps // 8
-            for c in cutlass.range_constexpr(self.steps // 2):
-                self.read_keys(words, c * 8, line + half * 256, j * 16 * self.steps + c * 32)
-            if is_odd != 0:
-                rests = [self.rest_of(tile, key + 8 * r, half * 2 + group) for r in range(2)]
-                for x in cutlass.range_constexpr(4 * self.steps):
-                    words[x] = self.rounded(words[x], rests[x % 2], rests[x % 2])
-            warpgroup.fence()
-            for k in cutlass.range_constexpr(self.steps):
-                step = j * self.steps + k  # of 16 columns
-                code_mma.set(warpgroup.Field.ACCUMULATE, step % 8 != 0)
-                at = (step % 4, half * 4 + step // 4)
-                cute.gemm(code_mma, parts[group], a[None, None, k], b_codes[None, None, at], parts[group])
-            warpgroup.commit_group()
-        powers = []
-        for j in cutlass.range_constexpr(2):  # of the keys of this thread's accumulators
-            pair = cute.arch.inline_ptx(
-                "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];",
-                write_only_types=[Int32] * 2,
-                read_only_args=[tile + (key + 8 * j) * self.row_bytes + half * 8 + SCALE_PLACE],
-            )
-            powers.append([self.power_of(pair[0]), self.power_of(pair[1])])
-        warpgroup.wait_group(0)
-        for i in cutlass.range_constexpr(self.n // 2):
-            x = parts[0][i] * powers[i // 2 % 2][0] + parts[1][i] * powers[i // 2 % 2][1]
-            s[i] = x + s[i] if const_expr(self.d_qk > SCALE_PLACE) else x
+                self.operand(b, query ^ (wg * (32 * steps)), k, self.n * 1024)
+                self.multiply(s, a, 0, b, is_new and k == 0, "bf16")
 
     @cute.jit
     def read_keys(self, words: cute.Tensor, first: cutlass.Constexpr, address: Int32, offset: cutlass.Constexpr):
@@ -315,37 +353,44 @@ class Codes:
     # ------------------------------------------------------------------ weights and values
 
     @cute.jit
-    def follow_scales(self, held: Int32, tile: Int32, first: Int32, stop: Int32, lane: Int32):
-        """(running maxima of the four groups' scales, is any scale of this tile no power of two).
-
-        Maxima are exponents, one byte per group. Rows outside [first, stop) are seen by no query and may hold anything.
-        """
-        peak = cute.make_rmem_tensor(cute.make_layout(GROUPS), Int32)
-        peak.fill(0)
-        is_odd = cutlass.Boolean(False)
+    def has_odd_scales(self, tile: Int32, lane: Int32) -> Int32:
+        """Whether a scale of this tile is no power of two; what is no key of the tile may say so too, for nothing."""
+        bits = Int32(0)
         for half in cutlass.range_constexpr(2):
-            found = self.scales_of(tile, lane + 32 * half, first, stop)
-            for g in cutlass.range_constexpr(GROUPS):
-                size = found[g] & 0x7FFFFFFF
-                peak[g] = size if size > peak[g] else peak[g]
-                is_odd = is_odd | (found[g] & 0x7FFFFF != 0)
+            found = self.four_scales(tile, lane + 32 * half)
+            bits = bits | found[0] | found[1] | found[2] | found[3]
+        return Int32(cute.arch.vote_any_sync(bits & 0x7FFFFF != 0))
+
+    @cute.jit
+    def follow_scales(self, held: Int32, tile: Int32, first: Int32, stop: Int32, lane: Int32) -> Int32:
+        """Running maxima of the four groups' scales, as exponents, one byte per group.
+
+        Rows outside [first, stop) are seen by no query and may hold anything.
+        """
         raised = Int32(0)
+        near, far = self.scales_of(tile, lane, first, stop), self.scales_of(tile, lane + 32, first, stop)
         for g in cutlass.range_constexpr(GROUPS):
-            x = cute.arch.warp_redux_sync(peak[g], "max") >> 23
+            x, y = near[g] & 0x7FFFFFFF, far[g] & 0x7FFFFFFF
+            x = cute.arch.warp_redux_sync(x if x > y else y, "max") >> 23
             x = x if x < HIGHEST else Int32(HIGHEST)
             old = held >> (8 * g) & 255
             raised = raised | (x if x > old else old) << (8 * g)
-        return raised, Int32(cute.arch.vote_any_sync(is_odd))
+        return raised
+
+    @cute.jit
+    def four_scales(self, tile: Int32, row: Int32):
+        """Bits of the four scales of a key."""
+        return cute.arch.inline_ptx(
+            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+            write_only_types=[Int32] * 4,
+            read_only_args=[tile + row * self.row_bytes + SCALE_PLACE],
+        )
 
     @cute.jit
     def scales_of(self, tile: Int32, row: Int32, first: Int32, stop: Int32):
         """Bits of the four scales of a key, zeros where no query sees it."""
         found = cute.make_rmem_tensor(cute.make_layout(GROUPS), Int32)
-        found[0], found[1], found[2], found[3] = cute.arch.inline_ptx(
-            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-            write_only_types=[Int32] * 4,
-            read_only_args=[tile + row * self.row_bytes + SCALE_PLACE],
-        )
+        found[0], found[1], found[2], found[3] = self.four_scales(tile, row)
         for g in cutlass.range_constexpr(GROUPS):
             found[g] = found[g] if (row >= first) & (row < stop) else Int32(0)
         return found
@@ -358,12 +403,16 @@ class Codes:
     @cute.jit
     def rest_of(self, tile: Int32, row: Int32, group: Int32) -> Float32:
         """What a scale is beside its power of two: 1 to 2."""
-        bits = cute.arch.inline_ptx(
+        return self.as_float(self.bits_of(tile, row, group) & 0x7FFFFF | 0x3F800000)
+
+    @cute.jit
+    def bits_of(self, tile: Int32, row: Int32, group: Int32) -> Int32:
+        """One scale as it lies there."""
+        return cute.arch.inline_ptx(
             "ld.shared.b32 {$w0}, [{$r0}];",
             write_only_types=[Int32],
             read_only_args=[tile + row * self.row_bytes + group * 4 + SCALE_PLACE],
         )
-        return self.as_float(bits & 0x7FFFFF | 0x3F800000)
 
     @cute.jit
     def rounded(self, word: Int32, low: Float32, high: Float32) -> Int32:
@@ -377,65 +426,63 @@ class Codes:
         )
 
     @cute.jit
-    def store_weights(
-        self,
-        mine: cute.Tensor,
-        held: Int32,
-        tile: Int32,
-        first: Int32,
-        stop: Int32,
-        p_base: Int32,
-        half: Int32,
-        wwarp: Int32,
-        lane: Int32,
-    ):
-        """P times the powers of two in the scales of each group in turn, times 2^14 over the group's running maximum."""
+    def weight_scales(self, held: Int32, tile: Int32, first: Int32, stop: Int32, wwarp: Int32, lane: Int32):
+        """Per group, what the weights of this thread's two keys are to be multiplied with.
+
+        The power of two in the key's scale, times 2^14 over the group's running maximum.
+        """
+        moves = cute.make_rmem_tensor(cute.make_layout((2, GROUPS)), Float32)
+        for r in cutlass.range_constexpr(2):
+            found = self.scales_of(tile, wwarp * 16 + lane // 4 + 8 * r, first, stop)
+            for g in cutlass.range_constexpr(GROUPS):
+                moves[r, g] = self.power_of(found[g]) * self.as_float(268 - (held >> (8 * g) & 255) << 23)
+        return moves
+
+    @cute.jit
+    def store_weights(self, mine: cute.Tensor, moves: cute.Tensor, p_base: Int32, wg: Int32, wwarp: Int32, lane: Int32):
+        """P for each group of columns in turn, see `weight_scales`."""
         weighted = cute.make_rmem_tensor(mine.layout, Float32)
-        key = wwarp * 16 + lane // 4
-        near = self.scales_of(tile, key, first, stop)
-        far = self.scales_of(tile, key + 8, first, stop)
         for g in cutlass.range_constexpr(GROUPS):
-            move = self.as_float(268 - (held >> (8 * g) & 255) << 23)
-            scales = self.power_of(near[g]) * move, self.power_of(far[g]) * move
-            for i in cutlass.range_constexpr(self.n // 4):
-                weighted[i] = mine[i] * scales[i // 2 % 2]
-            self.store_p(weighted, p_base + g * (self.n * 128), half, wwarp, lane)
+            for i in cutlass.range_constexpr(self.n // 2 // self.warpgroups):
+                weighted[i] = mine[i] * moves[i // 2 % 2, g]
+            self.store_p(weighted, p_base + g * (self.n * 128), wg, wwarp, lane)
 
     @cute.jit
     def weigh_codes(
         self,
         o: cutlass.Constexpr,
-        b_p: cutlass.Constexpr,
+        p_base: Int32,
         tile: Int32,
-        is_odd: Int32 | int,
-        half: Int32,
+        is_odd: cutlass.Constexpr,
+        wg: Int32,
         wwarp: Int32,
         lane: Int32,
     ):
-        """Add codes^T (P scale)^T of one tile to this warpgroup's 256 rows of O^T; not waited for."""
-        line = tile + lane * self.row_bytes + half * 256 + wwarp * 16
-        code_mma = self.products(Float16)
-        code_mma.set(warpgroup.Field.ACCUMULATE, True)
-        for j in cutlass.range_constexpr(16 // self.steps):
-            if const_expr(j >= self.in_flight):
-                warpgroup.wait_group(self.in_flight - 1)
-            m, first_step = j * self.steps // 4, j * self.steps % 4
-            a = code_mma.make_fragment_A(code_mma.partition_shape_A((64, 16 * self.steps)))
-            words = cute.recast_tensor(a, Int32)
-            for h in cutlass.range_constexpr(self.steps // 2):
-                self.read_values(words, h * 8, line, (first_step * 16 + h * 32) * self.row_bytes + m * 64)
-            if is_odd != 0:
-                for x in cutlass.range_constexpr(0, 4 * self.steps, 2):  # keys 2t and 2t + 1 of eight
-                    key = first_step * 16 + x * 4 + lane % 4 * 2
-                    low = self.rest_of(tile, key, half * 2 + m // 2)
-                    high = self.rest_of(tile, key + 1, half * 2 + m // 2)
-                    words[x] = self.rounded(words[x], low, high)
-                    words[x + 1] = self.rounded(words[x + 1], low, high)
-            warpgroup.fence()
-            for k in cutlass.range_constexpr(self.steps):
-                p = b_p[None, None, first_step + k, half * 2 + m // 2]
-                cute.gemm(code_mma, o[m], a[None, None, k], p, o[m])
-            warpgroup.commit_group()
+        """Add codes^T (P scale)^T of one tile to this warpgroup's rows of O^T."""
+        groups = GROUPS // self.warpgroups
+        line = tile + lane * self.row_bytes + wg * (128 * groups) + wwarp * 16
+        weights = self.operand_place(p_base, lane) + wg * (groups * self.n * 128)
+        a = cute.make_rmem_tensor(cute.make_layout(8), Int32)
+        is_kept = self.n == 16  # B of both products, for both m; 32 rows have no registers for that
+        b = [cute.make_rmem_tensor(cute.make_layout(self.n // 4), Int32) for _ in range(2 if is_kept else 1)]
+        for group in cutlass.range_constexpr(groups):
+            for h in cutlass.range_constexpr(2):  # 32 keys each
+                if const_expr(is_kept):
+                    for k in cutlass.range_constexpr(2):
+                        self.operand(b[k], weights, h * 2 + k, group * (self.n * 128))
+                for m in cutlass.range_constexpr(2):  # 64 columns each
+                    self.read_values(a, 0, line, h * 32 * self.row_bytes + (group * 2 + m) * 64)
+                    if const_expr(is_odd):
+                        for x in cutlass.range_constexpr(0, 8, 2):  # keys 2t and 2t + 1 of eight
+                            key = h * 32 + x * 4 + lane % 4 * 2
+                            low = self.rest_of(tile, key, wg * groups + group)
+                            high = self.rest_of(tile, key + 1, wg * groups + group)
+                            a[x] = self.rounded(a[x], low, high)
+                            a[x + 1] = self.rounded(a[x + 1], low, high)
+                    for k in cutlass.range_constexpr(2):
+                        if const_expr(not is_kept):
+                            self.operand(b[0], weights, h * 2 + k, group * (self.n * 128))
+                        self.multiply(o[group * 2 + m], a, k * 4, b[k if is_kept else 0], False, "f16")
 
     @cute.jit
     def read_values(self, words: cute.Tensor, first: cutlass.Constexpr, address: Int32, offset: cutlass.Constexpr):
@@ -457,10 +504,11 @@ class Codes:
             words[first + x] = found[x]
 
     @cute.jit
-    def rescale(self, o: cutlass.Constexpr, held: Int32, other: Int32, bias: cutlass.Constexpr, half: Int32):
+    def rescale(self, o: cutlass.Constexpr, held: Int32, other: Int32, bias: cutlass.Constexpr, wg: Int32):
         """A warpgroup's rows of O^T times 2^(bias + held - other), exponents of the rows' groups; below 2^-126 zero."""
-        for m in cutlass.range_constexpr(2):
-            shift = half * 16 + 8 * m
+        groups = GROUPS // self.warpgroups
+        for m in cutlass.range_constexpr(groups):
+            shift = wg * (8 * groups) + 8 * m
             exponent = 127 + bias + (held >> shift & 255) - (other >> shift & 255)
             factor = self.as_float(exponent << 23 if exponent > 0 else Int32(0))
             for i in cutlass.range_constexpr(self.n // 2):
@@ -481,13 +529,14 @@ class Codes:
             )
 
     @cute.jit
-    def clear_unseen_codes(self, tile: Int32, half: Int32, wtid: Int32, first: Int32, stop: Int32):
+    def clear_unseen_codes(self, tile: Int32, wg: Int32, wtid: Int32, first: Int32, stop: Int32):
         """Zero this warpgroup's columns of the rows outside [first, stop): a NaN code times zero is NaN."""
         begin = stop if (stop > 0) & (first <= 0) else Int32(0)
-        for item in cutlass.range(begin * 16 + wtid, M * 16, 128, unroll=1):
-            row = item >> 4
+        chunks = 32 // self.warpgroups  # of 16 bytes
+        for item in cutlass.range(begin * chunks + wtid, M * chunks, 128, unroll=1):
+            row = item // chunks
             if (row < first) | (row >= stop):
                 cute.arch.inline_ptx(
                     "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};",
-                    read_only_args=[tile + row * self.row_bytes + half * 256 + (item & 15) * 16, Int32(0)],
+                    read_only_args=[tile + row * self.row_bytes + wg * (chunks * 16) + item % chunks * 16, Int32(0)],
                 )

@@ -2,7 +2,8 @@
 
 The shared-memory plan (bytes, 576 columns): a tile of 64 keys 73,728; Q 1,152 per row; P 128 per row; the exchange of
 partial scores 256 per row; barriers, maxima and factors below 2,048. Two tiles and 32 rows are 197,632 of 232,448. With
-512 columns a third tile fits beside 16 rows.
+512 columns a third tile fits beside 16 rows. Of fp8_656 a tile is 41,984, P lies there four times, and four warpgroups
+exchange three times as much: 115,712 with 16 rows and two tiles, twice on an SM; 204,800 with 32 rows and three.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ SMEM_LIMIT = 232_448
 UNWRITTEN = -1  # what every word of a new exchange holds
 NO_WINDOW = 1 << 30  # the window of a problem without one
 CODES = ("fp8_656", "fp8_528")  # byte layouts that it reads: 512 e4m3 codes, four fp32 scales, RoPE or none
-CHECKED: tuple[str, ...] = ()  # those whose machine code as it is has passed tests/gpu/decode_dense_small_codes.py
-CODE_STAGES = 4  # tiles of 41,984 bytes; 32 rows, four copies of P and four tiles are 231 KB
+CODE_STAGES = {
+    16: 2,
+    32: 3,
+}  # rows -> tiles of 41,984 bytes: two CTAs per SM with 16 rows (116,736 bytes each), one with 32
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,21 @@ class Config:
         """Of a token of a byte layout; 0 for plain elements."""
         return kv_layout(self.layout).bytes_per_token if self.layout in CODES else 0
 
+    @property
+    def warpgroups(self) -> int:
+        """That share a tile. Codes need more warps, for conversion waits: four groups, or two in each of two CTAs."""
+        return 4 if self.layout in CODES and self.rows == 32 else 2
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """CTAs that an SM holds at once."""
+        return 2 if self.layout in CODES and self.rows == 16 else 1
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA: the warpgroups and the loading warp."""
+        return 128 * self.warpgroups + 32
+
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
         return asdict(self)
@@ -84,7 +102,9 @@ VARIANTS: tuple[Config, ...] = tuple(
     for dtype in ("bf16", "fp16")
     for rows in (16, 32)
     for d_qk in (576, 512)
-) + tuple(Config("bf16", rows, kv_layout(layout).d_qk, CODE_STAGES, layout) for layout in CODES for rows in (16, 32))
+) + tuple(
+    Config("bf16", rows, kv_layout(layout).d_qk, CODE_STAGES[rows], layout) for layout in CODES for rows in (16, 32)
+)
 
 
 def rows_per_kv_head(problem: DecodeProblem) -> int:
@@ -122,10 +142,6 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
             f"reads bf16 and fp16 caches, and {' and '.join(CODES)} with q in bf16; this is {problem.layout} with q in "
             f"{str(problem.dtype).removeprefix('torch.')}",
         ),
-        (
-            problem.layout.name not in CODES or problem.layout.name in CHECKED,
-            f"this machine code has not passed on a GPU with {problem.layout} yet (tests/gpu/decode_dense_small_codes.py)",
-        ),
         (problem.d_qk in (576, 512), f"needs d_qk 576 or 512, got {problem.d_qk}"),
         (problem.d_v == D_V, f"needs d_v {D_V}, got {problem.d_v}"),
         (
@@ -145,7 +161,7 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
     rows = 16 if rows_per_kv_head(problem) <= 16 else 32
     if problem.layout.is_quantised:
-        return (Config(dtype, rows, problem.d_qk, CODE_STAGES, problem.layout.name),)
+        return (Config(dtype, rows, problem.d_qk, CODE_STAGES[rows], problem.layout.name),)
     return (Config(dtype, rows, problem.d_qk, _stages(rows, problem.d_qk)),)
 
 
@@ -156,7 +172,8 @@ def num_parts(problem: DecodeProblem, target: Target) -> int:
     16384 tokens then stay whole (814 us instead of 827), four of 32768 take 16 tiles per part instead of 15 or 16
     (60.8 instead of 62.3), and the memory is as busy from 128 SMs as from 132.
     """
-    parts = max(target.num_sms // grouped(problem).h_kv, 1)
+    ctas = configs(problem, target)[0].ctas_per_sm * target.num_sms
+    parts = max(ctas // grouped(problem).h_kv, 1)
     even = parts // PART_STEP * PART_STEP
     return even if 8 * (parts - even) < parts else parts
 

@@ -18,6 +18,9 @@ reader of each marks it unwritten again. The launch is cooperative, so waiting f
 Barriers per tile: X (both warpgroups: partial S^T exchanged), M (one warpgroup: maxima of its four warps), P (both:
 P and rescale factors stored). A second write to any of these buffers lies behind at least one of them.
 
+Byte caches (`codes.py`) have loads, products and weights of their own, and more warps: with 16 rows two CTAs share an SM,
+with 32 four warpgroups share a tile.
+
 Budget at N = 16: two tiles 147,456 + Q 18,432 + P 2,048 + X 4,096 bytes; 288 threads; no spills.
 docs/kernels/decode_dense_small.md has the timeline and the log of experiments.
 """
@@ -37,14 +40,12 @@ M = 64  # of one wgmma: keys of a score, columns of a value
 BOX = 8  # rows of one bulk load; a page holds a multiple of it
 SLICE = 64  # columns of one swizzled line
 D_V = 512
-THREADS = 288  # two consumer warpgroups and the producer warp; up to 168 registers each
-CODE_THREADS = 384  # with codes: a whole third warpgroup, which gives most of its registers to the others
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 EVICT_FIRST = 0x12F0000000000000
 
-BAR_X, BAR_M, BAR_P, BAR_Q = 1, 2, 4, 5  # named barriers; BAR_M + w belongs to warpgroup w
+BAR_X, BAR_P, BAR_Q, BAR_M = 1, 2, 3, 4  # named barriers; BAR_M + w belongs to warpgroup w
 
 UNWRITTEN = -1  # first word of a partial's 16 bytes between launches; as a float a NaN that no arithmetic yields
 MINUS_INFINITY = -0x800000  # the bits of fp32 -inf
@@ -65,12 +66,23 @@ class DecodeDenseSmall(Codes):
         d_qk: 576 or 512.
         stages: tiles in the ring.
         row_bytes: of a token of a byte cache (see `codes`); 0 where KV has q's dtype.
+        warpgroups: that share a tile; each takes rows / warpgroups query rows, at least 8.
+        ctas_per_sm: that registers and shared memory must leave room for.
     """
 
-    def __init__(self, dtype: Any, rows: int, d_qk: int = 576, stages: int = 2, row_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        dtype: Any,
+        rows: int,
+        d_qk: int = 576,
+        stages: int = 2,
+        row_bytes: int = 0,
+        warpgroups: int = 2,
+        ctas_per_sm: int = 1,
+    ) -> None:
         self.dtype, self.n, self.d_qk, self.stages, self.row_bytes = dtype, rows, d_qk, stages, row_bytes
         self.has_codes = row_bytes > 0
-        self.steps, self.in_flight = (2, 4) if rows == 16 else (4, 2)
+        self.warpgroups, self.consumers, self.ctas_per_sm = warpgroups, 128 * warpgroups, ctas_per_sm
         self.p_dtype = Float16 if self.has_codes else dtype
         self.boxes = M // BOX
         self.piece_bytes = rows * 2304
@@ -112,11 +124,10 @@ class DecodeDenseSmall(Codes):
         p_layout = tile(self.n, M, GROUPS) if const_expr(self.has_codes) else tile(self.n, M)
         ring_size = self.stages * M * (self.row_bytes if const_expr(self.has_codes) else self.d_qk)
         ring_type = Uint8 if const_expr(self.has_codes) else self.dtype
-        x_size = M * self.n
+        x_size = M * self.n * (self.warpgroups - 1)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        if const_expr(self.has_codes):  # keys and values come from registers: bf16 RoPE, fp16 codes
-            qk, pv = self.products(self.dtype), self.products(Float16)
-            tma, tma_kv = None, None
+        if const_expr(self.has_codes):  # products of single warps, bulk copies without descriptors
+            qk, pv, tma, tma_kv = None, None, None, None
         else:
             qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, self.n))
             pv = sm90.make_trivial_tiled_mma(
@@ -141,11 +152,11 @@ class DecodeDenseSmall(Codes):
             top: cute.struct.Align[cute.struct.MemRange[Float32, self.n * 4], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
             last: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
+            unit: cute.struct.Align[cute.struct.MemRange[Float32, self.n if self.has_codes else 0], 16]
             ring: cute.struct.Align[cute.struct.MemRange[ring_type, ring_size], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
             x: cute.struct.Align[cute.struct.MemRange[Float32, x_size], 16]
-            unit: cute.struct.Align[cute.struct.MemRange[Float32, self.n if self.has_codes else 0], 16]
 
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
@@ -154,8 +165,9 @@ class DecodeDenseSmall(Codes):
             scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
             grid=[metadata.shape[1], kv.shape[2], 1],
-            block=[CODE_THREADS if const_expr(self.has_codes) else THREADS, 1, 1],
-            min_blocks_per_mp=1,
+            block=[self.consumers + 32, 1, 1],
+            min_blocks_per_mp=self.ctas_per_sm,
+            preferred_smem_carveout=100 if const_expr(self.ctas_per_sm > 1) else None,
             stream=stream,
             cooperative=True,
         )  # fmt: skip
@@ -205,7 +217,7 @@ class DecodeDenseSmall(Codes):
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + i, 1 if is_boxed else 32)
-                    cute.arch.mbarrier_init(empty + i, 8)
+                    cute.arch.mbarrier_init(empty + i, 4 * self.warpgroups)
             if const_expr(not self.has_codes):
                 cpasync.prefetch_descriptor(tma)
         if warp == 1:
@@ -213,28 +225,23 @@ class DecodeDenseSmall(Codes):
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        if warp >= 8:
+        if warp == 4 * self.warpgroups:
             if const_expr(self.has_codes):
-                cute.arch.setmaxregister_decrease(72)
-            if warp == 8:
-                if const_expr(self.has_codes):
-                    self.produce_rows(
-                        kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv, full, empty,
-                        sm_info, st.ring.data_ptr().toint().to(Int32),
-                    )  # fmt: skip
-                elif is_boxed:
-                    self.produce(
-                        tma, tma_kv, kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv,
-                        full, empty, sm_info, sm_ring,
-                    )  # fmt: skip
-                else:
-                    self.produce_rows(
-                        kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv, full, empty,
-                        sm_info, st.ring.data_ptr().toint().to(Int32),
-                    )  # fmt: skip
+                self.produce_rows(
+                    kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv, full, empty,
+                    sm_info, st.ring.data_ptr().toint().to(Int32),
+                )  # fmt: skip
+            elif is_boxed:
+                self.produce(
+                    tma, tma_kv, kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv,
+                    full, empty, sm_info, sm_ring,
+                )  # fmt: skip
+            else:
+                self.produce_rows(
+                    kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv, full, empty,
+                    sm_info, st.ring.data_ptr().toint().to(Int32),
+                )  # fmt: skip
         else:
-            if const_expr(self.has_codes):
-                cute.arch.setmaxregister_increase(216)
             self.consume(
                 st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink,
                 cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
@@ -321,15 +328,18 @@ class DecodeDenseSmall(Codes):
             number = number + 1 if begin_request <= end_request else Int32(metadata.shape[0])
             for request in cutlass.range(begin_request, end_request + 1, unroll=1):
                 raw = lengths[request]
+                box = begin // BOX + lane
+                entry = self.page_of(box, boxes_per_page, table, request)  # on its way beside the length
                 length = self.clamped(raw, table, kv)
                 unseen = self.unseen(length, window, s_q, max_s_q)
                 bad = bad | self.bad_length(raw, length)
-                begin += unseen
                 end = length
                 if request == end_request:
                     end = unseen + last_end if unseen + last_end < length else length
-                box = begin // BOX + lane
-                entry = self.page_of(box, boxes_per_page, table, request)
+                if unseen > 0:
+                    begin += unseen
+                    box += unseen // BOX
+                    entry = self.page_of(box, boxes_per_page, table, request)
                 pages = Int32(-1)
                 for token in cutlass.range(begin, end, M, unroll=1):
                     place = (token - begin) // M % group
@@ -589,11 +599,14 @@ class DecodeDenseSmall(Codes):
         warp: Int32,
     ):
         """The two warpgroups: dot products, softmax, weighted sum, and the rows of each piece's result."""
-        n, per = self.n, self.n // 4  # per: accumulators of one thread that one warpgroup's rows take
-        own = n // 8  # query rows a thread sees of its own warpgroup's half
+        n, per = (
+            self.n,
+            self.n // 2 // self.warpgroups,
+        )  # per: accumulators of one thread that one warpgroup's rows take
+        own = n // 4 // self.warpgroups  # query rows a thread sees of its own warpgroup's
         tid, _, _ = cute.arch.thread_idx()
         lane = cute.arch.lane_idx()
-        half = cute.arch.make_warp_uniform(warp // 4)
+        wg = cute.arch.make_warp_uniform(warp // 4)
         wtid = tid % 128
         wwarp = cute.arch.make_warp_uniform(warp % 4)
         key0 = wwarp * 16 + lane // 4  # this thread's keys: key0 and key0 + 8
@@ -604,31 +617,31 @@ class DecodeDenseSmall(Codes):
         sm_top = st.top.get_tensor(cute.make_layout((n, 4), stride=(4, 1)))  # [row, warp]
         sm_factor = st.factor.get_tensor(cute.make_layout(n))
         sm_last = st.last.get_tensor(cute.make_layout(n))
-        # [warpgroup that adds it, group of four, thread, four]: 16 bytes per thread without bank conflicts
-        sm_x = st.x.get_tensor(cute.make_layout((2, per // 4, 128, 4), stride=(per * 128, 512, 4, 1)))
+        # [warpgroup that adds it, place of the giver, group of four, thread, four]: 16 bytes per thread without bank conflicts
+        givers = self.warpgroups - 1
+        sm_x = st.x.get_tensor(
+            cute.make_layout((givers + 1, givers, per // 4, 128, 4), stride=(givers * per * 128, per * 128, 512, 4, 1))
+        )
         q_base = st.q.data_ptr().toint().to(Int32)
         p_base = st.p.data_ptr().toint().to(Int32)
         ring_base = st.ring.data_ptr().toint().to(Int32)
 
-        thr_qk, thr_pv = qk.get_slice(wtid), pv.get_slice(wtid)
-        b_q = qk.make_fragment_B(thr_qk.partition_B(sm_q))
+        s = cute.make_rmem_tensor(cute.make_layout(n // 2), Float32)
+        o = [cute.make_rmem_tensor(cute.make_layout(n // 2), Float32) for _ in range(8 // self.warpgroups)]
         if const_expr(self.has_codes):
-            sm_moved = st.q.get_tensor(q_layout.outer, swizzle=q_layout.inner, dtype=Float16)
-            b_codes = pv.make_fragment_B(thr_pv.partition_B(sm_moved))
             sm_unit = st.unit.get_tensor(cute.make_layout(n))
         else:
+            thr_qk, thr_pv = qk.get_slice(wtid), pv.get_slice(wtid)
+            b_q = qk.make_fragment_B(thr_qk.partition_B(sm_q))
             a_k = qk.make_fragment_A(thr_qk.partition_A(sm_ring))
             sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
             a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (M, M))))
-        b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
-        to_log2 = cute.make_rmem_tensor(cute.make_layout(own), Float32)  # from scores to base-2 logits, per row
-        to_log2.fill(scale_log2)
-        held, before = Int32(0), Int32(0)  # see codes.follow_scales
+            b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
+            s = qk.make_fragment_C(qk.partition_shape_C((64, n)))
+            o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(8 // self.warpgroups)]
+        held = Int32(0)  # see codes.follow_scales
         tile_bytes = M * self.row_bytes if const_expr(self.has_codes) else self.boxes * self.box_bytes
-        s = qk.make_fragment_C(qk.partition_shape_C((64, n)))
-        o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(4)]
         mine = cute.make_rmem_tensor(cute.make_layout(per), Float32)
-        give = cute.make_rmem_tensor(cute.make_layout(per), Float32)
         top = cute.make_rmem_tensor(cute.make_layout(own), Float32)
         total = cute.make_rmem_tensor(cute.make_layout(own), Float32)
 
@@ -685,11 +698,7 @@ class DecodeDenseSmall(Codes):
                     earliest = shortest - window  # the first key that the first query sees
                     cute.arch.cp_async_wait_group(0)
                     cute.arch.fence_view_async_shared()
-                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=256)
-                    if const_expr(self.has_codes):
-                        for i in cutlass.range_constexpr(own):
-                            to_log2[i] = sm_unit[half * (n // 2) + (i // 2) * 8 + pair + i % 2]
-
+                    cute.arch.barrier(barrier_id=BAR_Q, number_of_threads=self.consumers)
                     count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
                     begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
                     for piece in cutlass.range(count, unroll=1):
@@ -702,7 +711,7 @@ class DecodeDenseSmall(Codes):
                         for i in cutlass.range_constexpr(own):
                             top[i] = -Float32.inf
                             total[i] = Float32(0.0)
-                        for m in cutlass.range_constexpr(4):
+                        for m in cutlass.range_constexpr(8 // self.warpgroups):
                             o[m].fill(0.0)
                         held = Int32(LOWEST_OF_ALL)
                         for token in cutlass.range(start, stop, M, unroll=1):
@@ -710,17 +719,23 @@ class DecodeDenseSmall(Codes):
                             cute.arch.mbarrier_wait(full + stage, phase)
                             tile_base = ring_base + stage * tile_bytes
                             if const_expr(self.has_codes):
-                                before = held
-                                held, is_odd = self.follow_scales(held, tile_base, earliest - token, stop - token, lane)
-                                self.score_codes(s, b_codes, b_q, tile_base, is_odd, half, wwarp, lane)
+                                is_odd = self.has_odd_scales(tile_base, lane)
+                                if is_odd != 0:
+                                    self.score_codes(s, q_base, tile_base, True, wg, wwarp, lane)
+                                else:
+                                    self.score_codes(s, q_base, tile_base, False, wg, wwarp, lane)
+                                raised = self.follow_scales(held, tile_base, earliest - token, stop - token, lane)
+                                if raised != held:
+                                    self.rescale(o, held, raised, 0, wg)
+                                    held = raised
                                 seen_keys = sm_info[0, stage], sm_info[1, stage]
                             else:
                                 warpgroup.fence()
-                                for k in cutlass.range_constexpr(2 * self.slices):
-                                    at = (
-                                        half * 2 + k % 2,
-                                        k // 2,
-                                    )  # 32 of a slice's 64 columns: one copy of the code for both
+                                steps = (
+                                    4 // self.warpgroups
+                                )  # of a slice's four: one copy of the code for all warpgroups
+                                for k in cutlass.range_constexpr(steps * self.slices):
+                                    at = (wg * steps + k % steps, k // steps)
                                     qk.set(warpgroup.Field.ACCUMULATE, k != 0)
                                     cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
                                 warpgroup.commit_group()
@@ -728,25 +743,30 @@ class DecodeDenseSmall(Codes):
                                 warpgroup.wait_group(0)
 
                             # ---- X: give the other warpgroup its rows, add what it gives
+                            for w in cutlass.range_constexpr(self.warpgroups):
+                                if w == wg:
+                                    for i in cutlass.range_constexpr(per):
+                                        mine[i] = s[w * per + i]
+                                else:
+                                    giver = wg if wg < w else wg - 1
+                                    for i in cutlass.range_constexpr(per):
+                                        sm_x[w, giver, i // 4, wtid, i % 4] = s[w * per + i]
+                            cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
                             for i in cutlass.range_constexpr(per):
-                                mine[i] = s[i] if half == 0 else s[i + per]
-                                give[i] = s[i + per] if half == 0 else s[i]
-                            for j in cutlass.range_constexpr(per // 4):
-                                for i in cutlass.range_constexpr(4):
-                                    sm_x[1 - half, j, wtid, i] = give[j * 4 + i]
-                            cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
-                            for j in cutlass.range_constexpr(per // 4):
-                                for i in cutlass.range_constexpr(4):
-                                    mine[j * 4 + i] = (mine[j * 4 + i] + sm_x[half, j, wtid, i]) * to_log2[
-                                        j * 2 + i % 2
-                                    ]
+                                x = mine[i]
+                                for giver in cutlass.range_constexpr(self.warpgroups - 1):
+                                    x = x + sm_x[wg, giver, i // 4, wtid, i % 4]
+                                to_log2 = scale_log2
+                                if const_expr(self.has_codes):
+                                    to_log2 = sm_unit[wg * (n // self.warpgroups) + i // 4 * 8 + pair + i % 2]
+                                mine[i] = x * to_log2
                             if (token + M > stop) | (token < earliest):
                                 # keys that nobody sees may hold NaN, and 0 * NaN is NaN in the weighted sum: zero them;
                                 # behind X, because every warp must be done with these rows as keys
                                 if const_expr(self.has_codes):
-                                    self.clear_unseen_codes(tile_base, half, wtid, earliest - token, stop - token)
+                                    self.clear_unseen_codes(tile_base, wg, wtid, earliest - token, stop - token)
                                 else:
-                                    self.clear_unseen(tile_base, half, wtid, earliest - token, stop - token)
+                                    self.clear_unseen(tile_base, wg, wtid, earliest - token, stop - token)
                             last_seen = stop if stop < shortest else shortest
                             is_partial = (token + M > last_seen) | (token < length - window)
                             if is_partial | (seen_keys[0] != -1) | (seen_keys[1] != -1):
@@ -756,7 +776,7 @@ class DecodeDenseSmall(Codes):
                                 for i in cutlass.range_constexpr(own):
                                     limit = length
                                     if is_causal != 0:
-                                        row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
+                                        row = wg * (n // self.warpgroups) + (i // 2) * 8 + pair + i % 2
                                         limit = length - (s_q - 1 - (row * per_group >> 16))
                                     first_seen = limit - window
                                     limit = limit if limit < stop else stop
@@ -774,13 +794,14 @@ class DecodeDenseSmall(Codes):
                                 peak.append(x)
                             if lane < 4:
                                 for i in cutlass.range_constexpr(own):
-                                    sm_top[half * (n // 2) + (i // 2) * 8 + pair + i % 2, wwarp] = peak[i]
-                            if half == 0:  # a barrier id that is not a constant makes the assembler reserve all 16
-                                cute.arch.barrier(barrier_id=BAR_M, number_of_threads=128)
-                            else:
-                                cute.arch.barrier(barrier_id=BAR_M + 1, number_of_threads=128)
+                                    sm_top[wg * (n // self.warpgroups) + (i // 2) * 8 + pair + i % 2, wwarp] = peak[i]
+                            if const_expr(self.has_codes):  # before the barrier: none of them waits for others
+                                moves = self.weight_scales(held, tile_base, earliest - token, stop - token, wwarp, lane)
+                            for w in cutlass.range_constexpr(self.warpgroups):
+                                if w == wg:  # a barrier id that is not a constant makes the assembler reserve all 16
+                                    cute.arch.barrier(barrier_id=BAR_M + w, number_of_threads=128)
                             for i in cutlass.range_constexpr(own):
-                                row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
+                                row = wg * (n // self.warpgroups) + (i // 2) * 8 + pair + i % 2
                                 x = cute.arch.fmax(
                                     cute.arch.fmax(sm_top[row, 0], sm_top[row, 1]),
                                     cute.arch.fmax(sm_top[row, 2], sm_top[row, 3]),
@@ -798,41 +819,44 @@ class DecodeDenseSmall(Codes):
                                     if lane < 4:
                                         sm_factor[row] = factor
                             if const_expr(self.has_codes):
-                                self.store_weights(
-                                    mine, held, tile_base, earliest - token, stop - token, p_base, half, wwarp, lane
-                                )
+                                self.store_weights(mine, moves, p_base, wg, wwarp, lane)
                             else:
-                                self.store_p(mine, p_base, half, wwarp, lane)
-                            cute.arch.fence_view_async_shared()
-                            cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
+                                self.store_p(mine, p_base, wg, wwarp, lane)
+                            if const_expr(not self.has_codes):
+                                cute.arch.fence_view_async_shared()
+                            cute.arch.barrier(barrier_id=BAR_P, number_of_threads=self.consumers)
 
                             # ---- O^T, this warpgroup's rows of V^T
-                            for g in cutlass.range_constexpr(n // 8):
-                                f0, f1 = sm_factor[g * 8 + pair], sm_factor[g * 8 + pair + 1]
-                                for m in cutlass.range_constexpr(4):
-                                    o[m][g * 4] = o[m][g * 4] * f0
-                                    o[m][g * 4 + 1] = o[m][g * 4 + 1] * f1
-                                    o[m][g * 4 + 2] = o[m][g * 4 + 2] * f0
-                                    o[m][g * 4 + 3] = o[m][g * 4 + 3] * f1
+                            factors = [sm_factor[i // 2 * 8 + pair + i % 2] for i in range(n // 4)]
+                            is_higher = cutlass.Boolean(False)
+                            for factor in factors:
+                                is_higher = is_higher | (factor != 1.0)
+                            if cute.arch.vote_any_sync(is_higher):
+                                for i in cutlass.range_constexpr(n // 2):
+                                    for m in cutlass.range_constexpr(8 // self.warpgroups):
+                                        o[m][i] = o[m][i] * factors[i // 4 * 2 + i % 2]
                             if const_expr(self.has_codes):
-                                self.rescale(o, before, held, 0, half)
-                                self.weigh_codes(o, b_p, tile_base, is_odd, half, wwarp, lane)
+                                if is_odd != 0:
+                                    self.weigh_codes(o, p_base, tile_base, True, wg, wwarp, lane)
+                                else:
+                                    self.weigh_codes(o, p_base, tile_base, False, wg, wwarp, lane)
                             else:
                                 warpgroup.fence()
                                 pv.set(warpgroup.Field.ACCUMULATE, True)
                                 for k in cutlass.range_constexpr(M // 16):
-                                    for m in cutlass.range_constexpr(4):
+                                    for m in cutlass.range_constexpr(8 // self.warpgroups):
                                         cute.gemm(
                                             pv,
                                             o[m],
-                                            a_v[None, None, k, half * 4 + m, 0, stage],
+                                            a_v[None, None, k, wg * (8 // self.warpgroups) + m, 0, stage],
                                             b_p[None, None, k],
                                             o[m],
                                         )
                                 warpgroup.commit_group()
                             if token + M >= stop:
-                                self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
-                            warpgroup.wait_group(0)
+                                self.publish(top, total, sm_top, sm_last, target, pieces, rows, wg, wwarp, lane, tid)
+                            if const_expr(not self.has_codes):
+                                warpgroup.wait_group(0)
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive(empty + stage)
                             stage += 1
@@ -842,22 +866,24 @@ class DecodeDenseSmall(Codes):
 
                         if start >= stop:
                             cute.arch.barrier(
-                                barrier_id=BAR_Q, number_of_threads=256
+                                barrier_id=BAR_Q, number_of_threads=self.consumers
                             )  # sums of the piece before are read
-                            self.publish(top, total, sm_top, sm_last, target, pieces, rows, half, wwarp, lane, tid)
+                            self.publish(top, total, sm_top, sm_last, target, pieces, rows, wg, wwarp, lane, tid)
                         if const_expr(self.has_codes):
-                            self.rescale(o, held, Int32(0), -141, half)
+                            self.rescale(o, held, Int32(0), -141, wg)
                         if pieces > 1:
-                            self.store_partial(o, target + (half * n * 1024 + wwarp * 512 + lane * 16), rows)
+                            self.store_partial(
+                                o, target + (wg * (n // self.warpgroups) * 2048 + wwarp * 512 + lane * 16), rows
+                            )
                         else:
                             self.finish(
                                 o, sm_top, sm_factor, sm_last, out, lse, sink, has_sink, where, first_query, head_kv, rows, group,
-                                per_group, q_base, half, wwarp, lane, tid,
+                                per_group, q_base, wg, wwarp, lane, tid,
                             )  # fmt: skip
                     begin = Int32(0)
                     split = Int32(0)
 
-        number = used
+        number = used if warp < 8 else Int32(0)  # eight warps merge
         while number > 0:
             number -= 1
             if number + 1 < used:
@@ -881,7 +907,7 @@ class DecodeDenseSmall(Codes):
                         head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
                     )  # fmt: skip
         if max_s_q > 0:
-            if part == 0:
+            if (part == 0) & (warp < 8):
                 self.clear_outside(out, lse, cu_seqlens_q, head_kv, group, tid)
 
     @cute.jit
@@ -1000,7 +1026,7 @@ class DecodeDenseSmall(Codes):
         stat = cute.recast_tensor(held, Float32)
         loaded = cute.make_rmem_tensor(cute.make_layout((4, 8)), Int32)
         values = cute.recast_tensor(loaded, Float32)
-        weights = cute.make_rmem_tensor(cute.make_layout((2, 8)), Float32)
+        weights = cute.make_rmem_tensor(cute.make_layout(2), Float32)
         sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
         four = cute.make_rmem_tensor(cute.make_layout(4), Float32)
         packed = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
@@ -1046,13 +1072,12 @@ class DecodeDenseSmall(Codes):
                     self.await_stats(held, stats + begin * self.piece_bytes, many - begin, lane)
                 for r in cutlass.range_constexpr(2):
                     shift = top[r] if top[r] > -Float32.inf else Float32(0.0)
-                    weight = cute.math.exp2(stat[2 * r] - shift, fastmath=True) * scale[r]
-                    for u in cutlass.range_constexpr(8):  # from lane 4 u + lane % 4
-                        weights[r, u] = cute.arch.shuffle_sync(weight, u * 4, mask_and_clamp=0x31F)
+                    weights[r] = cute.math.exp2(stat[2 * r] - shift, fastmath=True) * scale[r]
                 self.await_data(loaded, data + begin * self.piece_bytes, many - begin, lane)
-                for u in cutlass.range_constexpr(8):
+                for u in cutlass.range_constexpr(8):  # the weights of piece u are lane 4 u + lane % 4's
+                    weight = [cute.arch.shuffle_sync(weights[r], u * 4, mask_and_clamp=0x31F) for r in range(2)]
                     for i in cutlass.range_constexpr(4):
-                        sums[i] = sums[i] + values[i, u] * weights[i % 2, u]
+                        sums[i] = sums[i] + values[i, u] * weight[i % 2]
                 self.forget(data + begin * self.piece_bytes, stats + begin * self.piece_bytes, many - begin, lane)
             if team > 1:
                 cute.autovec_copy(sums, sm_sums[None, lane, warp])
@@ -1102,31 +1127,40 @@ class DecodeDenseSmall(Codes):
     @cute.jit
     def await_data(self, loaded: cute.Tensor, address: Int64, count: Int32, lane: Int32):
         """A unit's 16 bytes per lane of eight pieces, as soon as all are there."""
-        polls = Int32(MAX_POLLS)
-        # four words of each piece tell whether it is there; asking for all 36 KB again and again got in its way
-        word = Int32(UNWRITTEN) if lane >> 2 < count else Int32(0)
-        probe = address + ((lane >> 2) * self.piece_bytes + (lane & 3) * 128)
-        while polls > 0:
-            if word == UNWRITTEN:
-                word = cute.arch.inline_ptx(
-                    "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[probe]
-                )
-            polls -= 1
-            if not cute.arch.vote_any_sync(word == UNWRITTEN):
-                polls = Int32(0)
+        self.probe(address, count, lane)
         for u in cutlass.range_constexpr(8):
             loaded[0, u] = Int32(UNWRITTEN) if u < count else Int32(0)
             loaded[1, u], loaded[2, u], loaded[3, u] = Int32(0), Int32(0), Int32(0)
+        for u in cutlass.range_constexpr(8):
+            self.look(loaded[None, u], u * self.piece_bytes, address + lane * 16)
         polls = Int32(MAX_POLLS)
-        mine = address + lane * 16
         while polls > 0:
             is_missing = cutlass.Boolean(False)
             for u in cutlass.range_constexpr(8):
-                self.look(loaded[None, u], u * self.piece_bytes, mine)
-            for u in cutlass.range_constexpr(8):
                 is_missing = is_missing | (loaded[0, u] == UNWRITTEN)
             polls -= 1
-            if not cute.arch.vote_any_sync(is_missing):
+            if cute.arch.vote_any_sync(is_missing):
+                for u in cutlass.range_constexpr(8):
+                    self.look(loaded[None, u], u * self.piece_bytes, address + lane * 16)
+            else:
+                polls = Int32(0)
+
+    @cute.jit
+    def probe(self, address: Int64, count: Int32, lane: Int32):
+        """Wait for four words of each piece: asking for all 36 KB again and again got in its way.
+
+        Asking for the data before the statistics, without this, made batch 1 slower (docs/kernels, log 20).
+        """
+        polls = Int32(MAX_POLLS)
+        word = Int32(UNWRITTEN) if lane >> 2 < count else Int32(0)
+        place = address + ((lane >> 2) * self.piece_bytes + (lane & 3) * 128)
+        while polls > 0:
+            if word == UNWRITTEN:
+                word = cute.arch.inline_ptx(
+                    "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[place]
+                )
+            polls -= 1
+            if not cute.arch.vote_any_sync(word == UNWRITTEN):
                 polls = Int32(0)
 
     @cute.jit
@@ -1192,12 +1226,13 @@ class DecodeDenseSmall(Codes):
         return scale, lse2
 
     @cute.jit
-    def clear_unseen(self, base: Int32, half: Int32, wtid: Int32, first: Int32, stop: Int32):
-        """Zero the rows outside [first, stop) in this warpgroup's four latent slices; whole lines, so swizzle is moot."""
+    def clear_unseen(self, base: Int32, wg: Int32, wtid: Int32, first: Int32, stop: Int32):
+        """Zero the rows outside [first, stop) in this warpgroup's latent slices; whole lines, so swizzle is moot."""
         begin = stop if (stop > 0) & (first <= 0) else Int32(0)
         zero = Int32(0)
-        for item in cutlass.range(begin * 32 + wtid, M * 32, 128, unroll=1):
-            row, slice_, chunk = item >> 5, half * 4 + (item >> 3 & 3), item & 7
+        slices = 8 // self.warpgroups
+        for item in cutlass.range(begin * 8 * slices + wtid, M * 8 * slices, 128, unroll=1):
+            row, slice_, chunk = item // (8 * slices), wg * slices + item // 8 % slices, item & 7
             place = base + (row >> 3) * (self.d_qk * 16) + slice_ * 1024 + (row & 7) * 128 + chunk * 16
             if (row < first) | (row >= stop):
                 cute.arch.inline_ptx(
@@ -1205,13 +1240,13 @@ class DecodeDenseSmall(Codes):
                 )
 
     @cute.jit
-    def store_p(self, mine: cute.Tensor, p_base: Int32, half: Int32, wwarp: Int32, lane: Int32):
+    def store_p(self, mine: cute.Tensor, p_base: Int32, wg: Int32, wwarp: Int32, lane: Int32):
         """P as [row, key], rounded, transposed on the way: eight rows and sixteen keys per stmatrix."""
         packed = cute.make_rmem_tensor(mine.layout, self.p_dtype)
         packed.store(mine.load().to(self.p_dtype))
         words = cute.recast_tensor(packed, Int32)
-        for g in cutlass.range_constexpr(self.n // 16):
-            row = half * (self.n // 2) + g * 8 + lane % 8
+        for g in cutlass.range_constexpr(self.n // 8 // self.warpgroups):
+            row = wg * (self.n // self.warpgroups) + g * 8 + lane % 8
             chunk = (wwarp * 2 + (lane // 8) % 2) ^ (lane % 8)
             cute.arch.inline_ptx(
                 "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
@@ -1228,7 +1263,7 @@ class DecodeDenseSmall(Codes):
         target: Int64,
         pieces: Int32,
         rows: Int32,
-        half: Int32,
+        wg: Int32,
         wwarp: Int32,
         lane: Int32,
         tid: Int32,
@@ -1237,27 +1272,27 @@ class DecodeDenseSmall(Codes):
 
         The weighted sum of the last tile is still running. Each unit gets a copy, for its one reader.
         """
-        n, own = self.n, self.n // 8
+        n, own = self.n, self.n // 4 // self.warpgroups
         pair = (lane % 4) * 2
         for i in cutlass.range_constexpr(own):
             x = total[i]
             for d in (4, 8, 16):
                 x = x + cute.arch.shuffle_sync_bfly(x, d)
-            row = half * (n // 2) + (i // 2) * 8 + pair + i % 2
+            row = wg * (n // self.warpgroups) + (i // 2) * 8 + pair + i % 2
             if lane < 4:
                 sm_top[row, wwarp] = x
                 if wwarp == 0:
                     sm_last[row] = top[i]  # not into sm_factor: the other warpgroup may still read that
-        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
         if pieces > 1:
             stats = target + (n * 2048 + tid * 16)
-            for i in cutlass.range_constexpr(n // 16):
-                block = (tid // 16 + i * 16) % own
+            for i in cutlass.range_constexpr(n // 8 // self.warpgroups):
+                block = (tid // 16 + i * (self.consumers // 16)) % (n // 8)
                 row = block * 8 + pair
                 x = (sm_top[row, 0] + sm_top[row, 1]) + (sm_top[row, 2] + sm_top[row, 3])
                 y = (sm_top[row + 1, 0] + sm_top[row + 1, 1]) + (sm_top[row + 1, 2] + sm_top[row + 1, 3])
                 if block * 8 < rows:
-                    self.put(stats, i * 4096, sm_last[row], x, sm_last[row + 1], y)
+                    self.put(stats, i * (self.consumers * 16), sm_last[row], x, sm_last[row + 1], y)
 
     @cute.jit
     def finish(
@@ -1277,13 +1312,13 @@ class DecodeDenseSmall(Codes):
         group: Int32,
         per_group: Int32,
         stage_base: Int32,
-        half: Int32,
+        wg: Int32,
         wwarp: Int32,
         lane: Int32,
         tid: Int32,
     ):
         """Final rows of a request in one piece."""
-        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)  # sm_factor of the last tile is read
+        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=self.consumers)  # sm_factor of the last tile is read
         if tid < self.n:
             x = (sm_top[tid, 0] + sm_top[tid, 1]) + (sm_top[tid, 2] + sm_top[tid, 3])
             scale = Float32(0.0)
@@ -1292,9 +1327,9 @@ class DecodeDenseSmall(Codes):
                 scale, lse2 = self.closing(sm_last[tid], x, sink, head, has_sink)
                 lse[where, head, first_query + token] = lse2 * LN_2
             sm_factor[tid] = scale
-        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)
+        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
         self.store_rows(
-            o, sm_factor, out, where, first_query, head_kv, rows, group, per_group, stage_base, half, wwarp, lane, tid
+            o, sm_factor, out, where, first_query, head_kv, rows, group, per_group, stage_base, wg, wwarp, lane, tid
         )
 
     @cute.jit
@@ -1310,7 +1345,7 @@ class DecodeDenseSmall(Codes):
         group: Int32,
         per_group: Int32,
         stage_base: Int32,
-        half: Int32,
+        wg: Int32,
         wwarp: Int32,
         lane: Int32,
         tid: Int32,
@@ -1323,21 +1358,21 @@ class DecodeDenseSmall(Codes):
         for g in cutlass.range_constexpr(n // 8):
             f0, f1 = sm_factor[g * 8 + pair], sm_factor[g * 8 + pair + 1]
             row = g * 8 + lane % 8
-            for m in cutlass.range_constexpr(4):
+            for m in cutlass.range_constexpr(8 // self.warpgroups):
                 values[0], values[1] = o[m][g * 4] * f0, o[m][g * 4 + 1] * f1
                 values[2], values[3] = o[m][g * 4 + 2] * f0, o[m][g * 4 + 3] * f1
-                chunk = (half * 4 + m) * 8 + wwarp * 2 + (lane // 8) % 2  # eight columns
+                chunk = (wg * (8 // self.warpgroups) + m) * 8 + wwarp * 2 + (lane // 8) % 2  # eight columns
                 if const_expr(self.has_codes):
-                    self.stage_pairs(values, packed, stage_base, g * 8 + pair, (half * 4 + m) * 8 + wwarp * 2, lane)
+                    self.stage_pairs(values, packed, stage_base, g * 8 + pair, chunk - (lane // 8) % 2, lane)
                 else:
                     packed.store(values.load().to(self.dtype))
                     cute.arch.inline_ptx(
                         "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
                         read_only_args=[stage_base + row * (D_V * 2) + (chunk ^ (lane % 8)) * 16, words[0], words[1]],
                     )
-        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=256)
-        for i in cutlass.range_constexpr(n // 8):
-            row = tid // 32 + i * 8
+        cute.arch.barrier(barrier_id=BAR_P, number_of_threads=self.consumers)
+        for i in cutlass.range_constexpr(n // 4 // self.warpgroups):
+            row = tid // 32 + i * 4 * self.warpgroups
             if row < rows:
                 token, head = self.split_row(row, head_kv, group, per_group)
                 line = out[where, first_query + token, head, None].iterator
@@ -1352,7 +1387,7 @@ class DecodeDenseSmall(Codes):
                         "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
                         read_only_args=[(line + chunk * 8).toint(), a, b, d, e],
                     )
-        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=256)  # Q may come back to its place
+        cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)  # Q may come back to its place
 
     @cute.jit
     def store_partial(self, o: cutlass.Constexpr, place: Int64, rows: Int32):
@@ -1362,7 +1397,7 @@ class DecodeDenseSmall(Codes):
         """
         for g in cutlass.range_constexpr(self.n // 8):
             if g * 8 < rows:
-                for m in cutlass.range_constexpr(4):
+                for m in cutlass.range_constexpr(8 // self.warpgroups):
                     four = [o[m][g * 4 + i] for i in range(4)]
                     self.put(place, (m * (self.n // 8) + g) * 2048, *four)
 

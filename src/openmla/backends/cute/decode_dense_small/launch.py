@@ -24,7 +24,8 @@ def build(config: Config, out_dir: Path) -> CompiledObject:
 
     element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
     shape = {"d_qk": config.d_qk, "row_bytes": config.row_bytes}
-    code = kernel.DecodeDenseSmall(element, config.rows, stages=config.stages, **shape)
+    crew = {"warpgroups": config.warpgroups, "ctas_per_sm": config.ctas_per_sm}
+    code = kernel.DecodeDenseSmall(element, config.rows, stages=config.stages, **shape, **crew)
     return compile_kernel(code, kernel.fake_arguments(element, config.rows, **shape), config.name, out_dir=out_dir)
 
 
