@@ -32,7 +32,6 @@ UNWRITTEN = tl.constexpr(-1)
 OTHER_NAN = tl.constexpr(0x7FFFFFFF)
 POLLS = tl.constexpr(2048)  # between two looks at the clock, which takes longer than a poll
 NUM_WARPS = 1
-DEPENDENT = False  # programmatic dependent launch
 PROGRAMS_PER_SM = 16 // NUM_WARPS  # all are resident, so none waits for one that has not begun
 
 
@@ -111,11 +110,9 @@ def exchange_kernel(
     merged_lse_ptr,  # fp32 [batch, h_q, s_q] contiguous
     num_rows, s_q, h_q, capacity, limit_ns, lse_batch, lse_token, lse_head,
     ELEMENT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr,
-    HAS_SINK: tl.constexpr, HAS_CLOCK: tl.constexpr, IS_DEPENDENT: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_CLOCK: tl.constexpr,
 ):  # fmt: skip
     """See the module. A mailbox is [2 turns, WORLD, capacity, WORDS] words of out, then [2, WORLD, capacity] of lse."""
-    if IS_DEPENDENT:
-        tl.extra.cuda.gdc_wait()  # launched while the kernel before it ends
     begin_ns = limit_ns
     if HAS_CLOCK:
         begin_ns = tl.extra.cuda.globaltimer()
@@ -206,16 +203,14 @@ def exchange(
     rows, words = batch * s_q * h_q, d_v * out.element_size() // 4
     if rows == 0:
         return merged, merged_lse
-    resident, options = rows, {}
+    resident = rows
     if out.is_cuda:
-        options = {"launch_pdl": True} if DEPENDENT else {}
         resident = PROGRAMS_PER_SM * torch.cuda.get_device_properties(out.device).multi_processor_count
     with on_device(out.device):
         exchange_kernel[(min(rows, resident),)](
             out.view(torch.int32), lse, lse if attn_sink is None else attn_sink, boxes, turns, lost,
             merged.view(torch.int32), merged_lse, rows, s_q, h_q, turns.numel(), int(limit_s * 1e9),
             *lse.transpose(1, 2).stride(), ELEMENT=ELEMENT[out.dtype], RANK=rank, WORLD=boxes.numel(), WORDS=words,
-            PADDED=triton.next_power_of_2(words), HAS_SINK=attn_sink is not None, HAS_CLOCK=out.is_cuda,
-            IS_DEPENDENT=DEPENDENT and out.is_cuda, num_warps=NUM_WARPS, **options,
+            PADDED=triton.next_power_of_2(words), HAS_SINK=attn_sink is not None, HAS_CLOCK=out.is_cuda, num_warps=NUM_WARPS,
         )  # fmt: skip
     return merged, merged_lse
