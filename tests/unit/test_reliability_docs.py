@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from openmla.core import incidents
 
@@ -48,11 +49,26 @@ def test_every_alarm_is_explained_with_its_health():
     assert table == {kind: each.health for kind, each in incidents.KINDS.items()}
 
 
-def test_every_attempt_of_the_script_is_in_the_table_with_its_end():
-    spec = importlib.util.spec_from_file_location("break_it", ROOT / "tests" / "reliability" / "break_it.py")
+def script(name: str) -> ModuleType:
+    """A program of tests/reliability as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "reliability" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["break_it"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
-    for each in module.ATTEMPTS:
+    return module
+
+
+def test_the_soak_knows_its_slowest_calls_without_a_list_of_all():
+    times = script("soak").Times()
+    for number in range(1000):
+        times.add(1e-4 if number < 985 else 0.05)
+    assert 50 <= times.p99_ms() <= 50 * 1.02
+    for _ in range(9000):
+        times.add(2e-4)
+    assert 0.2 <= times.p99_ms() <= 0.2 * 1.02
+
+
+def test_every_attempt_of_the_script_is_in_the_table_with_its_end():
+    for each in script("break_it").ATTEMPTS:
         assert f"| `{each.name}` | {each.documented} |" in RELIABILITY, each.name
