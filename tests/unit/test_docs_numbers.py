@@ -118,6 +118,15 @@ def test_readme_says_what_runs_where() -> None:
                     assert word == WORDS[chosen.backend], f"{what}, {layout}, {target}: {chosen}, README says {said}"
 
 
+def test_readme_says_which_codes_the_hopper_kernel_reads() -> None:
+    line = next(each for each in (ROOT / "README.md").read_text().splitlines() if "FP8 and FP4 caches" in each)
+    for layout in ("fp8_656", "fp8_528", "fp8_584", "fp4_288"):
+        of = kv_layout(layout)
+        problem = dataclasses.replace(backends.typical_problem("decode"), layout=of, d_qk=of.d_qk, d_v=of.d_v, h_q=16)
+        chosen = backends.explain(problem, target="h100_sxm").chosen
+        assert (chosen.backend == "cute") == (f"`{layout}`" in line), (layout, chosen)
+
+
 def test_readme_says_what_the_rows_of_the_models_say() -> None:
     """Every speed-up of its sentence about transformers stands in one row, on the card that it names."""
     text = (ROOT / "README.md").read_text()
