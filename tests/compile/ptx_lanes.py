@@ -22,6 +22,7 @@ class Warp:
         self.committed: list[list[tuple[int, np.ndarray]]] = []  # ... and per group
         self.groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]  # wgmma: (addresses, bytes) per commit group
         self.waits_at_barrier = False
+        self.waits_for_some = False  # ... of these warps only
 
 
 class Lanes:
@@ -149,6 +150,10 @@ class Lanes:
         return self._arithmetic(p, o, np.fmin)
 
     def do_max(self, p: list[str], o: list[str]) -> Any:
+        if p[-1] == "u16x2":
+            return self._map(
+                o, "u32", "u32", lambda a, b: np.maximum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32)
+            )
         return self._arithmetic(p, o, np.fmax)
 
     def do_rcp(self, p: list[str], o: list[str]) -> Any:
@@ -174,6 +179,8 @@ class Lanes:
         return self._arithmetic(p, o, lambda a, b: np.fmod(a, np.where(b == 0, 1, b)))
 
     def do_mul(self, p: list[str], o: list[str]) -> Any:
+        if p[-1] == "f16x2":
+            return self._map(o, "u32", "u32", lambda a, b: (a.view(np.float16) * b.view(np.float16)).view(np.uint32))
         if "wide" in p:
             wide = {"16": "32", "32": "64"}[p[-1][1:]]
             return self._map(o, p[-1], p[-1][0] + wide, lambda a, b: a.astype(TYPES[p[-1][0] + wide]) * b.astype(TYPES[p[-1][0] + wide]))  # fmt: skip
@@ -253,6 +260,11 @@ class Lanes:
             high, low = self.reader(o[1], "f32"), self.reader(o[2], "f32")
             return lambda warp, mask: write(
                 warp, mask, to_bf16(low(warp)).astype(np.uint32) | to_bf16(high(warp)).astype(np.uint32) << 16
+            )
+        if to == "f16x2" and source == "f32":
+            high, low = self.reader(o[1], "f32"), self.reader(o[2], "f32")
+            return lambda warp, mask: write(
+                warp, mask, np.stack([low(warp), high(warp)], 1).astype(np.float16).view(np.uint32).reshape(32)
             )
         if source == "e4m3x2":
             read = self.reader(o[1], "u16")

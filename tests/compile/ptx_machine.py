@@ -59,6 +59,7 @@ class Cta(Lanes):
         self.block = dict(zip(("%ctaid.x", "%ctaid.y", "%ctaid.z"), block, strict=True))
         self.shared = np.full(self.size, 0xFF, np.uint8)
         self.barriers: dict[int, Barrier] = {}
+        self.meetings: dict[int, list[Warp]] = {}
         self.warps = [Warp(index) for index in range(self.threads // 32)]
         self.random = random.Random(seed)
         self.issued = 0
@@ -79,7 +80,7 @@ class Cta(Lanes):
             before = self.issued
             for warp in alive:
                 self.turn(warp)
-            if all(warp.waits_at_barrier for warp in self.warps if not warp.is_done):
+            if all(warp.waits_at_barrier and not warp.waits_for_some for warp in self.warps if not warp.is_done):
                 for warp in alive:
                     warp.waits_at_barrier = False
                     warp.pc += 1
@@ -161,11 +162,31 @@ class Cta(Lanes):
 
             return meet
 
+        if operands[0] != "0":  # a named barrier of some warps
+            return self._meeting(operands)
+
         def wait(warp: Warp, mask: np.ndarray) -> bool:
             warp.waits_at_barrier = True
             return True
 
         return wait
+
+    def _meeting(self, operands: list[str]) -> Any:
+        name, count = self.reader(operands[0], "u32"), self.reader(operands[1], "u32")
+
+        def meet(warp: Warp, mask: np.ndarray) -> bool:
+            assert mask.all(), "bar.sync of lanes that are elsewhere"
+            waiting = self.meetings.setdefault(int(name(warp)[0]), [])
+            waiting.append(warp)
+            warp.waits_at_barrier = warp.waits_for_some = True
+            if len(waiting) == int(count(warp)[0]) // 32:
+                for each in waiting:
+                    each.waits_at_barrier = each.waits_for_some = False
+                    each.pc += each is not warp
+                waiting.clear()
+            return True
+
+        return meet
 
     # ------------------------------------------------------------------ memory
 
@@ -381,13 +402,14 @@ class Cta(Lanes):
         held = [self.reader(x, "u32") for x in self.vector(o[1])] if o[1].startswith("{") else None
         a = self.reader(o[1], "u64") if held is None else None
         transposed = o[-1] == "1"
+        as_numbers = from_bf16 if p[-1] == "bf16" else lambda bits: bits.view(np.float16).astype(np.float32)
         assert o[4:-1] == ["1", "1", "0"][: 2 if held else 3] and len(names) == n // 2, o[3:]
 
         def rows_held(warp: Warp) -> np.ndarray:
             """A from registers: word w of a lane is row lane / 4 + 8 (w % 2), columns 2 (lane % 4) + 8 (w / 2) and the next."""
             values = np.zeros((16, 16), np.float32)
             for w, read in enumerate(held or []):
-                pair = from_bf16(np.ascontiguousarray(read(warp)).view(np.uint16).reshape(32, 2))
+                pair = as_numbers(np.ascontiguousarray(read(warp)).view(np.uint16).reshape(32, 2))
                 for x in range(2):
                     values[LANES // 4 + 8 * (w % 2), LANES % 4 * 2 + 8 * (w // 2) + x] = pair[:, x]
             return values
@@ -406,7 +428,7 @@ class Cta(Lanes):
                 both = np.stack([addresses, addresses + 1], -1)
                 content = self.shared[both]
                 warp.groups[-1].append((both, content))
-                values.append(from_bf16(content.reshape(-1, 2).copy().view(np.uint16).reshape(addresses.shape)))
+                values.append(as_numbers(content.reshape(-1, 2).copy().view(np.uint16).reshape(addresses.shape)))
             product = values[0] @ values[1].T  # [16, n]
             for x, name in enumerate(names):
                 row, column = LANES // 4 + 8 * (x // 2 % 2), x // 4 * 8 + LANES % 4 * 2 + x % 2

@@ -30,7 +30,7 @@ def problem(**changes):
     return replace(base, **changes)
 
 
-BUILT = sparse.VARIANTS
+BUILT = (*sparse.VARIANTS, sparse.Config("fp8_656", operands="fp16"), sparse.Config("fp8_584", operands="fp16"))
 
 
 @pytest.mark.parametrize("config", BUILT, ids=lambda config: config.name)
@@ -45,8 +45,10 @@ def test_variant_compiles_within_budget(config, tmp_path):
     assert resources.registers <= BUDGET["registers"], resources
     smem = resources.dynamic_smem_bytes + resources.static_smem_bytes
     assert smem <= BUDGET["smem_bytes"] + BUDGET["static_smem_bytes"] <= sparse.SMEM_LIMIT, resources
-    # per tile: one wgmma for 16 columns of a score, 2 halves of 128 columns x 4 k-steps of 16 keys for O
-    assert resources.sass["HGMMA"] == config.bytes.d_qk // 16 + 8, resources
+    # per tile: one wgmma for 16 columns of a score, 2 halves of 128 columns x 4 k-steps of 16 keys for O; where the last
+    # 64 columns of the value are bf16 beside fp16, the halves have code of their own, and one of them two widths
+    is_mixed = config.operands == "fp16" and config.bytes.rope_is_value
+    assert resources.sass["HGMMA"] == config.bytes.d_qk // 16 + (8 + 4 + 8 if is_mixed else 8), resources
     assert resources.sass["WARPGROUP"] <= BUDGET["warpgroup_instructions"], resources
     # a lane's four keys: two units before the loop, four in it, RoPE
     assert resources.sass["LDGSTS"] == 4 * (2 + 4 + (config.bytes.rope_place > 0)), resources
@@ -90,9 +92,9 @@ def test_every_chunk_of_rope_is_written_once_where_wgmma_looks_for_it():
     for warp in range(4):
         for lane in range(32):
             for i in range(4):
-                key = 16 * warp + 4 * i + sparse.lane_key(lane)
+                key = 16 * warp + 4 * i + sparse.load_key(lane)
                 place = sparse.of_key(sparse.rope_place(warp, lane), i)
-                assert place == swizzled(key, 8 * sparse.lane_rope_chunk(lane))
+                assert place == swizzled(key, 8 * sparse.load_chunk(lane))
                 written[place] += 1
     assert written == Counter(dict.fromkeys(range(0, 64 * 64 * 2, 16), 1))
 
@@ -106,10 +108,20 @@ def test_the_eight_lanes_of_a_store_phase_hit_all_banks(place):
                 assert {sparse.of_key(place(warp, lane), i) // 16 % 8 for lane in lanes} == set(range(8))
 
 
-def test_a_load_reads_whole_runs_of_a_key():
-    for part, chunk in ((8, sparse.lane_chunk), (8, sparse.lane_rope_chunk)):
-        keys = {key: {chunk(lane) for lane in range(32) if sparse.lane_key(lane) == key} for key in range(4)}
-        assert all(chunks == set(range(part)) for chunks in keys.values())
+def test_a_load_reads_whole_runs_of_a_key_into_whole_lines():
+    for first in range(0, 32, 8):
+        lanes = range(first, first + 8)
+        assert len({sparse.load_key(lane) for lane in lanes}) == 1
+        assert {sparse.load_chunk(lane) for lane in lanes} == set(range(8))
+        assert len({sparse.raw_place(sparse.load_key(lane), sparse.load_chunk(lane)) // 128 for lane in lanes}) == 1
+
+
+def test_codes_under_way_have_places_of_their_own_and_are_taken_without_bank_conflicts():
+    places = {(key, chunk): sparse.raw_place(key, chunk) for key in range(4) for chunk in range(8)}
+    assert sorted(places.values()) == list(range(0, 512, 16))
+    for first in range(0, 32, 8):
+        taken = [places[sparse.lane_key(lane), sparse.lane_chunk(lane)] for lane in range(first, first + 8)]
+        assert {place // 16 % 8 for place in taken} == set(range(8))
 
 
 def produced(layout: str, cache: torch.Tensor, page_size: int, slots: list[int]) -> torch.Tensor:
@@ -219,7 +231,7 @@ def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
 
 
 def test_a_variant_that_no_gpu_has_run_is_refused(monkeypatch):
-    monkeypatch.setattr(sparse, "VARIANTS", (sparse.Config("fp8_528"),))
+    monkeypatch.setattr(sparse, "SERVED", (("fp8_528", False),))
     verdict = sparse.supports(problem(), H100)
     assert any("checked on a GPU" in reason for reason in verdict.reasons)
 
@@ -284,6 +296,24 @@ def test_pages_that_bulk_loads_cannot_read_are_named():
 
 def test_other_machines_are_refused_with_their_name():
     assert any("sm_80" in reason for reason in sparse.supports(problem(), Target.preset("a100_sxm")).reasons)
+
+
+def test_nothing_leads_to_a_variant_whose_results_may_be_void():
+    assert all(each.operands == "bf16" for each in sparse.VARIANTS)
+
+
+def test_every_scale_that_counts_as_fit_keeps_every_code_in_fp16():
+    """2^-14 to 2^7: the product is the contract's bf16, exactly; a step further it is not."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num()
+
+    def is_exact(exponent: int) -> bool:
+        product = codes.half() * torch.tensor(2.0**exponent).half()
+        return torch.equal(product.float(), codes * 2.0**exponent)
+
+    low, high = sparse.FIT_LOW - 127, sparse.FIT_HIGH - 127
+    assert all(is_exact(exponent) for exponent in range(low, high + 1))
+    assert not is_exact(high + 1)
+    assert 2.0**low <= 2.0**-13  # the smallest scale that the writers make
 
 
 def test_names_tell_variants_apart():

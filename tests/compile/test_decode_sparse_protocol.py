@@ -138,18 +138,18 @@ class Machine:
                 yield from next_index()
                 base, phase = 4 * (turn % TILES_IN_RING), (turn // TILES_IN_RING & 1) ^ 1
                 for p in range(4):
-                    if p == 2 and self.has_rope:
-                        self.rope_full.arrive()
                     unit = base + ORDER[p]
                     yield self.empty[unit], phase
-                    if p == 0 and self.has_rope:
-                        yield self.rope_empty, (turn & 1) ^ 1
-                        self.rope[warp] = (piece, tile)
                     if p == 2:
+                        if self.has_rope:
+                            yield self.rope_empty, (turn & 1) ^ 1
+                            self.rope[warp] = (piece, tile)
                         if self.rope_in_ring:  # the second half of unit 3
                             yield self.empty[base + 3], phase
                         self.valid[(turn + 1) % VALID][warp] = found[turn + 1]
                     self.ring[unit][warp] = (piece, tile, ORDER[p])
+                    if p == 3 and self.has_rope:
+                        self.rope_full.arrive()
                     self.full[unit].arrive()
                 turn += 1
             if not lead:

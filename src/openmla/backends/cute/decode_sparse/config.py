@@ -29,6 +29,7 @@ MAX_REQUESTS = 65_535  # CTAs of the merge in one direction of its grid
 D_V = 512
 SLICE_BYTES = 64 * 128  # 64 keys x 64 bf16 columns
 SMEM_LIMIT = 232_448
+FIT_LOW, FIT_HIGH = 113, 134  # exponents of scales, + 127, with which every code is exact in fp16
 MAX_CACHE_BYTES = 2**36 - 16  # offsets are 32-bit counts of 16 bytes, and the last one means "no key"
 
 
@@ -45,9 +46,23 @@ def lane_chunk(lane: Any) -> Any:
     return 4 * (lane // 8 % 2) + lane % 4
 
 
-def lane_rope_chunk(lane: Any) -> Any:
-    """A lane's 16 bytes within a key's 128 bytes of RoPE."""
-    return 2 * (lane % 4) + lane // 8 % 2
+def load_key(lane: Any) -> Any:
+    """The key within each group of four that a lane loads from.
+
+    Eight lanes side by side load 128 bytes side by side, to 128 bytes side by side: with two keys among them cp.async took
+    14 passes through the first cache per instruction, of four that the bytes need.
+    """
+    return lane // 8
+
+
+def load_chunk(lane: Any) -> Any:
+    """The 16 bytes that a lane loads within 128 bytes of a key: of the codes of a unit, or of RoPE."""
+    return lane % 8
+
+
+def raw_place(key: Any, chunk: Any) -> Any:
+    """Byte of 16 codes under way within those of four keys; the lanes of a load phase (`lane_key`) hit all banks."""
+    return key * 128 + (chunk ^ (4 * (key % 2))) * 16
 
 
 def unit_place(warp: Any, lane: Any) -> Any:
@@ -60,9 +75,9 @@ def unit_place(warp: Any, lane: Any) -> Any:
 
 
 def rope_place(warp: Any, lane: Any) -> Any:
-    """Byte of the RoPE slice of a lane's first key."""
-    key = lane_key(lane)
-    return (16 * warp + key) * 128 + (lane_rope_chunk(lane) ^ key) * 16
+    """Byte of the RoPE slice of the first key that a lane loads."""
+    key = load_key(lane)
+    return (16 * warp + key) * 128 + (load_chunk(lane) ^ key) * 16
 
 
 def of_key(place: Any, i: int) -> Any:
@@ -82,6 +97,7 @@ class Bytes:
         scales_behind_page: the scales of all keys lie behind the last key's row, `scale_bytes` each.
         scale_place: of the first scale: byte of the row, 0 where scales lie behind.
         scale_bytes: of one key; half of them are held by each of two lanes.
+        num_scales: of one key; what is behind them is padding.
         rope_place: byte of the row where 64 bf16 columns begin that are stored as they are; 0 where there are none.
         rope_is_value: these columns are the last 64 of the value and belong into the ring, not behind it.
     """
@@ -93,6 +109,7 @@ class Bytes:
     scales_behind_page: bool
     scale_place: int
     scale_bytes: int
+    num_scales: int
     rope_place: int
     rope_is_value: bool
 
@@ -119,6 +136,7 @@ def bytes_of(name: str) -> Bytes:
         scales_behind_page=behind,
         scale_place=0 if behind else layout.d_quant,
         scale_bytes=layout.scale_bytes,
+        num_scales=layout.num_scales,
         rope_place=(layout.d_quant + (0 if behind else layout.scale_bytes)) if layout.d_rope_stored else 0,
         rope_is_value=layout.d_rope_stored > 0 and layout.d_qk == D_V,
     )
@@ -155,14 +173,20 @@ class Config:
             same for a whole warp, so that 16 of them are a loop of 16.
         fence: who orders the stores of keys before the tensor cores' reads: the producers at every hand-over, where it
             waits for their loads too, or the scores warpgroup when it has seen one.
+        operands: of the products. Codes times a power of two between 2^-14 and 2^7 are exact in fp16, for a third of the
+            instructions that bf16 takes. A CTA that meets any other scale says so in `redo`; what it wrote is void, and a
+            launch of the variant with bf16 operands behind it, on the same plan, repeats these CTAs.
+        early_merge: the merge may be resident while this kernel runs.
     """
 
     layout: str = "fp8_656"
     has_extra: bool = False
-    gate_left: int = -1
-    gate_right: int = -2
+    gate_left: int = 0
+    gate_right: int = 16
     prefetch: Literal["lines", "bulk", "none"] = "lines"
     fence: Literal["writer", "reader"] = "reader"
+    operands: Literal["bf16", "fp16"] = "bf16"
+    early_merge: bool = True
 
     @property
     def bytes(self) -> Bytes:
@@ -175,7 +199,8 @@ class Config:
 
         What the assembler needs to keep everything in registers, found by trying; it differs from layout to layout.
         """
-        producers = 80 if self.layout == "fp8_584" or (self.layout == "fp8_656" and self.has_extra) else 72
+        is_large = self.layout == "fp8_584" or (self.layout == "fp8_656" and self.has_extra)
+        producers = 80 if is_large and self.operands == "bf16" else 72
         return {"scores": 192 - producers, "values": 160, "producers": producers}
 
     @property
@@ -191,19 +216,17 @@ class Config:
 
 
 LAYOUTS: tuple[str, ...] = ("fp8_656", "fp8_584", "fp8_528", "fp8_528_mx")
-VARIANTS: tuple[Config, ...] = (
-    # Gates this early, and apart, made 328 us of 349 (docs/kernels/decode_sparse.md); in the other layouts they were not run.
-    Config("fp8_656", gate_left=0, gate_right=16),
-    Config("fp8_584"),
-    Config("fp8_528"),
-    Config("fp8_656", has_extra=True),
-    Config("fp8_584", has_extra=True),
-    Config("fp8_528_mx", has_extra=True),
-)
-"""Passed `tests/gpu/decode_sparse.py gate` on a GPU. What `supports` can lead to, and what an ahead-of-time bundle holds."""
+SERVED = (("fp8_656", False), ("fp8_584", False), ("fp8_528", False),
+          ("fp8_656", True), ("fp8_584", True), ("fp8_528_mx", True))  # fmt: skip
+VARIANTS: tuple[Config, ...] = tuple(Config(layout, has_extra) for layout, has_extra in SERVED)
+"""Passed `tests/gpu/decode_sparse.py gate` on a GPU. What `supports` can lead to, and what an ahead-of-time bundle holds.
 
-SPILLING: tuple[Config, ...] = (Config("fp8_528_mx"), Config("fp8_528", has_extra=True))
-"""Right too, but the assembler finds no registers for all of their values; not served until it does."""
+Those with fp16 operands passed too, but the launch behind them costs more than they gain everywhere but with the longest
+lists, where it is 2 % (docs/kernels/decode_sparse.md): they are candidates, and nothing leads to them.
+"""
+
+SPILLING = (("fp8_528_mx", False), ("fp8_528", True))
+"""Right too, but the assembler finds no registers for all of their values in bf16; not served until it does."""
 
 
 def row_blocks(problem: SparseDecodeProblem) -> int:
@@ -223,8 +246,7 @@ def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
     cache_bytes = problem.num_pages * problem.layout.page_bytes(problem.page_size)
     if extra is not None:
         cache_bytes = max(cache_bytes, extra.num_pages * extra.layout.page_bytes(extra.page_size))
-    is_built = any((each.layout, each.has_extra) == (name, extra is not None) for each in VARIANTS)
-    does_spill = any((each.layout, each.has_extra) == (name, extra is not None) for each in SPILLING)
+    is_built, does_spill = ((name, extra is not None) in pairs for pairs in (SERVED, SPILLING))
     return require(
         (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
         (name in LAYOUTS, f"reads {', '.join(LAYOUTS)} caches, this one is {name}"),

@@ -18,13 +18,15 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     unit = 64 keys x 128 columns:        the units come: 0, 2, 1, 3,
       16 B of codes per lane and key     RoPE; Q's first 128 columns
       by cp.async, two units ahead,      are held in registers
-      to a place that only this lane   some issued     -> gate left      left begins P(j-1) V(j-1)
+      to a place that only this warp   some issued     -> gate left      left begins P(j-1) V(j-1)
       reads                            more, or all    -> gate right     right begins P(j-1) V(j-1)
       code * scale -> bf16 -> ring     all complete:
-    RoPE: cp.async, as it is             maximum, exponentials, P(j) out   each quarter of V read: its unit is free
+    RoPE: cp.async, as it is, and        maximum, exponentials, P(j) out   each quarter of V read: its unit is free
+      handed over with the last unit
     indices three tiles ahead, rows
       into L2 one tile before their
       codes are asked for
+    With operands fp16 (a candidate: nothing leads to it) codes become fp16, Q too, row by row (`fit_q`), and RoPE stays bf16.
     While P(j-1) V(j-1) runs, the scores warpgroup makes P(j) and the producers fill the units that come free; then S(j+1)
     has the tensor cores for itself. A warp only handles its own 16 keys of every tile: producers never wait for each other.
     Codes do not travel in registers: all loads of a warp share a scoreboard, and the first use of one unit's codes would wait
@@ -64,12 +66,16 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 
 from openmla.backends.cute.decode_sparse.config import (
+    FIT_HIGH,
+    FIT_LOW,
     SLICE_BYTES,
     Config,
     lane_chunk,
     lane_key,
-    lane_rope_chunk,
+    load_chunk,
+    load_key,
     of_key,
+    raw_place,
     rope_place,
     scale_holder,
     scale_shift,
@@ -115,6 +121,10 @@ class DecodeSparse:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.bytes = config.bytes
+        self.is_fp16 = config.operands == "fp16"
+        self.operand = cutlass.Float16 if self.is_fp16 else cutlass.BFloat16
+        # The last 64 columns of the value are bf16 as stored, and take weights in bf16 beside those in fp16.
+        self.is_mixed = self.is_fp16 and config.bytes.rope_is_value
         self.smem_bytes = 0
 
     @cute.jit
@@ -135,6 +145,7 @@ class DecodeSparse:
         out_accum: cute.Tensor,  # fp32 [slots, s_q * h_q, 512]
         lse2_accum: cute.Tensor,  # fp32 [slots, s_q * h_q], base 2
         fault_word: cute.Tensor,  # int32 [1]
+        redo: cute.Tensor,  # int32 [num_parts, s_q, 64-head blocks]: fp16 writes which CTAs have voided their results
         blocks: Int32,  # tiles of a request, both lists at their full length
         page_size: Int32,
         extra_page_size: Int32,
@@ -142,27 +153,31 @@ class DecodeSparse:
         has_length: Int32,
         has_extra_length: Int32,
         has_sink: Int32,
+        has_redo: Int32,  # bf16: run those CTAs alone
         scale_log2: Float32,  # softmax_scale * log2(e)
         stream: cuda.CUstream,
     ):
         d_qk, dtype = self.bytes.d_qk, cutlass.BFloat16
+        operand = self.operand
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
 
         def tiled(*shape: int) -> Any:
             return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
         ring_layout, rope_layout, p_layout = tiled(64, 128, UNITS), tiled(64, 64, 1), tiled(64, 64, 2)
+        # Place for what a layout does not have serves it for what it alone has.
+        rope_bytes = (2 if self.is_mixed else 1) * SLICE_BYTES
         q_layout = tiled(64, d_qk - Q_HELD)
 
-        def mma(n: int, b_major: Any, source: Any = warpgroup.OperandSource.SMEM) -> Any:
-            return sm90.make_trivial_tiled_mma(
-                dtype, dtype, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, n), source
-            )
+        def mma(n: int, b_major: Any, source: Any = warpgroup.OperandSource.SMEM, of: Any = operand) -> Any:
+            return sm90.make_trivial_tiled_mma(of, of, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, n), source)
 
         qk_first = mma(64, OperandMajorMode.K, warpgroup.OperandSource.RMEM)  # overwrites S, the others add to it
         qk_held = mma(64, OperandMajorMode.K, warpgroup.OperandSource.RMEM)
         qk = mma(64, OperandMajorMode.K)
+        qk_rope = mma(64, OperandMajorMode.K, of=dtype)  # these columns stay as they are stored
         pv = mma(128, OperandMajorMode.MN)
+        pv_code, pv_rope = mma(64, OperandMajorMode.MN), mma(64, OperandMajorMode.MN, of=dtype)
         # head | column | token | request
         q_rows = cute.make_tensor(q.iterator, cute.select(q.layout, [2, 3, 1, 0]))
         tma_q, t_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q_rows, tiled(64, 64), (64, 64))
@@ -188,19 +203,21 @@ class DecodeSparse:
             need: cute.struct.MemRange[Int32, 2 * 4]
             factor: cute.struct.MemRange[Float32, 2 * 64]
             inverse: cute.struct.MemRange[Float32, 64]
-            ring: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(ring_layout)], 1024]
-            rope: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(rope_layout)], 1024]
+            known: cute.struct.MemRange[Int64, 1]
+            verdict: cute.struct.MemRange[Int32, 4]
+            ring: cute.struct.Align[cute.struct.MemRange[operand, cute.cosize(ring_layout)], 1024]
+            rope: cute.struct.Align[cute.struct.MemRange[dtype, rope_bytes // 2], 1024]
             q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
             raw: cute.struct.Align[cute.struct.MemRange[Int32, 4 * RAW_BYTES // 4], 1024]
-            p: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(p_layout)], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[operand, cute.cosize(p_layout)], 1024]
 
         self.storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
             tma_q, t_q, q, kv, indices, topk_length, extra_kv, extra_indices, extra_length, metadata, num_splits, sink, out,
-            lse, out_accum, lse2_accum, fault_word, blocks, page_size, extra_page_size, chunk_blocks, has_length,
-            has_extra_length, has_sink, scale_log2, qk_first, qk_held, qk, pv,
-            ring_layout, rope_layout, q_layout, p_layout,
+            lse, out_accum, lse2_accum, fault_word, redo, blocks, page_size, extra_page_size, chunk_blocks, has_length,
+            has_extra_length, has_sink, has_redo, scale_log2, qk_first, qk_held, qk, qk_rope, pv,
+            pv_code, pv_rope, ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
             grid=[cute.ceil_div(q.shape[2], 64), q.shape[1], metadata.shape[0]],
             block=[THREADS, 1, 1],
@@ -228,6 +245,7 @@ class DecodeSparse:
         out_accum: cute.Tensor,
         lse2_accum: cute.Tensor,
         fault_word: cute.Tensor,
+        redo: cute.Tensor,
         blocks: Int32,
         page_size: Int32,
         extra_page_size: Int32,
@@ -235,11 +253,15 @@ class DecodeSparse:
         has_length: Int32,
         has_extra_length: Int32,
         has_sink: Int32,
+        has_redo: Int32,
         scale_log2: Float32,
         qk_first: cute.TiledMma,
         qk_held: cute.TiledMma,
         qk: cute.TiledMma,
+        qk_rope: cute.TiledMma,
         pv: cute.TiledMma,
+        pv_code: cute.TiledMma,
+        pv_rope: cute.TiledMma,
         ring_layout: cute.ComposedLayout,
         rope_layout: cute.ComposedLayout,
         q_layout: cute.ComposedLayout,
@@ -252,26 +274,32 @@ class DecodeSparse:
         c = Scope(
             **{name: pointer(name) for name in (
                 "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
-                "sum_empty", "piece_full", "piece_empty",
+                "sum_empty", "piece_full", "piece_empty", "known",
             )},
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             plan=store.plan.get_tensor(cute.make_layout(4)),
             valid=store.valid.get_tensor(cute.make_layout((4, 4))),
+            verdict=store.verdict.get_tensor(cute.make_layout(4)),
             need=store.need.get_tensor(cute.make_layout((4, 2))),
             factor=store.factor.get_tensor(cute.make_layout((64, 2))),
             inverse=store.inverse.get_tensor(cute.make_layout(64)),
             s_ring=store.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner),
             s_rope=store.rope.get_tensor(rope_layout.outer, swizzle=rope_layout.inner),
-            s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
+            s_q_stored=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
+            s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner, dtype=self.operand),
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
+            s_ring_stored=store.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner, dtype=cutlass.BFloat16),
+            s_p_rope=store.rope.get_tensor(p_layout.outer, swizzle=p_layout.inner) if self.is_mixed else None,
             ring_base=store.ring.data_ptr().toint(), rope_base=store.rope.data_ptr().toint(),
-            raw_base=store.raw.data_ptr().toint(),
+            raw_base=store.raw.data_ptr().toint(), q_base=store.q.data_ptr().toint(),
             tma_q=tma_q, t_q=t_q, q=q, kv=kv, indices=indices, topk_length=topk_length, extra_kv=extra_kv,
             extra_indices=extra_indices, extra_length=extra_length, metadata=metadata, num_splits=num_splits, sink=sink,
-            out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, blocks=blocks, page_size=page_size,
+            out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, redo=redo, blocks=blocks,
+            page_size=page_size,
             extra_page_size=extra_page_size, chunk_blocks=chunk_blocks, has_length=has_length,
             has_extra_length=has_extra_length, has_sink=has_sink, scale_log2=scale_log2, h_q=out.shape[2],
-            qk_first=qk_first, qk_held=qk_held, qk=qk, pv=pv,
+            qk_first=qk_first, qk_held=qk_held, qk=qk, qk_rope=qk_rope, pv=pv, pv_code=pv_code,
+            pv_rope=pv_rope,
             m_block=m_block, token=token, part=part,
         )  # fmt: skip
 
@@ -290,6 +318,7 @@ class DecodeSparse:
                     (c.go + 4, (1 << 20) - 1, 1),  # nobody's: never complete, so that nobody misses a wait
                     (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
+                    *(((c.known, 4, 1),) if self.is_fp16 else ()),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12 + 3, PIECES),  # math warps and the other producers
                 ):
@@ -298,14 +327,29 @@ class DecodeSparse:
             cpasync.prefetch_descriptor(tma_q)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_launch_dependents()  # the merge, which waits for the end of this kernel itself
+        if const_expr(self.config.early_merge):
+            cute.arch.griddepcontrol_launch_dependents()  # the merge, which waits for the end of this kernel itself
+        is_wanted = Boolean(True)
+        if const_expr(not self.is_fp16):
+            if has_redo != 0:
+                is_wanted = redo[part, token, m_block] != 0
 
-        if warp_idx < 4:
+        for each in (pv, pv_code, pv_rope):
+            each.set(warpgroup.Field.ACCUMULATE, True)
+        if not is_wanted:
+            pass
+        elif warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.config.roles["scores"])
             self.scores(self.with_thread(c))
         elif warp_idx < 12:
             cute.arch.setmaxregister_increase(self.config.roles["values"])
-            self.values(self.with_thread(c))
+            if const_expr(self.is_mixed):  # the halves differ
+                if warp_idx < 8:
+                    self.values(self.with_thread(c), 0)
+                else:
+                    self.values(self.with_thread(c), 1)
+            else:
+                self.values(self.with_thread(c), None)
         else:
             cute.arch.setmaxregister_decrease(self.config.roles["producers"])
             self.produce(self.with_thread(c))
@@ -334,6 +378,16 @@ class DecodeSparse:
         """Tiles of a piece, once its descriptor is there."""
         cute.arch.mbarrier_wait(c.piece_full + piece % PIECES, (piece // PIECES) & 1)
         return cute.arch.make_warp_uniform(c.piece[TILES, piece % PIECES])
+
+    @cute.jit
+    def first_piece(self, c: cutlass.Constexpr):
+        """Tiles of the first piece; none where fp16 operands would not be exact for the keys of the first tile."""
+        tiles = self.next_piece(c, Int32(0))
+        if const_expr(self.is_fp16):
+            cute.arch.mbarrier_wait(c.known, 0)
+            bad = c.verdict[0] | c.verdict[1] | c.verdict[2] | c.verdict[3]
+            tiles = cute.arch.make_warp_uniform(Int32(-1) if bad != 0 else tiles)
+        return tiles
 
     # ------------------------------------------------------------------ plan and Q: the first producer warp
 
@@ -402,7 +456,7 @@ class DecodeSparse:
     def load_q(self, c: cutlass.Constexpr, piece: Int32):
         """This CTA's 64 heads of the piece's query token, when the scores of the piece before are complete."""
         tile = cute.local_tile(c.t_q, (64, 64), (c.m_block, None, c.token, c.piece[REQUEST, piece % PIECES]))
-        boxes = cute.group_modes(cute.flat_divide(c.s_q, (64, 64))[None, None, 0, None], 0, 2)
+        boxes = cute.group_modes(cute.flat_divide(c.s_q_stored, (64, 64))[None, None, 0, None], 0, 2)
         s_q, g_q = cpasync.tma_partition(c.tma_q, 0, cute.make_layout(1), boxes, cute.group_modes(tile, 0, 2))
         slices = (self.bytes.d_qk - Q_HELD) // 64
         cute.arch.mbarrier_wait(c.q_empty, (piece & 1) ^ 1)
@@ -419,15 +473,16 @@ class DecodeSparse:
     def produce(self, c: cutlass.Constexpr):
         """This warp's 16 keys of every tile, from the cache into the ring.
 
-        A lane handles one of every four keys, and sixteen columns of each unit: 128 contiguous bytes per key and load,
-        and the eight lanes of a store phase hit all 32 banks (config.py says which lane takes what).
+        A lane handles one of every four keys, and sixteen columns of each unit; it loads from another key, so that eight
+        lanes load 128 contiguous bytes, while the eight of a store phase hit all 32 banks (config.py says which lane does what).
         """
         lane = c.lane
         s = Scope(
             key=lane_key(lane), chunk=lane_chunk(lane), place=unit_place(c.warp, lane), is_lead=c.warp == 0,
             page_log2=self.log2_of(c.page_size),
-            raw_place=c.raw_base + c.warp * RAW_BYTES + lane * 16,
-            rope_chunk=lane_rope_chunk(lane), rope_place=rope_place(c.warp, lane),
+            load_key=load_key(lane), load_chunk=load_chunk(lane), rope_place=rope_place(c.warp, lane),
+            raw_to=c.raw_base + c.warp * RAW_BYTES + raw_place(load_key(lane), load_chunk(lane)),
+            raw_from=c.raw_base + c.warp * RAW_BYTES + raw_place(lane_key(lane), lane_chunk(lane)),
         )  # fmt: skip
         raw = cute.make_rmem_tensor(8, Int32)  # of two keys
         offsets = cute.make_rmem_tensor(4, Int32)  # of this lane's four keys, in 16 bytes
@@ -459,6 +514,8 @@ class DecodeSparse:
         self.prefetch(c, offset, extra1)
         caches = extra0 | (extra1 << 1) | (extra2 << 2)  # one bit per tile to come
 
+        if const_expr(self.is_fp16):
+            tiles = self.judge_first(c, s, scales, tiles)
         turn, piece = Int32(0), Int32(0)
         while tiles > 0:
             if s.is_lead:
@@ -466,22 +523,22 @@ class DecodeSparse:
             for _ in cutlass.range(tiles, unroll=1):
                 base, phase = 4 * (turn & 1), ((turn >> 1) & 1) ^ 1
                 for p in cutlass.range_constexpr(4):
-                    # Groups under way, oldest first: unit p (p == 2: and RoPE), unit p + 1.
+                    # Groups under way, oldest first: unit p, unit p + 1; with p == 3 RoPE between them.
                     unit = base + ORDER[p]
-                    late_rope = self.bytes.rope_is_value and p >= 2
+                    late_rope = self.bytes.rope_place > 0 and p >= 2
                     parts = [self.scale_of(s, scales, ORDER[p], i) for i in range(4)]
                     self.landed(2 if const_expr(late_rope and p == 3) else 1)
+                    cute.arch.sync_warp()  # lanes take what others have loaded
                     for i in cutlass.range_constexpr(2):
                         self.take_codes(s, p % 2, i, raw)
-                    if const_expr(p == 2 and self.bytes.has_rope_slice):
-                        if const_expr(self.config.fence == "writer"):
-                            cute.arch.fence_view_async_shared()
-                        self.arrive(c.rope_full)
                     cute.arch.mbarrier_wait(c.empty + unit, phase)
-                    if const_expr(p == 0 and self.bytes.has_rope_slice):
-                        cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
-                        self.load_rope(c, s, offsets, caches & 1, c.rope_base)
                     if const_expr(p == 2):
+                        # There is one place for RoPE, free when the scores of the tile before are complete: to wait for it
+                        # any earlier than this is to make every tile wait for them.
+                        if const_expr(self.bytes.has_rope_slice):
+                            cute.arch.mbarrier_wait(c.rope_empty, (turn & 1) ^ 1)
+                            self.load_rope(c, s, offsets, caches & 1, c.rope_base)
+                            self.commit()
                         if const_expr(self.bytes.rope_is_value):  # the second half of unit 3, which is filled next
                             cute.arch.mbarrier_wait(c.empty + base + 3, phase)
                             self.load_rope(
@@ -498,10 +555,10 @@ class DecodeSparse:
                         )
                     for i in cutlass.range_constexpr(4):
                         self.store_unit(c, s, raw, parts[i], unit, ORDER[p], i)
-                        cute.arch.sync_warp()  # one key after the other: all at once, conversions would spill
                         if const_expr(i < 2):
                             self.take_codes(s, p % 2, i + 2, raw)
-                        if const_expr(i == 1):  # all codes of the unit are taken, so those two units on may come
+                        cute.arch.sync_warp()  # one key after the other: all at once, conversions would spill
+                        if const_expr(i == 1):  # all lanes took their codes of the unit, so those two units on may come
                             for y in cutlass.range_constexpr(4):
                                 self.load_codes(
                                     c, s, offsets[y], caches & 1 if p < 2 else (caches >> 1) & 1, ORDER[(p + 2) % 4], y, p % 2
@@ -512,9 +569,14 @@ class DecodeSparse:
                     # The tensor cores read the ring through the async proxy.
                     if const_expr(self.config.fence == "writer"):
                         cute.arch.fence_view_async_shared()
+                    if const_expr(p == 3 and self.bytes.has_rope_slice):
+                        self.arrive(c.rope_full)
                     self.arrive(c.full + unit)
                 for x in cutlass.range_constexpr(self.bytes.scale_words):
                     scales[x] = later_scales[x]
+                if const_expr(self.is_fp16):
+                    if self.is_unfit(c, scales):
+                        self.void(c)
                 caches = (caches >> 1) | (extra2 << 2)
                 turn += 1
             if c.warp != 0:
@@ -524,6 +586,48 @@ class DecodeSparse:
             if s.is_lead & (tiles > 0):
                 self.load_q(c, piece)
         self.landed(0)
+
+    @cute.jit
+    def is_unfit(self, c: cutlass.Constexpr, scales: cute.Tensor):
+        """Whether any lane holds a scale with which codes are not exact in fp16: 2^-14 to 2^7 are, and 0."""
+        bad = Int32(0)
+        for x in cutlass.range_constexpr(self.bytes.scale_words):
+            if const_expr(self.bytes.is_e8m0):
+                for b in cutlass.range_constexpr(4):
+                    byte = (scales[x] >> (8 * b)) & 0xFF
+                    is_odd = (byte < FIT_LOW) | (byte > FIT_HIGH)
+                    if const_expr(self.bytes.scale_bytes // 2 + 4 * x + b >= self.bytes.num_scales):
+                        is_odd &= c.lane < 16  # padding in the words of the others
+                    bad |= Int32(1) if is_odd else Int32(0)
+            else:
+                exponent = scales[x] >> 23
+                is_odd = ((scales[x] & 0x7FFFFF) != 0) | (exponent < FIT_LOW) | (exponent > FIT_HIGH)
+                bad |= Int32(1) if is_odd & (scales[x] != 0) else Int32(0)
+        return cute.arch.vote_any_sync(bad != 0)
+
+    @cute.jit
+    def void(self, c: cutlass.Constexpr):
+        """Have the launch behind this one repeat this CTA."""
+        redo = c.redo
+        if c.lane == 0:
+            redo[c.part, c.token, c.m_block] = Int32(1)
+
+    @cute.jit
+    def judge_first(self, c: cutlass.Constexpr, s: cutlass.Constexpr, scales: cute.Tensor, tiles: Int32):
+        """Tell all roles whether the keys of the first tile fit; if not, there is nothing to do here."""
+        verdict, redo = c.verdict, c.redo
+        is_bad = self.is_unfit(c, scales)
+        if c.lane == 0:
+            verdict[c.warp] = Int32(1) if is_bad else Int32(0)
+            if s.is_lead:
+                redo[c.part, c.token, c.m_block] = Int32(0)
+        self.arrive(c.known)
+        left = self.first_piece(c)
+        if (left <= 0) & (tiles > 0):
+            self.void(c)
+            if s.is_lead:
+                cute.arch.mbarrier_wait(c.q_full, 0)  # shared memory must outlive what is on its way there
+        return left
 
     @cute.jit
     def commit(self):
@@ -620,9 +724,9 @@ class DecodeSparse:
 
     @cute.jit
     def spread(self, s: cutlass.Constexpr, offset: Int32, offsets: cute.Tensor):
-        """From one key per lane to the four keys that a lane handles."""
+        """From one key per lane to the four keys that a lane loads from."""
         for i in cutlass.range_constexpr(4):
-            offsets[i] = self.from_lane(offset, s.key, 4 * i)
+            offsets[i] = self.from_lane(offset, s.load_key, 4 * i)
 
     @cute.jit
     def from_lane(self, value: Int32, lane: Int32, more: cutlass.Constexpr):
@@ -670,15 +774,18 @@ class DecodeSparse:
         half = self.bytes.scale_bytes // 2
         place = self.bytes.scale_place + c.lane // 16 * half
         unit, start = (8, scale_offset) if const_expr(self.bytes.scales_behind_page) else (16, offset)
+        absent = "0x7F7F7F7F" if const_expr(self.is_fp16 and self.bytes.is_e8m0) else "0"  # a scale that always fits
         code = (
             "{ .reg .b64 a, b; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r3}, "
             + str(unit)
-            + ", {$r0}; cvt.u64.u32 b, {$r2}; add.u64 a, a, b; mov.b32 {$w0}, 0; "
+            + ", {$r0}; cvt.u64.u32 b, {$r2}; add.u64 a, a, b; mov.b32 {$w0}, "
+            + absent
+            + "; "
         )
         args = [self.start_of(c, is_extra), offset, place, start]
         if const_expr(self.bytes.scale_words == 2):
             scales[0], scales[1] = cute.arch.inline_ptx(
-                code + "mov.b32 {$w1}, 0; @p ld.global.nc.v2.b32 {{$w0}, {$w1}}, [a]; }",
+                code + "mov.b32 {$w1}, " + absent + "; @p ld.global.nc.v2.b32 {{$w0}, {$w1}}, [a]; }",
                 write_only_types=[Int32, Int32],
                 read_only_args=args,
             )
@@ -692,8 +799,8 @@ class DecodeSparse:
         self, c: cutlass.Constexpr, s: cutlass.Constexpr, offset: Int32, is_extra: Int32, unit: cutlass.Constexpr,
         i: cutlass.Constexpr, slot: cutlass.Constexpr,
     ):  # fmt: skip
-        """Sixteen codes of one key on their way to where this lane alone takes them; zeros where there is no key."""
-        base = self.start_of(c, is_extra) + Int64(s.chunk * 16)
+        """Sixteen codes of one key on their way to where a lane of this warp takes them; zeros where there is no key."""
+        base = self.start_of(c, is_extra) + Int64(s.load_chunk * 16)
         cute.arch.inline_ptx(
             "{ .reg .b64 a; .reg .b32 n, o; .reg .pred p; setp.ne.s32 p, {$r1}, -1; selp.b32 n, 16, 0, p;"
             " selp.b32 o, {$r1}, 0, p; mad.wide.u32 a, o, 16, {$r0}; cp.async.cg.shared.global [{$r2} + "
@@ -701,17 +808,17 @@ class DecodeSparse:
             + "], [a + "
             + str(128 * unit)
             + "], 16, n; }",
-            read_only_args=[base, offset, s.raw_place],
+            read_only_args=[base, offset, s.raw_to],
         )
 
     @cute.jit
     def take_codes(self, s: cutlass.Constexpr, slot: cutlass.Constexpr, i: cutlass.Constexpr, raw: cute.Tensor):
-        """The sixteen codes that `load_codes` asked for."""
+        """Sixteen codes that `load_codes` of some lane asked for."""
         at = 4 * (i % 2)
         raw[at], raw[at + 1], raw[at + 2], raw[at + 3] = cute.arch.inline_ptx(
             "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + " + str(2048 * slot + 512 * i) + "];",
             write_only_types=[Int32] * 4,
-            read_only_args=[s.raw_place],
+            read_only_args=[s.raw_from],
         )
 
     @cute.jit
@@ -719,7 +826,7 @@ class DecodeSparse:
         self, c: cutlass.Constexpr, s: cutlass.Constexpr, offsets: cute.Tensor, is_extra: Int32, slice_base: Int32
     ):  # fmt: skip
         """The RoPE columns of this warp's keys, as they are stored; zeros for keys that are not there."""
-        base = self.start_of(c, is_extra) + Int64(s.rope_chunk * 16)
+        base = self.start_of(c, is_extra) + Int64(s.load_chunk * 16)
         for i in cutlass.range_constexpr(4):
             there = slice_base + of_key(s.rope_place, i)
             size = Int32(16) if offsets[i] != NO_ROW else Int32(0)
@@ -748,6 +855,10 @@ class DecodeSparse:
             # 2^(byte - 127); 0 is 2^-127, which is subnormal, and 255 is NaN: both have the top bit of the mantissa
             scale = (byte << 23) | (Int32(0x400000) if ((byte + 1) & 0xFF) <= 1 else Int32(0))
         words = cute.make_rmem_tensor(8, Int32)
+        if const_expr(self.is_fp16):
+            scale = cute.arch.inline_ptx(
+                "cvt.rn.f16x2.f32 {$w0}, {$r0}, {$r0};", write_only_types=[Int32], read_only_args=[self.as_float(scale)]
+            )  # fmt: skip
         for x in cutlass.range_constexpr(4):
             words[2 * x], words[2 * x + 1] = self.dequantise(raw[4 * (i % 2) + x], scale)
         there = c.ring_base + unit * UNIT_BYTES + of_key(s.place, i)
@@ -767,7 +878,18 @@ class DecodeSparse:
 
     @cute.jit
     def dequantise(self, codes: Int32, scale: Int32):
-        """Four e4m3 codes times an fp32 scale, rounded once, to bf16: every code, subnormals and NaN included."""
+        """Four e4m3 codes times an fp32 scale, rounded once, to bf16: every code, subnormals and NaN included.
+
+        To fp16 the scale is a pair of fp16, and nothing is rounded.
+        """
+        if const_expr(self.is_fp16):
+            return cute.arch.inline_ptx(
+                "{ .reg .b16 lo, hi; .reg .b32 a, b; mov.b32 {lo, hi}, {$r0};"
+                " cvt.rn.f16x2.e4m3x2 a, lo; cvt.rn.f16x2.e4m3x2 b, hi;"
+                " mul.rn.f16x2 {$w0}, a, {$r1}; mul.rn.f16x2 {$w1}, b, {$r1}; }",
+                write_only_types=[Int32, Int32],
+                read_only_args=[codes, scale],
+            )
         return cute.arch.inline_ptx(
             "{ .reg .b16 lo, hi, h0, h1, h2, h3; .reg .b32 a, b; .reg .f32 s, f0, f1, f2, f3;"
             " mov.b32 s, {$r1}; mov.b32 {lo, hi}, {$r0};"
@@ -788,32 +910,49 @@ class DecodeSparse:
         c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
         c.qk_held.set(warpgroup.Field.ACCUMULATE, True)
         c.qk.set(warpgroup.Field.ACCUMULATE, True)
+        rope = c.qk_rope if self.is_fp16 else c.qk
+        rope.set(warpgroup.Field.ACCUMULATE, True)
         thr = c.qk.get_slice(c.thread)
         s = Scope(
             a=c.qk.make_fragment_A(thr.partition_A(c.s_q)),
             a_held=c.qk_held.make_fragment_A(c.qk_held.partition_shape_A((64, Q_HELD))),
             b_ring=c.qk.make_fragment_B(thr.partition_B(c.s_ring)),
-            b_rope=c.qk.make_fragment_B(thr.partition_B(c.s_rope)),
+            b_rope=rope.make_fragment_B(rope.get_slice(c.thread).partition_B(c.s_rope)),
             row0=c.warp * 16 + c.lane // 4,
         )
+        s.a_rope = s.a
+        if const_expr(self.is_fp16):
+            s.a_rope = rope.make_fragment_A(rope.get_slice(c.thread).partition_A(c.s_q_stored))
+        if const_expr(self.is_mixed):
+            s.b_stored = rope.make_fragment_B(rope.get_slice(c.thread).partition_B(c.s_ring_stored))
         acc = c.qk.make_fragment_C(c.qk.partition_shape_C((64, 64)))
-        packed = cute.make_rmem_tensor(acc.layout, cutlass.BFloat16)
-        store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), cutlass.BFloat16), c.qk)
+        packed = cute.make_rmem_tensor(acc.layout, self.operand)
+        store = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.operand), c.qk)
         thr_p = store.get_slice(c.thread)
         s.store, s.p_from, s.p_to = store, thr_p.retile(packed), thr_p.partition_D(c.s_p)
+        if const_expr(self.is_mixed):
+            stored = cute.make_rmem_tensor(acc.layout, cutlass.BFloat16)
+            also = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), cutlass.BFloat16), c.qk)
+            thr_also = also.get_slice(c.thread)
+            s.also, s.also_from, s.also_to = also, thr_also.retile(stored), thr_also.partition_D(c.s_p_rope)
 
         count, piece = Int32(0), Int32(0)
-        tiles = self.next_piece(c, piece)
+        tiles = self.first_piece(c)
         while tiles > 0:
             m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
             self.hold_q(c, s, c.piece[REQUEST, piece % PIECES])
             cute.arch.mbarrier_wait(c.q_full, piece & 1)
+            if const_expr(self.is_fp16):
+                scale0, scale1 = self.fit_q(c, s)
             for j in cutlass.range(tiles, unroll=1):
                 valid0, valid1 = self.multiply(c, s, acc, count, j)
                 if j + 1 == tiles:
                     self.arrive(c.q_empty)
                 for x in cutlass.range_constexpr(32):
-                    acc[x] = acc[x] * c.scale_log2
+                    if const_expr(self.is_fp16):
+                        acc[x] = acc[x] * (scale0 if const_expr((x // 2) % 2 == 0) else scale1)
+                    else:
+                        acc[x] = acc[x] * c.scale_log2
                 if (valid0 & valid1) != -1:
                     self.mask(c, acc, valid0, valid1)
                 m0, m1, l0, l1, f0, f1, need = self.reference(acc, m0, m1, l0, l1)
@@ -823,10 +962,13 @@ class DecodeSparse:
                         l0 += acc[x]
                     else:
                         l1 += acc[x]
-                packed.store(acc.load().to(cutlass.BFloat16))
+                packed.store(acc.load().to(self.operand))
                 buf = count & 1
                 cute.arch.mbarrier_wait(c.p_empty + buf, ((count >> 1) & 1) ^ 1)
                 cute.copy(s.store, s.p_from, s.p_to[None, None, None, buf])
+                if const_expr(self.is_mixed):
+                    stored.store(acc.load().to(cutlass.BFloat16))
+                    cute.copy(s.also, s.also_from, s.also_to[None, None, None, buf])
                 self.publish(c, s, buf, f0, f1, need)
                 if j + 1 == tiles:  # nothing to wait for: the next scores may be far away
                     self.arrive(c.go + buf)
@@ -855,6 +997,85 @@ class DecodeSparse:
                 )
 
     @cute.jit
+    def fit_q(self, c: cutlass.Constexpr, s: cutlass.Constexpr):
+        """Q as fp16, each row times the power of two that brings its largest element to 2^14; RoPE columns stay bf16.
+
+        Smaller elements lose what lies below 2^-39 of the largest. Returns the factors of the thread's two rows that make
+        logits, base 2, of the products. A warp handles its own 16 rows, a quad of lanes two of them, eight apart.
+        """
+        words = cute.recast_tensor(cute.make_tensor(s.a_held.iterator, cute.make_layout(Q_HELD // 2)), Int32)
+        row = s.row0 % 8
+        first = c.q_base + s.row0 * 128 + ((c.lane % 4 + 4 * (row % 2)) ^ row) * 16  # with `^ 64`: all eight chunks
+        chunk = cute.make_rmem_tensor(4, Int32)
+        slices = (self.bytes.d_qk - Q_HELD) // 64
+        scales = [c.scale_log2, c.scale_log2]
+        for half in cutlass.range_constexpr(2):
+            peak = Int32(0)
+            for x in cutlass.range_constexpr(Q_HELD // 8):
+                peak = self.larger(peak, words[x // 2 * 4 + x % 2 * 2 + half])
+            for x in cutlass.range_constexpr(2 * slices):
+                self.take_chunk((first ^ (64 * (x % 2))) + (x // 2 * SLICE_BYTES + 1024 * half), chunk)
+                for y in cutlass.range_constexpr(4):
+                    peak = self.larger(peak, chunk[y])
+            for d in (1, 2):
+                peak = self.larger(peak, cute.arch.shuffle_sync_bfly(peak, d))
+            peak = cutlass.max(peak & 0xFFFF, (peak >> 16) & 0xFFFF)
+            exponent = cutlass.max(peak >> 7, 15)  # at least 2^-112, so that the factor is a normal number
+            factor = self.as_float((268 - exponent) << 23)
+            scales[half] = c.scale_log2 * self.as_float((exponent - 14) << 23)
+            for x in cutlass.range_constexpr(Q_HELD // 8):
+                at = x // 2 * 4 + x % 2 * 2 + half
+                words[at] = self.fitted(words[at], factor, True)
+            for x in cutlass.range_constexpr(2 * slices):
+                there = (first ^ (64 * (x % 2))) + (x // 2 * SLICE_BYTES + 1024 * half)
+                self.take_chunk(there, chunk)
+                for y in cutlass.range_constexpr(4):
+                    chunk[y] = self.fitted(chunk[y], factor, x // 2 < slices - 1 or not self.bytes.rope_place)
+                cute.arch.inline_ptx(
+                    "st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                    read_only_args=[there, *(chunk[y] for y in range(4))],
+                )
+        # The tensor cores read Q through the async proxy, and the copy engine overwrites it.
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=1, number_of_threads=128)
+        return scales[0], scales[1]
+
+    @cute.jit
+    def take_chunk(self, there: Int32, chunk: cute.Tensor):
+        """Sixteen bytes of shared memory."""
+        chunk[0], chunk[1], chunk[2], chunk[3] = cute.arch.inline_ptx(
+            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Int32] * 4, read_only_args=[there]
+        )  # fmt: skip
+
+    @cute.jit
+    def larger(self, peak: Int32, pair: Int32):
+        """The larger magnitudes of two pairs of bf16, as bits."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 a, b; and.b32 a, {$r1}, 2147450879; mov.b32 b, {$r0}; max.u16x2 {$w0}, a, b; }",
+            write_only_types=[Int32],
+            read_only_args=[peak, pair],
+        )
+
+    @cute.jit
+    def fitted(self, pair: Int32, factor: Float32, is_fp16: cutlass.Constexpr):
+        """Two bf16 times a power of two, to fp16 or bf16."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 a, b; .reg .f32 f, g; shl.b32 a, {$r0}, 16; and.b32 b, {$r0}, 4294901760; mov.b32 f, a; mov.b32 g, b;"
+            " mul.rn.f32 f, f, {$r1}; mul.rn.f32 g, g, {$r1}; cvt.rn."
+            + ("f16x2" if is_fp16 else "bf16x2")
+            + ".f32 {$w0}, g, f; }",
+            write_only_types=[Int32],
+            read_only_args=[pair, factor],
+        )
+
+    @cute.jit
+    def as_float(self, bits: Int32):
+        """Bits as an fp32 number."""
+        return cute.arch.inline_ptx(
+            "mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[bits]
+        )  # fmt: skip
+
+    @cute.jit
     def multiply(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, count: Int32, j: Int32):
         """S of one tile. Opens the gates of the tile before; returns which keys are there, one bit each."""
         cfg = self.config
@@ -869,6 +1090,10 @@ class DecodeSparse:
         for p in cutlass.range_constexpr(4):
             e = ORDER[p]
             cute.arch.mbarrier_wait(c.full + base + e, phase)
+            if const_expr(
+                p == 3 and self.bytes.has_rope_slice
+            ):  # handed over with this unit, and one fence is for both
+                cute.arch.mbarrier_wait(c.rope_full, count & 1)
             if const_expr(cfg.fence == "reader"):
                 cute.arch.fence_view_async_shared()
             if const_expr(p == 0):
@@ -877,7 +1102,10 @@ class DecodeSparse:
                 warpgroup.fence()
             for k in cutlass.range_constexpr(8):
                 b = s.b_ring[None, None, k, base + e]
-                if const_expr(8 * e + k < Q_HELD // 16):
+                if const_expr(self.is_mixed and 8 * e + k >= 28):
+                    b = s.b_stored[None, None, k, base + e]
+                    cute.gemm(c.qk_rope, acc, s.a_rope[None, None, 8 * e + k - Q_HELD // 16], b, acc)
+                elif const_expr(8 * e + k < Q_HELD // 16):
                     cute.gemm(c.qk_held if issued else c.qk_first, acc, s.a_held[None, None, 8 * e + k], b, acc)
                 else:
                     cute.gemm(c.qk, acc, s.a[None, None, 8 * e + k - Q_HELD // 16], b, acc)
@@ -887,11 +1115,14 @@ class DecodeSparse:
                     self.arrive(c.go + right)
                 issued += 1
         if const_expr(self.bytes.has_rope_slice):
-            cute.arch.mbarrier_wait(c.rope_full, count & 1)
-            if const_expr(cfg.fence == "reader"):
-                cute.arch.fence_view_async_shared()
             for k in cutlass.range_constexpr(4):
-                cute.gemm(c.qk, acc, s.a[None, None, 32 + k - Q_HELD // 16], s.b_rope[None, None, k, 0], acc)
+                cute.gemm(
+                    c.qk_rope if self.is_fp16 else c.qk,
+                    acc,
+                    s.a_rope[None, None, 32 + k - Q_HELD // 16],
+                    s.b_rope[None, None, k, 0],
+                    acc,
+                )
         warpgroup.commit_group()
         if const_expr(cfg.gate_left == -1):
             self.arrive(c.go + left)
@@ -927,13 +1158,15 @@ class DecodeSparse:
         for i in cutlass.range_constexpr(8):
             x0 = cute.arch.fmax(x0, cute.arch.fmax(acc[i * 4 + 0], acc[i * 4 + 1]))
             x1 = cute.arch.fmax(x1, cute.arch.fmax(acc[i * 4 + 2], acc[i * 4 + 3]))
-        over = cute.arch.fmax(x0 - m0, x1 - m1) > Float32(LAZY_LOG2)
+        # fp16 has 14 bits below 1 and 16 above; the largest weight begins at 2^6, so that small ones keep their bits.
+        bias = 6.0 if self.is_fp16 else 0.0
+        over = cute.arch.fmax(x0 - m0, x1 - m1) > Float32(LAZY_LOG2 + bias)
         need = Int32(1) if cute.arch.vote_any_sync(over) else Int32(0)
         if need != 0:
             for d in (1, 2):
                 x0 = cute.arch.fmax(x0, cute.arch.shuffle_sync_bfly(x0, d))
                 x1 = cute.arch.fmax(x1, cute.arch.shuffle_sync_bfly(x1, d))
-            n0, n1 = cute.arch.fmax(m0, x0), cute.arch.fmax(m1, x1)
+            n0, n1 = cute.arch.fmax(m0, x0 - Float32(bias)), cute.arch.fmax(m1, x1 - Float32(bias))
             f0 = cute.math.exp2(m0 - n0, fastmath=True)
             f1 = cute.math.exp2(m1 - n1, fastmath=True)
             l0, l1, m0, m1 = l0 * f0, l1 * f1, n0, n1
@@ -993,18 +1226,25 @@ class DecodeSparse:
     # ------------------------------------------------------------------ O += P V
 
     @cute.jit
-    def values(self, c: cutlass.Constexpr):
+    def values(self, c: cutlass.Constexpr, known_half: cutlass.Constexpr):
         """Half of O's columns: P from the exchange, V from the ring, O in registers."""
-        half = c.group - 1
+        half = c.group - 1 if const_expr(known_half is None) else Int32(known_half)
         pv = c.pv
         s_v = cute.make_tensor(c.s_ring.iterator, cute.select(c.s_ring.layout, [1, 0, 2]))
         b = pv.make_fragment_B(pv.get_slice(c.thread).partition_B(s_v))
         a = pv.make_fragment_A(pv.get_slice(c.thread).partition_A(c.s_p))
         accs = [pv.make_fragment_C(pv.partition_shape_C((64, 128))) for _ in range(2)]
+        if const_expr(known_half == 1):
+            s_v_stored = cute.make_tensor(c.s_ring_stored.iterator, cute.select(c.s_ring_stored.layout, [1, 0, 2]))
+            code, rope = c.pv_code.get_slice(c.thread), c.pv_rope.get_slice(c.thread)
+            b_code = c.pv_code.make_fragment_B(code.partition_B(cute.local_tile(s_v, (64, 64), (0, 0, None))))
+            b_rope = c.pv_rope.make_fragment_B(rope.partition_B(cute.local_tile(s_v_stored, (64, 64), (1, 0, None))))
+            a_rope = c.pv_rope.make_fragment_A(rope.partition_A(c.s_p_rope))
+            of_64 = c.pv_code.make_fragment_C(c.pv_code.partition_shape_C((64, 64))).layout
+            acc_code, acc_rope = (cute.make_tensor(accs[1].iterator + 32 * x, of_64) for x in range(2))
         row0 = c.warp * 16 + c.lane // 4
-        pv.set(warpgroup.Field.ACCUMULATE, True)
         count, piece = Int32(0), Int32(0)
-        tiles = self.next_piece(c, piece)
+        tiles = self.first_piece(c)
         while tiles > 0:
             for acc in accs:
                 acc.fill(0.0)
@@ -1022,7 +1262,13 @@ class DecodeSparse:
                     cute.gemm(pv, accs[0], a[None, None, k, buf], b[None, None, k, unit], accs[0])
                 warpgroup.commit_group()
                 for k in cutlass.range_constexpr(4):
-                    cute.gemm(pv, accs[1], a[None, None, k, buf], b[None, None, k, unit + 1], accs[1])
+                    if const_expr(known_half == 1):
+                        cute.gemm(c.pv_code, acc_code, a[None, None, k, buf], b_code[None, None, k, unit + 1], acc_code)
+                        cute.gemm(
+                            c.pv_rope, acc_rope, a_rope[None, None, k, buf], b_rope[None, None, k, unit + 1], acc_rope
+                        )  # fmt: skip
+                    else:
+                        cute.gemm(pv, accs[1], a[None, None, k, buf], b[None, None, k, unit + 1], accs[1])
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
                 self.arrive(c.empty + unit)

@@ -46,7 +46,8 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Float32, (None, None, 512), stride=(stride(), stride(), 1)),  # out_accum
         fake_tensor(Float32, (None, None), stride=(None, 1), align=4),  # lse2_accum
         ints(1),  # fault_word
-        Int32(1), Int32(64), Int32(64), Int32(0), Int32(0), Int32(0), Int32(0), Float32(1.0),  # blocks to scale_log2
+        ints(None, None, None),  # redo
+        Int32(1), Int32(64), Int32(64), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Float32(1.0),  # blocks to scale_log2
         fake_stream(),
     )  # fmt: skip
 
@@ -80,6 +81,7 @@ def launch(
     out_accum: torch.Tensor,
     lse2_accum: torch.Tensor,
     *,
+    redo: torch.Tensor | None = None,
     chunk_blocks: int = 0,
 ) -> None:
     """Write out and lse of requests with one piece, out_accum and lse2_accum of the pieces of the others.
@@ -90,6 +92,7 @@ def launch(
         metadata, num_splits: the plan (`config.plan`).
         out_accum: fp32 [pieces, s_q * h_q, 512]; row = token, head.
         lse2_accum: fp32 [pieces, s_q * h_q], base 2.
+        redo: int32 [parts, s_q, 64-head blocks], for variants with fp16 operands and those behind them.
         chunk_blocks: piece length of batch_invariant, else 0.
     """
     q, out, lse = operands.q, operands.out, operands.lse
@@ -112,7 +115,7 @@ def launch(
     sink, blocks = operands.attn_sink, tiles(operands.indices.shape[-1], topk_extra)
     function(
         q, *main, *extra, metadata, num_splits, lse2_accum[0] if sink is None else sink, out, lse, out_accum, lse2_accum,
-        operands.fault_word, blocks, operands.kv_cache.shape[1], extra_page_size, chunk_blocks,
-        int(operands.topk_length is not None), int(operands.extra_topk_length is not None), int(sink is not None),
+        operands.fault_word, metadata.view(-1, 1, 8) if redo is None else redo, blocks, operands.kv_cache.shape[1], extra_page_size, chunk_blocks,
+        int(operands.topk_length is not None), int(operands.extra_topk_length is not None), int(sink is not None), int(redo is not None),
         operands.softmax_scale * LOG2_E,
     )  # fmt: skip
