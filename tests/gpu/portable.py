@@ -1,61 +1,121 @@
-"""What the portable kernels and mods must show on a GPU: mods in decode, varlen prefill with gradients, cache append.
+"""What the portable kernels and mods must show on a GPU: every kernel, every mod, varlen prefill with gradients, append.
 
-    python tests/gpu/portable.py [mods cute prefill append times] [--out portable.jsonl]
+    python tests/gpu/portable.py [docs kernels mods cute prefill append times] [--out portable.jsonl]
     TRITON_INTERPRET=1 python tests/gpu/portable.py --device cpu          the script itself, without a GPU
 
 Each section is at most `--seconds` long and runs in processes of its own: most of the time goes into compiling a kernel
 per item, so `--jobs` of them share the items (`times` has one). Correctness is the tolerance rule against the fp64
-oracle (append: equal bytes; gradients: autograd in fp64). `cute` runs the mods below in the Hopper kernels, which
-needs CuTe DSL or a bundle that holds them (`openmla compile --mods`). `times` compares decode with and without mods on
-both backends and sparse prefill with FlashMLA's, and times the first call of a mod that no cache has seen. One JSON line per item; exit status 0 when all passed.
+oracle (append: equal bytes; gradients: autograd in fp64). `docs` takes the first mod of docs/mods.md from that page and
+runs it in all three backends. `kernels` draws hostile cases for the Triton kernels. `cute` runs mods in the Hopper
+kernels; it, `docs` and `times` need CuTe DSL or a bundle that holds them: `bundle DIR` makes one, anywhere. `times` has
+what the suite `portable` cannot say; `figures` runs both, and holds them against the bars of issue 5. One JSON line per
+item; exit status 0 when all passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import inspect
+import importlib.metadata
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from portable_mods import CUTE_MODS, decode_arguments, mod_of_the_page, to
+from portable_times import BARS, Item, section_times
 
 import openmla
-from openmla import mods
+from openmla.core.errors import UnsupportedError
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
-from openmla.mods import Rope, m, mask_mod, score_mod
+from openmla.mods import Rope
+from openmla.mods.attached import form_of
 from openmla.reference import attention, quant
-from openmla.testing import budget
-from openmla.testing.cases import Case, native_arguments
+from openmla.testing import budget, coverage
+from openmla.testing.cases import Case, draw, native_arguments
 from openmla.testing.mod_cases import library_cases
 
-SECTIONS = ("mods", "cute", "prefill", "append", "times")
-Item = tuple[str, Callable[[], dict[str, Any]]]
+
+def section_docs(device: str) -> Iterator[Item]:
+    """The mod that the page shows first, unchanged in every backend; results beside the oracle and one another."""
+    is_gpu = device != "cpu"
+    sizes = {"d_qk": 576, "d_v": 512, "page_size": 64} if is_gpu else {"d_qk": 40, "d_v": 32, "page_size": 16}
+    for h_q, s_q in ((128, 1), (128, 2)) if is_gpu else ((4, 2),):
+        case = Case(
+            op="decode", seed=3, family="unit", dtype=torch.bfloat16 if is_gpu else torch.float16, h_q=h_q, h_kv=1,
+            softmax_scale=0.1, seqlens_q=(s_q,) * 3, seqlens_k=(900, 0, 133), is_causal=s_q > 1, **sizes,
+        )  # fmt: skip
+        backends = ("torch", "triton", "cute") if is_gpu else ("torch", "triton")
+        yield f"h_q={h_q} s_q={s_q}", lambda a=case, b=backends: judge_page(a, b, device)
 
 
-def to(device: str, given: Any) -> Any:
-    """Tensors, dicts, mods and lists of them on that device."""
-    if isinstance(given, torch.Tensor):
-        return given.to(device)
-    if isinstance(given, dict):
-        return {name: to(device, value) for name, value in given.items()}
-    if isinstance(given, list):
-        return [to(device, value) for value in given]
-    if isinstance(given, mods.Mod) and given.given:
-        return given.aux(**to(device, dict(given.given)))
-    if isinstance(given, Rope):
-        return Rope(given.cos.to(device), given.sin.to(device), given.is_interleaved)
-    return given
+def judge_page(case: Case, backends: tuple[str, ...], device: str) -> dict[str, Any]:
+    mod, operands = mod_of_the_page(), case.tensors()
+    golden = attention.decode(**operands, mods=mod, precision="fp64", with_bounds=True)
+    arguments = to(device, native_arguments("decode", operands))
+    outs, worst = [], {}
+    for backend in backends:
+        out, lse = openmla.decode(**arguments, mods=mod, backend=backend)
+        report = budget.check(out.cpu(), lse.cpu(), golden, dtype=case.dtype)
+        report.require(backend)
+        worst[backend] = max(finding.ratio for finding in report.findings)
+        outs.append(out.float())
+    apart = max(float((one - other).abs().max()) for one, other in itertools.combinations(outs, 2))
+    scale = max(float(each.abs().max()) for each in outs)
+    # Each is within the rule of the oracle; beside one another, within two roundings of the largest value.
+    assert apart <= 2 * torch.finfo(case.dtype).eps * scale, f"backends differ by {apart}, largest value {scale}"
+    return {"mod": mod.name, "worst": worst, "apart": round(apart / scale, 6)}
+
+
+def section_kernels(device: str) -> Iterator[Item]:
+    """Hostile cases of dense decode, sparse decode and sparse prefill, and Hopper's tile of 64 rows over every layout."""
+    for layout in (*BYTE_LAYOUT_NAMES, "") if device != "cpu" else ():
+        for h_q, s_q, page_size in ((128, 2, 64), (128, 1, 16), (16, 2, 64), (64, 1, 3)):
+            stored = kv_layout(layout or "bf16_576")
+            case = Case(
+                op="decode", seed=7, family="unit", dtype=torch.bfloat16, h_q=h_q, h_kv=1, d_qk=stored.d_qk, d_v=512,
+                softmax_scale=0.1, seqlens_q=(s_q,) * 3, seqlens_k=(900, 0, 133), is_causal=s_q > 1,
+                page_size=page_size, layout=layout,
+            )  # fmt: skip
+            if not layout or stored.page_align_bytes == 1 or page_size != 3:
+                yield f"decode {layout or 'bf16_576'} h_q={h_q} s_q={s_q}", lambda a=case: judge_case(a, device)
+    for scale, share in itertools.product((0.04, 1.0), (0.0, 0.2)) if device != "cpu" else ():  # at 1.0 peaks move
+        selected = Case(
+            op="sparse_prefill", seed=2, family="unit", dtype=torch.bfloat16, h_q=128, h_kv=1, d_qk=576, d_v=512,
+            softmax_scale=scale, seqlens_q=(5,), seqlens_k=(700,), topk=300, invalid_share=share,
+            has_topk_length=share > 0, has_sink=True,
+        )  # fmt: skip
+        yield f"sparse_prefill 128 heads scale={scale} {share}", lambda a=selected: judge_case(a, device)
+        paged = replace(selected, op="sparse_decode", seqlens_q=(2, 2), page_size=64)
+        yield f"sparse_decode 128 heads scale={scale} {share}", lambda a=paged: judge_case(a, device)
+    for op in ("decode", "sparse_decode", "sparse_prefill"):
+        for seed in range(16):
+            case = draw(seed, op)
+            if device == "cpu" and case.dtype == torch.bfloat16:
+                continue  # Triton's interpreter multiplies bit patterns
+            yield f"{op} seed {seed}", lambda a=case: judge_case(a, device)
+
+
+def judge_case(case: Case, device: str) -> dict[str, Any]:
+    """A case in Triton, faults and all, as `openmla verify` judges it."""
+    operands = case.tensors()
+    moved = coverage.moved(operands, torch.device(device))  # with their strides and gaps
+    try:
+        out, lse, largest = (x if x is None else x.cpu() for x in case.run(backend="triton", operands=moved))
+    except UnsupportedError as error:
+        return {"refused": next(why for kernel, why in error.reasons.items() if kernel.startswith("triton/"))[0]}
+    report = budget.check(out, lse, case.golden(operands), dtype=case.dtype, max_logits=largest)
+    report.require(str(case))
+    return {"worst": max(finding.ratio for finding in report.findings)}
 
 
 def section_mods(device: str) -> Iterator[Item]:
@@ -71,30 +131,6 @@ def section_mods(device: str) -> Iterator[Item]:
         library = library_cases(h_q=h_q, capacity=64 * 20, d_rope=sizes["d_qk"] - sizes["d_v"])
         for name, given in library.items():
             yield f"{name} h_q={h_q} {layout}", lambda a=case, b=given: judge_decode(a, b, device)
-
-
-@score_mod
-def fading(score, b, h, q_idx, kv_idx):
-    """A key loses weight with its distance, faster in the first heads."""
-    age = q_idx - kv_idx
-    return score - 0.002 * age * m.exp2(0.0 - 0.05 * h)
-
-
-@mask_mod
-def every_third(b, h, q_idx, kv_idx):
-    """Keys whose place is no multiple of 3, and the last ones."""
-    return (m.mod(kv_idx + b, 3) != 0) | (q_idx - kv_idx < 8)
-
-
-# What the Hopper kernels inline: of the library, and of a user.
-CUTE_MODS = {
-    "soft_cap": [mods.soft_cap(30.0)],
-    "sink_tokens": [mods.sink_tokens(4, 512)],
-    "window": [mods.sliding_window(512)],
-    "fading": [fading],
-    "every_third": [every_third],
-    "several": [mods.soft_cap(30.0), fading, mods.sink_tokens(4, 512), every_third],
-}
 
 
 def section_cute(device: str) -> Iterator[Item]:
@@ -214,168 +250,35 @@ def judge_append(layout: str, dtype: torch.dtype, has_rope: bool, device: str) -
     return {"tokens": count}
 
 
-def section_times(device: str) -> Iterator[Item]:
-    """Decode with and without mods, interleaved; sparse prefill; the first call of a mod nobody has seen."""
-    if device == "cpu":
-        yield "triton decode with mods", lambda: time_mods(4, 40, 2, device, "triton")
-        yield "first call", lambda: time_first_call(device)
-        return
-    for h_q, s_k, batch in ((128, 4096, 128), (128, 16384, 64), (16, 4096, 128), (16, 16384, 128)):
-        yield "triton decode", lambda a=h_q, b=s_k, c=batch: time_decode(h_q=a, s_k=b, batch=c)
-    yield "cute decode with mods", lambda: time_mods(128, 4096, 128, device, "cute")
-    yield "sparse prefill", lambda: time_sparse_prefill(s_q=4096, h_q=128, topk=2048, s_kv=8192)
-    yield "first call", lambda: time_first_call(device)
-    yield "cute decode with mods", lambda: time_mods(16, 16384, 128, device, "cute")
-    for h_q, s_k in ((128, 4096), (16, 16384)):
-        yield "triton decode with mods", lambda a=h_q, b=s_k: time_mods(a, b, 128, device, "triton")
+SECTIONS: dict[str, Callable[[str], Iterator[Item]]] = {
+    "docs": section_docs, "kernels": section_kernels, "mods": section_mods, "cute": section_cute,
+    "prefill": section_prefill, "append": section_append, "times": section_times,
+}  # fmt: skip
 
 
-def decode_arguments(h_q: int, s_k: int, batch: int, device: str) -> dict[str, Any]:
-    dtype = torch.bfloat16 if device != "cpu" else torch.float16
-    pages = -(-s_k // 64)
-    cache = torch.randn(batch * pages, 64, 1, 576, device=device, dtype=torch.float32).to(dtype)
-    return {
-        "q": torch.randn(batch, 1, h_q, 576, device=device).to(dtype), "kv_cache": cache,
-        "block_table": torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
-        "cache_seqlens": torch.full((batch,), s_k, dtype=torch.int32, device=device), "backend": "triton",
-    }  # fmt: skip
+def make_bundle(folder: Path) -> None:
+    """The Hopper kernels of the sections `cute`, `docs` and `times`, for machines without CuTe DSL; no GPU needed."""
+    from openmla.backends.cute import bundle, decode
 
-
-def time_mods(h_q: int, s_k: int, batch: int, device: str, backend: str) -> dict[str, Any]:
-    arguments = decode_arguments(h_q, s_k, batch, device) | {"backend": backend}
-    contenders: dict[str, Any] = {"plain": None, "window": mods.sliding_window(s_k // 2)}
-    if backend == "cute":
-        contenders |= CUTE_MODS
-        contenders["window"] = mods.sliding_window(s_k // 2)
-    else:
-        slopes = torch.linspace(0, 1, h_q, device=device)
-        contenders |= {
-            "soft_cap": mods.soft_cap(30.0), "alibi": mods.alibi(slopes), "sigmoid": mods.sigmoid(-8.0),
-            "rope": to(device, Rope.of_base(64, s_k + 64)),
-        }  # fmt: skip
-    calls = {"window option": lambda: openmla.decode(**arguments, window=s_k // 2)}
-    for name, given in contenders.items():
-        calls[name] = lambda given=given: openmla.decode(**arguments, mods=given)
-    found = medians(calls, device, 20)
-    over = {f"{name}_over": round(us / found["plain"] - 1, 4) for name, us in found.items() if name != "plain"}
-    tflops = 2 * batch * h_q * s_k * (576 + 512) / found["plain"] / 1e6
-    shape = {"h_q": h_q, "s_k": s_k, "batch": batch, "plain_tflops": round(tflops, 1)}
-    return shape | {f"{name}_us": round(us, 1) for name, us in found.items()} | over
-
-
-def time_decode(*, h_q: int, s_k: int, batch: int) -> dict[str, Any]:
-    """The plain Triton kernel, plan made beforehand, beside FlashMLA where it is installed."""
-    arguments = decode_arguments(h_q, s_k, batch, "cuda")
-    tensors = [arguments[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")]
-    plan = openmla.plan(*tensors, backend="triton")
-    calls: dict[str, Callable[[], Any]] = {"triton": lambda: openmla.decode(**arguments, plan=plan)}
-    peer = flash_mla_module()
-    if peer is not None:
-        metadata = peer.get_mla_metadata(tensors[3], h_q, 1)
-        options = legacy(peer.flash_mla_with_kvcache)
-        calls["flash_mla"] = lambda: peer.flash_mla_with_kvcache(*tensors, 512, *metadata, **options)
-        difference = float((calls["triton"]()[0].float() - calls["flash_mla"]()[0].float()).abs().max())
-        assert difference < 1e-2, f"they differ by {difference}"
-    found = medians(calls, "cuda", 12)
-    row: dict[str, Any] = {"h_q": h_q, "s_k": s_k, "batch": batch}
-    row["tflops"] = round(2 * batch * h_q * s_k * (576 + 512) / found["triton"] / 1e6, 1)
-    row["gbps"] = round(batch * s_k * 576 * 2 / found["triton"] / 1e3, 1)
-    return row | beside(found)
-
-
-def time_sparse_prefill(*, s_q: int, h_q: int, topk: int, s_kv: int) -> dict[str, Any]:
-    """Beside FlashMLA where it is installed."""
-    q = (0.3 * torch.randn(s_q, h_q, 576, device="cuda")).bfloat16()
-    kv = (0.3 * torch.randn(s_kv, 1, 576, device="cuda")).bfloat16()
-    indices = torch.randint(0, s_kv, (s_q, 1, topk), device="cuda", dtype=torch.int32)
-    calls: dict[str, Callable[[], Any]] = {
-        "triton": lambda: openmla.sparse_prefill(q, kv, indices, softmax_scale=576**-0.5, backend="triton")
+    wanted = {"dtype": "bf16", "d_qk": 576, "page_size": 64}
+    families = decode.families([form_of(given) for given in (*CUTE_MODS.values(), [mod_of_the_page()])])
+    chosen = {
+        name: (
+            [v for v in families[name][0] if all(getattr(v, k, x) == x for k, x in wanted.items())],
+            families[name][1],
+        )
+        for name in ("schedule", "combine", "decode_dense_merge", "decode_dense")
     }
-    peer = flash_mla_module()
-    if peer is not None:
-        options = legacy(peer.flash_mla_sparse_fwd)
-        calls["flash_mla"] = lambda: peer.flash_mla_sparse_fwd(q, kv, indices, 576**-0.5, **options)
-        difference = float((calls["triton"]()[0].float() - calls["flash_mla"]()[0].float()).abs().max())
-        assert difference < 2e-3, f"they differ by {difference}"
-    found = medians(calls, "cuda", 8)
-    row: dict[str, Any] = {"s_q": s_q, "h_q": h_q, "topk": topk, "s_kv": s_kv}
-    row["tflops"] = round(2 * s_q * h_q * topk * (576 + 512) / found["triton"] / 1e6, 1)
-    return row | beside(found)
-
-
-def flash_mla_module() -> Any:
-    """FlashMLA, or None where it is not installed."""
-    try:
-        return importlib.import_module("flash_mla")
-    except ImportError as error:
-        print(f"FlashMLA is not measured: {error}", file=sys.stderr)
-        return None
-
-
-def legacy(function: Callable[..., Any]) -> dict[str, Any]:
-    """SGLang's fork keeps the Hopper kernels behind this name."""
-    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
-
-
-def beside(found: dict[str, float]) -> dict[str, float]:
-    """Times, and FlashMLA's over ours."""
-    row = {f"{name}_us": round(us, 1) for name, us in found.items()}
-    return row | ({"ratio": round(found["flash_mla"] / found["triton"], 4)} if "flash_mla" in found else {})
-
-
-def medians(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
-    """Microseconds of each call, taken in turn; on a GPU behind a pause, so that launches do not wait for the host."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 3 if device != "cpu" else 2):
-        for name, call in calls.items():
-            microseconds = elapsed(call, device)
-            if turn >= 3 or device == "cpu":
-                found[name].append(microseconds)
-    return {name: statistics.median(each) for name, each in found.items()}
-
-
-def elapsed(run: Callable[[], Any], device: str) -> float:
-    if device == "cpu":
-        begin = time.perf_counter()
-        run()
-        return 1e6 * (time.perf_counter() - begin)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * begin.elapsed_time(end)
-
-
-def time_first_call(device: str) -> dict[str, Any]:
-    number = time.time()  # a constant that no cache has seen
-
-    @score_mod
-    def unseen(score, b, h, q_idx, kv_idx):
-        return score + 1e-9 * m.log(number + kv_idx)
-
-    arguments = decode_arguments(16, 64, 2, device)
-    openmla.decode(**arguments)
-    begin = time.perf_counter()
-    openmla.decode(**arguments, mods=unseen)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    first = time.perf_counter() - begin
-    begin = time.perf_counter()
-    openmla.decode(**arguments, mods=unseen)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return {"first_s": round(first, 2), "second_ms": round(1e3 * (time.perf_counter() - begin), 3)}
+    bundle.build(folder, chosen, lambda line: print(line, flush=True))
 
 
 def run_section(name: str, device: str, share: int, jobs: int) -> int:
     """Every item of one section that is `share` modulo `jobs`, a line each; the number that failed."""
     failed = 0
-    for item, check in itertools.islice(globals()[f"section_{name}"](device), share, None, jobs):
-        row: dict[str, Any] = {"section": name, "item": item.strip()}
-        if name == "times":
-            row["device"] = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+    where = {"device": torch.cuda.get_device_name() if device != "cpu" else "cpu", "torch": torch.__version__}
+    where |= {"triton": importlib.metadata.version("triton"), "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    for item, check in itertools.islice(SECTIONS[name](device), share, None, jobs):
+        row: dict[str, Any] = {"section": name, "item": item.strip(), **where}
         try:
             row |= {"passed": True, **check()}
         except Exception as error:  # what one item raises must not hide the others
@@ -387,13 +290,20 @@ def run_section(name: str, device: str, share: int, jobs: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=[], help=f"default: {' '.join(SECTIONS)}")
+    parser.add_argument(
+        "sections", nargs="*", default=[], help=f"default: {' '.join(SECTIONS)}; or figures, or bundle DIR"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=150.0, help="per section")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes per section")
     parser.add_argument("--here", type=int, metavar="SHARE", help="in this process, and only this share of the items")
     args = parser.parse_args()
+    if args.sections[:1] == ["bundle"]:
+        make_bundle(Path(args.sections[1]))
+        return 0
+    if args.sections == ["figures"]:
+        return figures(args)
     if args.here is not None:
         return int(sum(run_section(name, args.device, args.here, args.jobs) for name in args.sections) > 0)
     lines, status = [], 0
@@ -413,15 +323,35 @@ def main() -> int:
     return int(status)
 
 
+def figures(args: argparse.Namespace) -> int:
+    """The suite `portable`, then the section `times`; rows of both beside `--out`, and each bar with what was measured."""
+    suite_rows = args.out.with_suffix(".suite.jsonl") if args.out else None
+    suite = [sys.executable, "-m", "openmla", "bench", "--suite", "portable", "--backend", "triton", "--seconds", "0.6"]
+    status = subprocess.run([*suite, *(["--out", str(suite_rows)] if suite_rows else [])], check=False).returncode
+    rows, texts, is_fine = run_processes("times", args)
+    for text in texts:
+        print(text[-1500:], flush=True)
+    if args.out:
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, value, bar, is_least in BARS:
+        found = next((value(row) for row in rows if value(row) is not None), None)
+        holds = found is not None and (found >= bar if is_least else found <= bar)
+        print(f"{'holds ' if holds else 'MISSED'} {name}: {found}, bar {'>=' if is_least else '<='} {bar}", flush=True)
+        status |= not holds
+    return int(status or not is_fine)
+
+
 def run_processes(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:
     """(rows, what processes that broke off said, whether none did) of one section."""
     jobs = 1 if name == "times" else args.jobs
     own = [sys.executable, __file__, name, "--device", args.device, "--jobs", str(jobs), "--here"]
     deadline = time.monotonic() + args.seconds
+    # The oracle's threads of all processes together, no more than there are cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))}
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * jobs)]
         running = [
-            subprocess.Popen([*own, str(share)], stdout=logs[2 * share], stderr=logs[2 * share + 1])
+            subprocess.Popen([*own, str(share)], stdout=logs[2 * share], stderr=logs[2 * share + 1], env=environment)
             for share in range(jobs)
         ]
         rows, texts, is_fine = [], [], True

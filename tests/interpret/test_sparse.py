@@ -55,6 +55,27 @@ def test_hostile_prefill_cases(machine, judged):
         judged(case)
 
 
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        (PREFILL, {}),
+        (PREFILL, {"invalid_share": 0.0, "has_topk_length": False, "topk": 64}),
+        (PREFILL, {"invalid_share": 0.0, "softmax_scale": 4.0, "topk": 64}),  # the peak moves in most tiles
+        (PREFILL, {"invalid_share": 0.0, "softmax_scale": -1e6}),
+        (DECODE, {}),
+        (DECODE, {"invalid_share": 0.0, "topk": 70}),
+    ],
+    ids=["invalid", "whole", "moving", "large", "decode", "decode-whole"],
+)
+def test_tiles_kept_apart(case, changes, machine, judged, short_splits, monkeypatch):
+    """The form of the tile that Hopper gets: full tiles in a loop of their own, and a peak that seldom moves."""
+    from openmla.backends.triton import launch
+
+    monkeypatch.setattr(launch, "kept_apart", lambda config, problem, target: "all")
+    machine(6)
+    judged(with_changes(case, **changes))
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("layout", [*BYTE_LAYOUT_NAMES, "fp16_576", "fp32_512"])
 def test_every_layout(layout, splits, machine, judged, short_splits):

@@ -28,7 +28,16 @@ import triton.language as tl
 
 from openmla.backends.triton.inline import rotate_queries
 from openmla.backends.triton.rows import load_latent, load_rope, row_offsets, wanted_columns
-from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, no_mass, sink_share, whole_mass
+from openmla.backends.triton.softmax import (
+    LN_2,
+    LOWEST,
+    finish,
+    fold_tile,
+    load_queries,
+    no_mass,
+    sink_share,
+    whole_mass,
+)
 
 # Bits of openmla.core.faults.Fault.
 PAGE_OUT_OF_RANGE = tl.constexpr(1)
@@ -182,8 +191,8 @@ def attend_range(
         seen = present[None, :]
         if MIXED:
             seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
-        peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED, APART, MODS, DIMS
+        peak, mass, acc, _ = fold_tile(
+            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, (), site, place, MIXED, APART, MODS, DIMS
         )  # fmt: skip
     return peak, mass, acc, strays
 
@@ -201,7 +210,7 @@ def attend_piece(
     With an activation lse2 is the sum of weights itself, which pieces can add.
     token [BLOCK_M] is the query of each row, from token_low to token_high; token_high < 0 where there is no row.
     """
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     mass = no_mass(BLOCK_M, APART)
     D_LATENT: tl.constexpr = DIMS[2]
     acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)

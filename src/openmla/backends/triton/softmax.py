@@ -2,13 +2,14 @@
 
 State of a tile of BLOCK_M query rows, fp32:
 
-    peak [BLOCK_M]              largest score so far, unscaled
-    mass [BLOCK_M]              sum of 2^((score - peak) * scale2), or its parts: see `add_mass`
+    peak [BLOCK_M]              largest score so far, unscaled, or one that it exceeds by little: see `weigh_lazily`
+    mass [BLOCK_M]              sum of 2^((score - peak) * scale2), or its parts: see `share`
     acc [BLOCK_M, D_LATENT]     sum of 2^((score - peak) * scale2) * v
 
 with scale2 = |softmax_scale| * log2(e) and scores multiplied by the sign of softmax_scale, so that the largest score
-has the largest weight. The peak is subtracted before scaling: the largest weight is then exactly 1, also for scores of
-1e12, where a fused multiply-add of score and scaled peak would be off by whole powers of two.
+has the largest weight. The peak is subtracted before scaling: a score that is the peak has a weight of exactly 1, also
+at 1e12, where a fused multiply-add of score and scaled peak would be off by whole powers of two. It begins at the lowest
+finite number, so that no difference is -inf - -inf.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -21,6 +22,8 @@ from openmla.backends.triton.rows import load_plain
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+MOST = tl.constexpr(256.0)  # of what a thread adds to a row before the peak moves; weights stay exact enough in fp16
 
 
 @triton.jit
@@ -44,19 +47,18 @@ def no_mass(BLOCK_M: tl.constexpr, APART: tl.constexpr):
 
 
 @triton.jit
-def add_mass(mass, rescale, weights, APART: tl.constexpr):
-    """The sum after a tile: mass * rescale + weights, summed over columns.
+def share(tile, APART: tl.constexpr, combine: tl.constexpr):
+    """Sums ("sum") or maxima ("max") of a tile, [BLOCK_M, BLOCK_N], per row: [BLOCK_M].
 
-    With all APART over those alone that a thread of wgmma's result holds: columns 8 i + 2 lane and the one behind, in
-    one of two halves. Threads and warpgroups need not meet for that, as they must for a sum per row.
+    With all APART over those columns alone that a thread of wgmma's result holds, 8 i + 2 lane and the one behind, in one
+    of two halves: [BLOCK_M, 2, 4]. Threads and warpgroups need not meet for that, as they must for a number per row.
     """
     if APART == "all":
-        BLOCK_M: tl.constexpr = weights.shape[0]
-        parts = tl.reshape(weights, (BLOCK_M, 2, weights.shape[1] // 16, 4, 2))
-        mass = mass * rescale[:, None, None] + tl.sum(tl.sum(parts, 4), 2)
+        parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 16, 4, 2))
+        found = tl.sum(tl.sum(parts, 4), 2) if combine == "sum" else tl.max(tl.max(parts, 4), 2)
     else:
-        mass = mass * rescale + tl.sum(weights, 1)
-    return mass
+        found = tl.sum(tile, 1) if combine == "sum" else tl.max(tile, 1)
+    return found
 
 
 @triton.jit
@@ -68,17 +70,22 @@ def whole_mass(mass):
 
 
 @triton.jit
-def weigh(
-    scores, seen, sign, scale2, peak, mass, site, place, APART: tl.constexpr, MODS: tl.constexpr, dtype: tl.constexpr
-):
-    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile.
+def seen_scores(scores, seen, sign, site, place, MODS: tl.constexpr):
+    """Scores behind mods, turned so that the largest has the largest weight, -inf where a row does not see the key.
 
-    With MODS, scores are in natural units behind `change`, scale2 is log2(e) and sign 1; an activation leaves the peak
-    alone, and nothing that was summed is scaled.
+    With MODS they are in natural units behind `change`, scale2 is log2(e) and sign 1.
     """
     if MODS is not None:
         scores, seen = change(scores, seen, site, place, MODS)
-    scores = tl.where(seen, scores * sign, float("-inf"))
+    return tl.where(seen, scores * sign, float("-inf"))
+
+
+@triton.jit
+def weigh(scores, scale2, peak, mass, site, place, APART: tl.constexpr, MODS: tl.constexpr, dtype: tl.constexpr):
+    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile.
+
+    scores are those of `seen_scores`. An activation leaves the peak alone, and nothing that was summed is scaled.
+    """
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
     if HAS_ACTIVATION:
         higher = peak
@@ -86,10 +93,35 @@ def weigh(
         weights = activate(scores, site, place, MODS)
     else:
         higher = tl.maximum(peak, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2((scores - shift[:, None]) * scale2)
-        rescale = tl.exp2((peak - shift) * scale2)
-    return higher, add_mass(mass, rescale, weights, APART), rescale, weights.to(dtype)
+        weights = tl.exp2((scores - higher[:, None]) * scale2)
+        rescale = tl.exp2((peak - higher) * scale2)
+    if APART == "all":
+        mass = mass * rescale[:, None, None] + share(weights, APART, "sum")
+    else:
+        mass = mass * rescale + share(weights, APART, "sum")
+    return higher, mass, rescale, weights.to(dtype)
+
+
+@triton.jit
+def weigh_lazily(scores, scale2, peak, mass, acc, APART: tl.constexpr, dtype: tl.constexpr):
+    """(peak, mass, acc times its factor, weights) as of `weigh`; the peak moves only when it must.
+
+    It stays while a thread's weights of a row add up to MOST at most: no maximum, which would cross both warpgroups, and
+    no 128 multiplications of acc per thread. The first tile moves it, and so does a NaN.
+    """
+    exact = tl.exp2((scores - peak[:, None]) * scale2)
+    weights = exact.to(dtype)  # in both branches: the compiler would pass fp32 through shared memory
+    added = share(exact, APART, "sum")
+    if tl.max(tl.where(added <= MOST, 0, 1), axis=None) != 0:
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        rescale = tl.exp2((peak - higher) * scale2)
+        exact = tl.exp2((scores - higher[:, None]) * scale2)
+        weights = exact.to(dtype)
+        added = share(exact, APART, "sum")
+        mass *= rescale[:, None, None]
+        acc *= rescale[:, None]
+        peak = higher
+    return peak, mass + added, acc, weights
 
 
 @triton.jit
@@ -100,10 +132,12 @@ def unused_tile(peak, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def fold_tile(
-    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED: tl.constexpr,
+    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, tops, site, place, MIXED: tl.constexpr,
     APART: tl.constexpr, MODS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
+
+    tops: (largest scores as `share` has them,) where somebody asks for them, else ().
 
     seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
     a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
@@ -119,8 +153,11 @@ def fold_tile(
     """
     # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
     BLOCK_N: tl.constexpr = latent.shape[0]
+    HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
+    IS_HIDDEN: tl.constexpr = APART == "all" and not MIXED
+    IS_LAZY: tl.constexpr = IS_HIDDEN and not HAS_ACTIVATION
+    rescale = peak
     if APART != "":
-        higher, rescale = peak, peak
         if scale2 > 0:
             scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         else:
@@ -128,10 +165,16 @@ def fold_tile(
         if sign < 2.0:  # another condition, or both blocks become one
             if DIMS[3] > 0:
                 scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
-            higher, mass, rescale, weights = weigh(
-                scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
-            )  # fmt: skip
-        elif APART == "all" and not MIXED and DIMS[3] > 0:  # the second use of rope
+            scores = seen_scores(scores, seen, sign, site, place, MODS)
+            if IS_LAZY:
+                peak, mass, acc, weights = weigh_lazily(scores, scale2, peak, mass, acc, APART, latent.dtype)
+            else:
+                peak, mass, rescale, weights = weigh(
+                    scores, scale2, peak, mass, site, place, APART, MODS, latent.dtype
+                )  # fmt: skip
+            if len(tops) > 0:
+                tops = (tl.maximum(tops[0], share(scores, APART, "max")),)
+        elif IS_HIDDEN and DIMS[3] > 0:  # the second use of rope
             weights = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee").to(latent.dtype)
         else:
             weights = unused_tile(peak, BLOCK_N).to(latent.dtype)
@@ -139,18 +182,21 @@ def fold_tile(
         scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         if DIMS[3] > 0:
             scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
-        higher, mass, rescale, weights = weigh(
-            scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
-        )  # fmt: skip
+        scores = seen_scores(scores, seen, sign, site, place, MODS)
+        peak, mass, rescale, weights = weigh(scores, scale2, peak, mass, site, place, APART, MODS, latent.dtype)
+        if len(tops) > 0:
+            tops = (tl.maximum(tops[0], share(scores, APART, "max")),)
     values = latent
     if MIXED:
         values = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
-    if APART == "all" and not MIXED:
+    if not IS_LAZY:
+        acc = acc * rescale[:, None]
+    if IS_HIDDEN:
         if scale2 > -1.0:
-            acc = tl.dot(weights, values, acc=acc * rescale[:, None], input_precision="ieee")
+            acc = tl.dot(weights, values, acc=acc, input_precision="ieee")
     else:
-        acc = tl.dot(weights, values, acc=acc * rescale[:, None], input_precision="ieee")
-    return higher, mass, acc
+        acc = tl.dot(weights, values, acc=acc, input_precision="ieee")
+    return peak, mass, acc, tops
 
 
 @triton.jit
