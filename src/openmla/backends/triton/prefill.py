@@ -22,7 +22,7 @@ import triton.language as tl
 from openmla.backends.triton.combine import write_orphans
 from openmla.backends.triton.decode import CU_SEQLENS_NOT_MONOTONE, query_span
 from openmla.backends.triton.rows import load_plain
-from openmla.backends.triton.softmax import LN_2, LOG2_E, LOWEST, finish, seen_scores, weigh
+from openmla.backends.triton.softmax import LN_2, LOG2_E, finish, weigh
 
 NO_LIMIT = tl.constexpr(2147483647)
 
@@ -82,9 +82,7 @@ def attend_keys(
         seen = exists[None, :]
         if MIXED:
             seen = seen & (place[None, :] < end[:, None])
-        peak, mass, rescale, weights = weigh(
-            seen_scores(scores, seen, sign, (), place, None), scale2, peak, mass, (), place, "", None, value.dtype
-        )  # fmt: skip
+        peak, mass, rescale, weights = weigh(scores, seen, sign, scale2, peak, mass, (), place, "", None, value.dtype)
         acc = acc * rescale[:, None]
         if MIXED:
             # A value that some rows do not see must not reach them as 0 * NaN.
@@ -153,7 +151,7 @@ def prefill_kernel(
             q_low, q_high = q_low.to(COMPUTE), q_high.to(COMPUTE)
             limit, full = key_limits(tile * BLOCK_M, tile * BLOCK_M + BLOCK_M - 1, s_q, s_k, IS_CAUSAL, BLOCK_N)
             end = tl.minimum(tl.maximum(s_k - s_q + row + 1, 0), s_k)
-            peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+            peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             mass = tl.zeros((BLOCK_M,), tl.float32)
             acc = tl.zeros((BLOCK_M, D_VALUE), tl.float32)
             last = (limit + BLOCK_N - 1) // BLOCK_N

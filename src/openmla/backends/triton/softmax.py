@@ -3,13 +3,12 @@
 State of a tile of BLOCK_M query rows, fp32:
 
     peak [BLOCK_M]              largest score so far, unscaled, or one that it exceeds by little: see `weigh_lazily`
-    mass [BLOCK_M]              sum of 2^((score - peak) * scale2), or its parts: see `share`
+    mass [BLOCK_M]              sum of 2^((score - peak) * scale2), or its parts: see `add_mass`
     acc [BLOCK_M, D_LATENT]     sum of 2^((score - peak) * scale2) * v
 
 with scale2 = |softmax_scale| * log2(e) and scores multiplied by the sign of softmax_scale, so that the largest score
-has the largest weight. The peak is subtracted before scaling: a score that is the peak has a weight of exactly 1, also
-at 1e12, where a fused multiply-add of score and scaled peak would be off by whole powers of two. It begins at the lowest
-finite number, so that no difference is -inf - -inf.
+has the largest weight. The peak is subtracted before scaling: the largest weight is then exactly 1, also for scores of
+1e12, where a fused multiply-add of score and scaled peak would be off by whole powers of two.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -22,7 +21,7 @@ from openmla.backends.triton.rows import load_plain
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a lazy peak begins: no difference is then -inf - -inf
 MOST = tl.constexpr(256.0)  # of what a thread adds to a row before the peak moves; weights stay exact enough in fp16
 
 
@@ -47,18 +46,29 @@ def no_mass(BLOCK_M: tl.constexpr, APART: tl.constexpr):
 
 
 @triton.jit
-def share(tile, APART: tl.constexpr, combine: tl.constexpr):
-    """Sums ("sum") or maxima ("max") of a tile, [BLOCK_M, BLOCK_N], per row: [BLOCK_M].
+def share(weights, APART: tl.constexpr):
+    """Weights summed over columns: [BLOCK_M].
 
-    With all APART over those columns alone that a thread of wgmma's result holds, 8 i + 2 lane and the one behind, in one
-    of two halves: [BLOCK_M, 2, 4]. Threads and warpgroups need not meet for that, as they must for a number per row.
+    With all APART over those alone that a thread of wgmma's result holds: columns 8 i + 2 lane and the one behind, in
+    one of two halves, [BLOCK_M, 2, 4]. Threads and warpgroups need not meet for that, as they must for a sum per row.
     """
     if APART == "all":
-        parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 16, 4, 2))
-        found = tl.sum(tl.sum(parts, 4), 2) if combine == "sum" else tl.max(tl.max(parts, 4), 2)
+        BLOCK_M: tl.constexpr = weights.shape[0]
+        parts = tl.reshape(weights, (BLOCK_M, 2, weights.shape[1] // 16, 4, 2))
+        found = tl.sum(tl.sum(parts, 4), 2)
     else:
-        found = tl.sum(tile, 1) if combine == "sum" else tl.max(tile, 1)
+        found = tl.sum(weights, 1)
     return found
+
+
+@triton.jit
+def add_mass(mass, rescale, weights, APART: tl.constexpr):
+    """The sum after a tile: mass * rescale + `share` of its weights."""
+    if APART == "all":
+        mass = mass * rescale[:, None, None] + share(weights, APART)
+    else:
+        mass = mass * rescale + share(weights, APART)
+    return mass
 
 
 @triton.jit
@@ -70,22 +80,17 @@ def whole_mass(mass):
 
 
 @triton.jit
-def seen_scores(scores, seen, sign, site, place, MODS: tl.constexpr):
-    """Scores behind mods, turned so that the largest has the largest weight, -inf where a row does not see the key.
+def weigh(
+    scores, seen, sign, scale2, peak, mass, site, place, APART: tl.constexpr, MODS: tl.constexpr, dtype: tl.constexpr
+):
+    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile.
 
-    With MODS they are in natural units behind `change`, scale2 is log2(e) and sign 1.
+    With MODS, scores are in natural units behind `change`, scale2 is log2(e) and sign 1; an activation leaves the peak
+    alone, and nothing that was summed is scaled.
     """
     if MODS is not None:
         scores, seen = change(scores, seen, site, place, MODS)
-    return tl.where(seen, scores * sign, float("-inf"))
-
-
-@triton.jit
-def weigh(scores, scale2, peak, mass, site, place, APART: tl.constexpr, MODS: tl.constexpr, dtype: tl.constexpr):
-    """(new peak, new mass, factor of what was summed so far, weights [BLOCK_M, BLOCK_N] in `dtype`) of a tile.
-
-    scores are those of `seen_scores`. An activation leaves the peak alone, and nothing that was summed is scaled.
-    """
+    scores = tl.where(seen, scores * sign, float("-inf"))
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
     if HAS_ACTIVATION:
         higher = peak
@@ -93,31 +98,31 @@ def weigh(scores, scale2, peak, mass, site, place, APART: tl.constexpr, MODS: tl
         weights = activate(scores, site, place, MODS)
     else:
         higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2((scores - higher[:, None]) * scale2)
-        rescale = tl.exp2((peak - higher) * scale2)
-    if APART == "all":
-        mass = mass * rescale[:, None, None] + share(weights, APART, "sum")
-    else:
-        mass = mass * rescale + share(weights, APART, "sum")
-    return higher, mass, rescale, weights.to(dtype)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2((scores - shift[:, None]) * scale2)
+        rescale = tl.exp2((peak - shift) * scale2)
+    return higher, add_mass(mass, rescale, weights, APART), rescale, weights.to(dtype)
 
 
 @triton.jit
-def weigh_lazily(scores, scale2, peak, mass, acc, APART: tl.constexpr, dtype: tl.constexpr):
-    """(peak, mass, acc times its factor, weights) as of `weigh`; the peak moves only when it must.
+def weigh_lazily(scores, seen, sign, scale2, peak, mass, acc, site, place, MODS: tl.constexpr, dtype: tl.constexpr):
+    """(peak, mass, acc times its factor, weights) as of `weigh` with all APART; the peak moves only when it must.
 
     It stays while a thread's weights of a row add up to MOST at most: no maximum, which would cross both warpgroups, and
     no 128 multiplications of acc per thread. The first tile moves it, and so does a NaN.
     """
+    if MODS is not None:
+        scores, seen = change(scores, seen, site, place, MODS)
+    scores = tl.where(seen, scores * sign, float("-inf"))
     exact = tl.exp2((scores - peak[:, None]) * scale2)
     weights = exact.to(dtype)  # in both branches: the compiler would pass fp32 through shared memory
-    added = share(exact, APART, "sum")
+    added = share(exact, "all")
     if tl.max(tl.where(added <= MOST, 0, 1), axis=None) != 0:
         higher = tl.maximum(peak, tl.max(scores, 1))
         rescale = tl.exp2((peak - higher) * scale2)
         exact = tl.exp2((scores - higher[:, None]) * scale2)
         weights = exact.to(dtype)
-        added = share(exact, APART, "sum")
+        added = share(exact, "all")
         mass *= rescale[:, None, None]
         acc *= rescale[:, None]
         peak = higher
@@ -132,12 +137,10 @@ def unused_tile(peak, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def fold_tile(
-    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, tops, site, place, MIXED: tl.constexpr,
-    APART: tl.constexpr, MODS: tl.constexpr, DIMS: tl.constexpr,
+    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED: tl.constexpr,
+    APART: tl.constexpr, MODS: tl.constexpr, DIMS: tl.constexpr, MAY_BE_LAZY: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
-
-    tops: (largest scores as `share` has them,) where somebody asks for them, else ().
 
     seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
     a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
@@ -149,15 +152,14 @@ def fold_tile(
     the next tile behind them: with room for two tiles nothing would then be on its way while a tile is multiplied.
     Inside conditions, and with two uses of each operand, loads come first and two buffers do. Never so where a tile also
     goes through registers, as values of a MIXED one do: Triton 3.6 then keeps one buffer, and the next tile arrives in it
-    while the scores read this one.
+    while the scores read this one. MAY_BE_LAZY: such tiles may leave the peak where it is (`weigh_lazily`).
     """
     # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
     BLOCK_N: tl.constexpr = latent.shape[0]
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
-    IS_HIDDEN: tl.constexpr = APART == "all" and not MIXED
-    IS_LAZY: tl.constexpr = IS_HIDDEN and not HAS_ACTIVATION
-    rescale = peak
+    IS_LAZY: tl.constexpr = MAY_BE_LAZY and APART == "all" and not MIXED and not HAS_ACTIVATION
     if APART != "":
+        higher, rescale = peak, peak
         if scale2 > 0:
             scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         else:
@@ -165,16 +167,15 @@ def fold_tile(
         if sign < 2.0:  # another condition, or both blocks become one
             if DIMS[3] > 0:
                 scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
-            scores = seen_scores(scores, seen, sign, site, place, MODS)
             if IS_LAZY:
-                peak, mass, acc, weights = weigh_lazily(scores, scale2, peak, mass, acc, APART, latent.dtype)
-            else:
-                peak, mass, rescale, weights = weigh(
-                    scores, scale2, peak, mass, site, place, APART, MODS, latent.dtype
+                higher, mass, acc, weights = weigh_lazily(
+                    scores, seen, sign, scale2, peak, mass, acc, site, place, MODS, latent.dtype
                 )  # fmt: skip
-            if len(tops) > 0:
-                tops = (tl.maximum(tops[0], share(scores, APART, "max")),)
-        elif IS_HIDDEN and DIMS[3] > 0:  # the second use of rope
+            else:
+                higher, mass, rescale, weights = weigh(
+                    scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
+                )  # fmt: skip
+        elif APART == "all" and not MIXED and DIMS[3] > 0:  # the second use of rope
             weights = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee").to(latent.dtype)
         else:
             weights = unused_tile(peak, BLOCK_N).to(latent.dtype)
@@ -182,21 +183,20 @@ def fold_tile(
         scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         if DIMS[3] > 0:
             scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee")
-        scores = seen_scores(scores, seen, sign, site, place, MODS)
-        peak, mass, rescale, weights = weigh(scores, scale2, peak, mass, site, place, APART, MODS, latent.dtype)
-        if len(tops) > 0:
-            tops = (tl.maximum(tops[0], share(scores, APART, "max")),)
+        higher, mass, rescale, weights = weigh(
+            scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
+        )  # fmt: skip
     values = latent
     if MIXED:
         values = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
     if not IS_LAZY:
         acc = acc * rescale[:, None]
-    if IS_HIDDEN:
+    if APART == "all" and not MIXED:
         if scale2 > -1.0:
             acc = tl.dot(weights, values, acc=acc, input_precision="ieee")
     else:
         acc = tl.dot(weights, values, acc=acc, input_precision="ieee")
-    return peak, mass, acc, tops
+    return higher, mass, acc
 
 
 @triton.jit
