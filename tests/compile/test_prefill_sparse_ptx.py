@@ -133,7 +133,7 @@ def gate():
 
 @cache
 def ptx(form: str = "rows", d_qk: int = 576) -> str:
-    config = gather.Config(form, d_qk)
+    config = gather.variant(form, d_qk)
     with TemporaryDirectory() as folder:
         build(config, Path(folder))
         return (Path(folder) / f"{config.name}.ptx").read_text()
@@ -228,6 +228,18 @@ def test_the_largest_logit_of_every_row_where_the_reference_stays_behind():
     gate().run({"kernel": Emulated(ptx())}, "kernel", case)
     passed, words = gate().judged(case)
     assert passed, words
+
+
+def test_scores_far_below_zero_do_not_vanish():
+    """The first reference of a token is 0; 2^-277 of a score is none, so the largest must be found."""
+    case = gate().case("far below", "rows", 2, 3, 100, parts=1, stray_nan=False, rows=100)
+    case.operands.kv.abs_().clamp_(0.9, 1.1)
+    case.operands.q.copy_(torch.full_like(case.operands.q, -8.0))
+    case.operands.q[1] *= 0.001  # the other token's are near 0
+    gate().run({"kernel": Emulated(ptx())}, "kernel", case)
+    passed, words = gate().judged(case)
+    assert passed, words
+    assert case.operands.lse[0].max() < -100
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@
     ncu ... python tests/gpu/decode_dense.py once LIBRARY FUNCTION ... [--one]   one launch each, the peer first
 
 `build` without fields compiles what ships; with fields, for example prefetch=0, that one variant; several of those
-apart by "+". FUNCTION may end in +pN (N parts), +kN (a merge of N columns per CTA) or +whole (no request split), also +p32_k8.
-On the GPU host: torch, apache-tvm-ffi, openmla on the
-path; `time` and `once` also sgl-flash-mla. A hang is a killed subprocess.
+apart by "+". FUNCTION may end in +pN (N parts), +kN (a merge of N columns per CTA) or +whole (no request split), also
++p32_k8. On the GPU host: torch, apache-tvm-ffi, openmla on the path; `time` and `once` also sgl-flash-mla.
 """
 
 from __future__ import annotations
@@ -306,6 +305,9 @@ def cases(name):
         make("many requests", long, s_q=2, causal=True),
         make("many requests dealt", long, s_q=2, causal=True, dealt=True, parts=13),
         make("dealt, cut where long", [3000, 100, 0, 64, 700, 1500, 1], dealt=True, parts=4),
+        make("a piece per part", [1024, 900, 1024, 1000], parts=16, dealt=True, merge_blocks=0, sink=True),
+        make("two pieces", [1400], s_q=2, causal=True, parts=2, dealt=True, merge_blocks=0),
+        make("sixteen pieces", [2000], parts=16, dealt=True, merge_blocks=0),
         make("chunks dealt", [1000, 64, 1, 0, 2049, 256, 257], dealt=True, parts=3, policy="batch_invariant"),
     ]
 
@@ -370,8 +372,7 @@ def bad_values(module, name):
             flush=True,
         )
     c.operands.block_table[1, 2] = 0
-    # Cut to the table, a length of 2^30 makes the plan's five blocks full: of small pages they take one more than 300
-    # tokens have, whose id is a random integer.
+    # Cut to the table, 2^30 makes the plan's five blocks full: of small pages one more than 300 tokens have, a random id.
     beyond = -(-320 // page) > -(-300 // page)
     for length, bit in ((-7, 2), (2**30, 4 | beyond)):
         c.operands.cache_seqlens[1] = length
@@ -454,7 +455,7 @@ def graphed(call):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         keep = call()
-    return lambda: (graph.replay(), keep)[0]
+    return lambda: (graph.replay(), keep, call)[0]  # its plan's tensors live with the call
 
 
 def interleaved(calls, rounds, flush):

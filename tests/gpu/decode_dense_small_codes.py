@@ -1,6 +1,7 @@
 """The few-row dense decode over byte caches (fp8_656, fp8_528) on one Hopper GPU, through `openmla.decode`.
 
     python tests/gpu/decode_dense_small_codes.py gate                 every case against the fp64 oracle
+    python tests/gpu/decode_dense_small_codes.py gate --pairs         the same, short problems too by two CTAs per SM
     python tests/gpu/decode_dense_small_codes.py times [CELL ...]     beside the same kernel on a bf16 cache; rows to $OUT
     python tests/gpu/decode_dense_small_codes.py gate --device cpu    the script itself: backend torch, no GPU
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 import openmla
+from openmla.backends.cute.decode_dense_small import config as small
 from openmla.core.layout import kv_layout
 from openmla.reference import attention, quant
 from openmla.testing import budget
@@ -273,6 +275,9 @@ def main(arguments: list[str]) -> int:
         at = arguments.index("--device")
         device = arguments[at + 1]
         arguments = arguments[:at] + arguments[at + 2 :]
+    if "--pairs" in arguments:
+        arguments.remove("--pairs")
+        small.MAX_LONE_TOKENS = -1
     verb, *only = arguments
     if verb == "gate":
         return int(gate(device, only) > 0)

@@ -7,6 +7,7 @@ matrix       dense decode, every pair of options of a call: dtype, d_qk, h_q 1 t
 sparse       token-sparse decode: the cases of decode_sparse.py for every variant that ships
 gather       the kernel over bf16 rows and pages: the cases of prefill_sparse.py
 fuzz         3,000 seeded cases of dense decode at the sizes of real kernels
+codes        300 of dense decode over quantised pages
 sparse_fuzz  1,000 of sparse decode and sparse prefill
 poison       six contents in every place of five calls that may not matter: bits must not change
 hostile      64 hostile values in each of five calls, a process for each kernel: it lives, other requests keep their bits, and
@@ -31,7 +32,6 @@ modes        what validation modes and observers cost
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import threading
 from collections.abc import Callable
@@ -39,6 +39,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from big_sections import big, sparse_big
 from decode_items import (
     LIST,
     Differences,
@@ -55,14 +56,13 @@ from decode_items import (
 )
 from decode_machine import FAULTS, TOOLS, faults, host, modes, sanitize, smallest, soak
 from hostile_sections import SUBJECTS, hostile, poison
-from sparse_sections import big as sparse_big
 from sparse_sections import gather, plain, sparse, sparse_fuzz, sparse_graphs
 
 import openmla
 from openmla import flash_mla
 from openmla.backends import select
+from openmla.core.layout import kv_layout
 from openmla.core.target import Target
-from openmla.reference import attention
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget, coverage
 from openmla.testing.cases import Case, native_arguments
@@ -70,6 +70,7 @@ from openmla.testing.cases import Case, native_arguments
 __all__ = ["DEFAULT", "LANES", "REQUIRED", "SECTIONS", "NotRunError", "Setup"]
 
 FUZZ_CASES = 3000
+CODES_CASES = 300
 REPEATS = 8400  # of each of twelve problems
 EAGER = 400  # of those without a graph
 PER_GRAPH = 20
@@ -108,6 +109,27 @@ def fuzz(setup: Setup) -> Made:
         return lambda setup: _judged(*coverage.draw(seed))(setup)
 
     return [("seed", seeded(seed)) for seed in range(FUZZ_CASES)]
+
+
+def codes(setup: Setup) -> Made:
+    """Seeds of dense decode over quantised pages."""
+
+    def seeded(seed: int) -> Callable[[Setup], dict[str, Any]]:
+        return lambda setup: _judged(*_quantised(seed))(setup)
+
+    return [("seed", seeded(seed)) for seed in range(CODES_CASES)]
+
+
+def _quantised(seed: int) -> tuple[Case, coverage.Call]:
+    """A fuzz case over pages of codes, with as many heads as there are kernels for."""
+    pick = random.Random(f"codes {seed}")
+    case, call = coverage.draw(seed)
+    while case.is_varlen:
+        case, call = coverage.draw(pick.randrange(10**6))
+    layout = kv_layout(pick.choice(("fp8_656", "fp8_656", "fp8_528")))
+    changed = {"h_q": pick.choice((1, 8, 16, 16, 32)), "seqlens_q": tuple(min(tokens, 2) for tokens in case.seqlens_q)}
+    changed |= {"layout": layout.name, "d_qk": layout.d_qk, "softmax_scale": layout.d_qk**-0.5}
+    return replace(case, dtype=torch.bfloat16, h_kv=1, page_size=64, window=0, **changed), call
 
 
 def plans(setup: Setup) -> Made:
@@ -390,96 +412,7 @@ def _invariant(setup: Setup, h_q: int, s_q: int, dtype: torch.dtype, has_graph: 
     return {}
 
 
-# ------------------------------------------------------------------------------------------- big, border, host
-
-
-def big(setup: Setup) -> Made:
-    """Pools of 8.6 GB, packed or with pages twice as far apart; more requests than a grid dimension; a million keys."""
-
-    def check(h_q: int, is_strided: bool) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _big(setup, h_q, is_strided)
-
-    kinds = [(h_q, is_strided) for h_q in (16, 128) for is_strided in (False, True)]
-    made = [(f"h_q {h_q} {'strided' if is_strided else 'packed'}", check(h_q, is_strided)) for h_q, is_strided in kinds]
-    return [
-        *made,
-        ("70000 requests", _many_requests),
-        *((f"a million keys, h_q {h_q}", _long(h_q)) for h_q in (16, 128)),
-    ]
-
-
-def _many_requests(setup: Setup) -> dict[str, Any]:
-    """All rows are written; 256 of them, the first and the last among them, are judged."""
-    batch, pages = 300 if setup.is_small else 70_000, 1000
-    if setup.is_cuda and torch.cuda.mem_get_info()[0] < 2**33:
-        raise NotRunError("needs 8 GB of free device memory")
-    generator = torch.Generator(setup.device).manual_seed(1)
-    kv = torch.randn(pages, 64, 1, 576, generator=generator, device=setup.device).bfloat16()
-    q = torch.randn(batch, 1, 16, 576, generator=generator, device=setup.device).bfloat16()
-    table = torch.randint(0, pages, (batch, 3), generator=generator, device=setup.device, dtype=torch.int32)
-    lengths = torch.randint(0, 193, (batch,), generator=generator, device=setup.device, dtype=torch.int32)
-    out, lse = openmla.decode(q, kv, table, lengths, backend=setup.backend)
-    assert not bool(out.isnan().any()) and not bool(lse.isnan().any()), "NaN in rows that nobody poisoned"
-    chosen = torch.randperm(batch, generator=torch.Generator().manual_seed(2))[:254].tolist()
-    some = torch.tensor([0, batch - 1, *chosen], device=setup.device)
-    golden = attention.decode(
-        q[some], kv, table[some], lengths[some], softmax_scale=576**-0.5, d_v=512, with_bounds=True
-    )
-    budget.check(out[some], lse[some], golden, dtype=torch.bfloat16).require(f"{batch} requests")
-    return {"measured": {"requests": batch}}
-
-
-def _long(h_q: int) -> Callable[[Setup], dict[str, Any]]:
-    return lambda setup: _million(setup, h_q)
-
-
-def _million(setup: Setup, h_q: int) -> dict[str, Any]:
-    """The same 64 pages again and again: the output of once, an lse that is larger by the logarithm of how often."""
-    times = 3 if setup.is_small else 245
-    generator = torch.Generator(setup.device).manual_seed(1)
-    kv = torch.randn(64, 64, 1, 576, generator=generator, device=setup.device).bfloat16()
-    q = torch.randn(1, 1, h_q, 576, generator=generator, device=setup.device).bfloat16()
-    once = torch.arange(64, dtype=torch.int32, device=setup.device)[None]
-    length = torch.tensor([4096], dtype=torch.int32, device=setup.device)
-    out, lse = openmla.decode(q, kv, once.repeat(1, times), length * times, backend=setup.backend)
-    golden = attention.decode(q, kv, once, length, softmax_scale=576**-0.5, d_v=512, with_bounds=True)
-    known = golden.bounds
-    assert known is not None
-    longer = {name: getattr(known, name) * times for name in ("V1", "V2", "L", "n")}
-    bounds = replace(known, B=known.B / times, **longer)
-    budget.check(
-        out, lse, replace(golden, lse=golden.lse + math.log(times), bounds=bounds), dtype=torch.bfloat16
-    ).require(f"{4096 * times} keys")
-    return {"measured": {"keys": 4096 * times}}
-
-
-def _big(setup: Setup, h_q: int, is_strided: bool) -> dict[str, Any]:
-    """Pages around 2^31 and 2^32 elements and at both ends hold keys, all others NaN."""
-    elements = 64 * 576
-    num_pages = 60 if setup.is_small else 2**32 // elements + 300
-    if setup.is_cuda and torch.cuda.mem_get_info()[0] < 2 * num_pages * elements + 2**31:
-        raise NotRunError(f"needs {2 * num_pages * elements / 1e9:.1f} GB of free device memory")
-    pool = torch.empty(num_pages * elements * 2, dtype=torch.uint8, device=setup.device).fill_(0xFF)
-    kv = pool.view(torch.bfloat16).view(num_pages, 64, 1, 576)
-    step = 2 if is_strided else 1
-    kv = kv[::step]
-    edges = [0, 1, 2**31 // elements // step - 1, 2**31 // elements // step, 2**32 // elements // step - 1]
-    edges += [2**32 // elements // step, kv.shape[0] - 2, kv.shape[0] - 1]
-    pages = [page % kv.shape[0] for page in edges] if not setup.is_small else list(range(8))
-    generator = torch.Generator(setup.device).manual_seed(1)
-    keys = torch.randn(8, 64, 1, 576, generator=generator, device=setup.device).bfloat16()
-    for index, page in enumerate(pages):
-        kv[page] = keys[index]
-    q = torch.randn(2, 1, h_q, 576, generator=generator, device=setup.device).bfloat16()
-    lengths = torch.tensor([64 * 8, 64 * 5 - 7], dtype=torch.int32, device=setup.device)
-    order = [list(range(8)), [7, 5, 3, 1, 6, 0, 2, 4]]
-    where = torch.tensor([[pages[i] for i in row] for row in order], dtype=torch.int32, device=setup.device)
-    compact = torch.tensor(order, dtype=torch.int32, device=setup.device)
-    plan = openmla.plan(q, kv, where, lengths, backend=setup.backend)
-    out, lse = openmla.decode(q, kv, where, lengths, plan=plan, backend=setup.backend)
-    golden = attention.decode(q, keys, compact, lengths, softmax_scale=576**-0.5, d_v=512, with_bounds=True)
-    budget.check(out, lse, golden, dtype=torch.bfloat16).require(f"{num_pages} pages, step {step}")
-    return {"ran": [f"{plan.backend}/{plan.kernel}"], "measured": {"elements": pool.numel() // 2}}
+# ------------------------------------------------------------------------------------------- border, stale
 
 
 def border(setup: Setup) -> Made:
@@ -554,7 +487,7 @@ def _stale(setup: Setup, h_q: int, policy: str, lengths: LIST) -> dict[str, Any]
 SECTIONS: dict[str, Callable[..., list[Item]]] = {
     name: listed_items(name, make, small)
     for name, make, small in (
-        ("soak", soak, 1), ("matrix", matrix, 6), ("fuzz", fuzz, 8), ("sparse_fuzz", sparse_fuzz, 8), ("sparse", sparse, 3),
+        ("soak", soak, 1), ("matrix", matrix, 6), ("fuzz", fuzz, 8), ("codes", codes, 3), ("sparse_fuzz", sparse_fuzz, 8), ("sparse", sparse, 3),
         ("gather", gather, 3), ("sanitize", sanitize, 1), ("faults", faults, 1), ("invariance", invariance, 1),
         ("hostile", hostile, 10), ("poison", poison, 5), ("repeats", repeats, 2), ("graphs", graphs, 5),
         ("sparse_graphs", sparse_graphs, 3), ("big", big, 3), ("sparse_big", sparse_big, 3), ("plans", plans, 1),
@@ -570,7 +503,7 @@ LANES: dict[str, tuple[tuple[str, ...], int]] = {
     "programs": (("faults", "sanitize"), 6),
     "calls": (
         ("big", "sparse_big", "repeats", "gather", "plans", "threads", "border", "stale", "sparse", "poison", "invariance",
-         "graphs", "sparse_graphs", "matrix", "sparse_fuzz", "fuzz", "smallest"),
+         "graphs", "sparse_graphs", "codes", "matrix", "sparse_fuzz", "fuzz", "smallest"),
         7,
     ),
     "hostile": (("hostile",), len(SUBJECTS)),
@@ -579,7 +512,7 @@ LANES: dict[str, tuple[tuple[str, ...], int]] = {
 ALONE = "alone"  # measures time, when the others are done
 # What a record must reach before it is signed off: items that passed, or what they counted.
 REQUIRED = {
-    "matrix": 230, "sparse": 80, "gather": 50, "fuzz": 2500, "sparse_fuzz": 900, "poison": 120, "hostile": 320, "plans": 12,
+    "matrix": 230, "sparse": 80, "gather": 50, "fuzz": 2500, "codes": 200, "sparse_fuzz": 900, "poison": 120, "hostile": 320, "plans": 12,
     "repeats": 100_000, "graphs": 50, "sparse_graphs": 30, "invariance": 300, "big": 6, "sparse_big": 3, "threads": 4,
     "border": 12, "stale": 8, "sanitize": len(TOOLS), "faults": len(FAULTS), "soak": 1, "modes": 1, "host": 4,
 }  # fmt: skip

@@ -13,6 +13,8 @@ Each figure compares in one process, interleaved, medians of many runs, behind a
                    generate() stock and attached, on both caches; and in fp32 with few layers that tokens are equal
     steps          its decoding steps as a CUDA graph, beside the same without one, and stock
     experts        one layer of its experts, both of transformers' ways, by tokens (graphs on a GPU)
+    prefill        openmla.prefill over expanded K and V, 192/128, causal, beside every engine that is installed; before that
+                   even and uneven batches, both masks, against the fp64 oracle under the tolerance rule
 
 Needs PyTorch; the last section transformers too, and says so where it is missing.
 """
@@ -20,6 +22,7 @@ Needs PyTorch; the last section transformers too, and says so where it is missin
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import statistics
@@ -27,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +332,114 @@ def experts(device: torch.device, small: bool) -> Row:
     return {"what": "experts", "model": "DeepSeek-V2-Lite sizes", "us_by_pairs": found}
 
 
-SECTIONS = {"prefix": prefix, "layer": layer, "transformers": generate, "experts": experts, "steps": steps}
+def prefill(device: torch.device, small: bool) -> Row:
+    """Dense prefill, what it takes beside the engines that could do the same."""
+    from openmla.backends.torch import fused
+    from openmla.reference import attention
+    from openmla.testing import budget
+
+    fused.IS_PROVED = True  # what this section is about to check
+    generator = torch.Generator(device).manual_seed(11)
+
+    def drawn(lengths: list[int], h: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        total = sum(lengths)
+        q, k, v = (
+            torch.randn(total, h, d, generator=generator, device=device).to(dtype) for d in (192, 192, 128)
+        )  # fmt: skip
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return q, k, v, offsets
+
+    cases = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for lengths in ([300], [130, 130, 130], [40, 1, 257], [64, 64]):
+            for is_causal in (True, False):
+                for scale in (SCALE, -0.05):
+                    q, k, v, offsets = drawn(lengths, 4, dtype)
+                    options = {"softmax_scale": scale, "is_causal": is_causal}
+                    found = [
+                        openmla.prefill(q, k, v, offsets, offsets, max(lengths), max(lengths), **options)
+                        for _ in range(2)
+                    ]
+                    golden = attention.prefill(
+                        *(x.cpu() for x in (q, k, v, offsets, offsets)), **options, with_bounds=True
+                    )
+                    assert torch.equal(found[0][0], found[1][0]), "the same bits twice"
+                    budget.check(found[0][0].cpu(), found[0][1].cpu(), golden, dtype=dtype).require(
+                        f"{dtype}, {lengths}, {options}"
+                    )
+                    cases += 1
+    openmla.check_errors(device)
+    rows = []
+    for batch, s, h in ((1, 128, 4),) if small else ((1, 8192, 128), (4, 4096, 128), (8, 4096, 16), (1, 32768, 16)):
+        q, k, v, offsets = drawn([s] * batch, h, torch.bfloat16)
+        engines = prefill_engines(q, k, v, offsets, batch, s, device)
+        want = engines["openmla"]().float()
+        for name, call in list(engines.items()):
+            try:
+                torch.testing.assert_close(call().float(), want, rtol=2e-2, atol=2e-2)
+            except (RuntimeError, TypeError, AssertionError) as error:
+                print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                del engines[name]
+        found = interleaved(engines, device, 3 if small else 20)
+        others = {name: us for name, us in found["median_us"].items() if name != "openmla"}
+        best = min(others, key=others.__getitem__)
+        flop = batch * h * s * (s + 1) / 2 * 2 * (192 + 128)
+        rows.append({
+            "batch": batch, "s": s, "h": h, **found, "best": best,
+            "tflops": {name: round(flop / us / 1e6, 1) for name, us in found["median_us"].items()},
+            "share_of_best": round(others[best] / found["median_us"]["openmla"], 3),
+        })  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    return {"what": "dense_prefill", "shape": "192/128 causal bf16", "cases_right": cases, "rows": rows}
+
+
+def prefill_engines(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, batch: int, s: int, device: torch.device
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """[total, heads, 128] by each engine that is installed, causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dense = [x.unflatten(0, (batch, s)).transpose(1, 2) for x in (q, k, v)]
+    padded = torch.nn.functional.pad(v, (0, q.shape[2] - v.shape[2]))
+    where = (offsets, offsets, s, s)
+    options = {"softmax_scale": SCALE, "is_causal": True}
+
+    def sdpa(backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel([backend]):
+            out = torch.nn.functional.scaled_dot_product_attention(*dense, is_causal=True, scale=SCALE)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    engines = {"openmla": lambda: openmla.prefill(q, k, v, *where, **options)[0]}
+    if device.type != "cuda":
+        return engines | {"sdpa": lambda: sdpa(SDPBackend.MATH)}
+    engines |= {
+        "sdpa cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "flash 2, padded": lambda: torch.ops.aten._flash_attention_forward(
+            q, k, padded, *where, 0.0, True, False, scale=SCALE
+        )[0][..., : v.shape[2]],
+        "openmla triton": lambda: openmla.prefill(q, k, v, *where, **options, backend="triton")[0],
+    }
+    for module in ("fa3_fwd_interface", "flash_attn_interface"):
+        if importlib.util.find_spec(module):
+            call = importlib.import_module(module).flash_attn_varlen_func
+
+            def flash3(call: Any = call) -> torch.Tensor:
+                found = call(q, k, v, *where, softmax_scale=SCALE, causal=True)
+                return found[0] if isinstance(found, tuple) else found
+
+            engines["flash 3"] = flash3
+            break
+    return engines
+
+
+SECTIONS = {
+    "prefix": prefix,
+    "layer": layer,
+    "transformers": generate,
+    "experts": experts,
+    "steps": steps,
+    "prefill": prefill,
+}
 
 
 def main() -> None:

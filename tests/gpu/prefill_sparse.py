@@ -5,6 +5,7 @@
     python tests/gpu/prefill_sparse.py check LIBRARY FUNCTION [CASE ...]
     python tests/gpu/prefill_sparse.py time LIBRARY ROWS.jsonl FUNCTION ... [--anchors --quick --heads --decode]
     python tests/gpu/prefill_sparse.py once LIBRARY FUNCTION CASE            one launch, for a profiler
+    python tests/gpu/prefill_sparse.py sanitize LIBRARY FUNCTION             compute-sanitizer's four tools, small cases
 
 `build` without fields compiles what ships, else one variant per FIELD=VALUE list. On the GPU host: torch, apache-tvm-ffi,
 openmla on the path; `time` also sgl-flash-mla. A hang is a killed subprocess.
@@ -13,6 +14,8 @@ openmla on the path; `time` also sgl-flash-mla. A hang is a killed subprocess.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,7 +33,7 @@ from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_pr
 from openmla.reference import attention
 from openmla.testing.budget import check as judge
 
-SECONDS = 30
+SECONDS = 80
 CUDA = "cuda"
 HOSTILE = (-2, -(2**31), 2**31 - 1, 114514)
 NAN = float("nan")
@@ -341,9 +344,11 @@ def interleaved(calls, rounds, flush):
     times = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(rounds):
+    names = list(calls)
+    for turn in range(rounds):
         events = []
-        for name, call in calls.items():
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always behind the same one
+            call = calls[name]
             flush.zero_()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -392,7 +397,7 @@ def time_all(library, rows_path, names, wanted):
         torch.cuda.synchronize()
         differ = (peer_out[:, :h_q].float() - c.operands.out.view(peer_out[:, :h_q].shape).float()).abs().max().item()
         flops = 2 * tokens * h_q * (d_qk + 512) * topk
-        result = interleaved(calls, 7, flush)
+        result = interleaved(calls, 9, flush)
         print(f"== {c.name} largest difference {differ:.2e}", flush=True)
         for name, (median, low, high) in result.items():
             row = {
@@ -420,6 +425,50 @@ def once(library, name, which):
     torch.cuda.synchronize()
 
 
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+WATCHED = ("three tiles", "one tile each, one CTA", "128 heads, two tokens each", "hostile indices", "lengths", "sink")
+
+
+def watched(library, name):
+    """What a sanitizer looks at: every case launched once. All memory is written by kernels that it sees."""
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(library)
+    for title, build in cases(form_of(name), d_qk_of(name)):
+        if title in WATCHED:
+            run(module, name, build())
+    torch.cuda.synchronize()
+    print(f"ran {len(WATCHED)}", flush=True)
+
+
+def sanitize(library, name):
+    """How many tools found something, all four at once; prints what they say."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    procs = {
+        tool: subprocess.Popen(
+            [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", sys.executable, __file__, "watched",
+             library, name],
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for tool in TOOLS
+    }  # fmt: skip
+    dirty, start = 0, time.time()
+    for tool, proc in procs.items():
+        try:
+            text, _ = proc.communicate(timeout=max(SECONDS - (time.time() - start), 1))
+        except subprocess.TimeoutExpired:
+            proc.kill()
+            text, _ = proc.communicate()
+        clean = proc.returncode == 0 and "ran " in text
+        dirty += not clean
+        summary = "; ".join(line.strip("= ") for line in text.splitlines() if "SUMMARY" in line)
+        print(f"{tool} {name}: {'clean' if clean else 'NOT CLEAN'}, status {proc.returncode}, {summary}", flush=True)
+        if not clean:
+            print(text[-3000:], flush=True)
+    return dirty
+
+
 if __name__ == "__main__":
     verb, library, *rest = sys.argv[1:]
     flags = [x[2:] for x in rest if x.startswith("--")]
@@ -432,5 +481,9 @@ if __name__ == "__main__":
         print("passed:", " ".join(gate(library, rest, BRIEF if "brief" in flags else ())))
     if verb == "time":
         time_all(library, rest[0], rest[1:], flags)
+    if verb == "watched":
+        watched(library, rest[0])
+    if verb == "sanitize":
+        sys.exit(sanitize(library, rest[0]))
     if verb == "once":
         once(library, rest[0], rest[1])

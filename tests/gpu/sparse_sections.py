@@ -10,7 +10,7 @@ from typing import Any
 import decode_sparse
 import prefill_sparse
 import torch
-from decode_items import Made, NotRunError, Setup, captured, is_light, same_bits
+from decode_items import Made, Setup, captured, is_light, same_bits
 
 import openmla
 from openmla.backends.cute.decode_sparse.config import VARIANTS
@@ -18,8 +18,6 @@ from openmla.core import counters
 from openmla.core.faults import Fault
 from openmla.core.layout import kv_layout
 from openmla.ops import checks
-from openmla.reference import attention
-from openmla.reference.quant import write_rows
 from openmla.testing import budget, coverage
 from openmla.testing.cases import Case
 from openmla.testing.families import FAMILIES, WEIGHTS
@@ -218,89 +216,3 @@ def _replay(setup: Setup, case: Case, change: str) -> dict[str, Any]:
         before = got[0]
     openmla.check_errors()
     return {}
-
-
-# ------------------------------------------------------------------------------------------- big
-
-
-def big(setup: Setup) -> Made:
-    """A quantised pool beyond 2^32 bytes, rows beyond 2^32 elements, and 70,000 tokens."""
-    return [
-        ("fp8_656 beyond 2^32 bytes", _big_pages),
-        ("rows beyond 2^32 elements", _big_rows),
-        ("70000 tokens", _many_tokens),
-    ]
-
-
-def _edges(rows: int, boundary: int) -> list[int]:
-    """Rows at both ends and around the one that holds the boundary."""
-    return sorted({0, 1, boundary - 1, boundary, rows - 2, rows - 1} & set(range(rows)))
-
-
-def _room(setup: Setup, size: int) -> None:
-    if setup.is_cuda and torch.cuda.mem_get_info()[0] < size + 2**31:
-        raise NotRunError(f"needs {size / 1e9:.1f} GB of free device memory")
-
-
-def _lists(setup: Setup, where: list[int], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices into the pool, the same into the rows `where` alone)."""
-    chosen = torch.randint(0, len(where), shape, generator=torch.Generator().manual_seed(1))
-    found = torch.tensor(where)[chosen]
-    return found.to(torch.int32).to(setup.device), chosen.to(torch.int32).to(setup.device)
-
-
-def _big_pages(setup: Setup) -> dict[str, Any]:
-    layout, size = kv_layout("fp8_656"), 64 * 656
-    pages = 60 if setup.is_small else 2**32 // size + 300
-    _room(setup, pages * size)
-    pool = torch.full((pages, 64, 1, 656), 0xFF, dtype=torch.uint8, device=setup.device)
-    where = _edges(pages * 64, 2**32 // 656) if not setup.is_small else _edges(pages * 64, 2000)
-    where += [slot + 64 for slot in where if slot + 64 < pages * 64]
-    keys = torch.randn(len(where), 576, generator=torch.Generator().manual_seed(2)).bfloat16().to(setup.device)
-    write_rows(pool, layout, torch.tensor(where, device=setup.device), keys)
-    small = layout.empty_cache(1, 64, device=setup.device)
-    write_rows(small, layout, torch.arange(len(where), device=setup.device), keys)
-    indices, compact = _lists(setup, where, (3, 1, 200))
-    q = torch.randn(3, 1, 64, 576, generator=torch.Generator().manual_seed(3)).bfloat16().to(setup.device)
-    out, lse = openmla.sparse_decode(q, pool, indices, kv_layout=layout, backend=setup.backend)
-    options = {"softmax_scale": 576**-0.5, "d_v": 512, "with_bounds": True}
-    golden = attention.sparse_decode(q, small, compact, layout=layout, **options)
-    budget.check(out, lse, golden, dtype=torch.bfloat16).require(f"{pages} pages")
-    return {"measured": {"bytes": pool.numel()}}
-
-
-def _big_rows(setup: Setup) -> dict[str, Any]:
-    rows = 4000 if setup.is_small else 2**32 // 576 + 300
-    _room(setup, 2 * rows * 576)
-    kv = (
-        torch.empty(rows * 576 * 2, dtype=torch.uint8, device=setup.device)
-        .fill_(0xFF)
-        .view(torch.bfloat16)
-        .view(rows, 1, 576)
-    )
-    where = _edges(rows, 2**32 // 576) + (_edges(rows, 2**31 // 576)[2:4] if not setup.is_small else [])
-    keys = torch.randn(len(where), 1, 576, generator=torch.Generator().manual_seed(2)).bfloat16().to(setup.device)
-    kv[torch.tensor(where, device=setup.device)] = keys
-    indices, compact = _lists(setup, where, (3, 1, 200))
-    q = torch.randn(3, 128, 576, generator=torch.Generator().manual_seed(3)).bfloat16().to(setup.device)
-    out, largest, lse = openmla.sparse_prefill(q, kv, indices, backend=setup.backend)
-    golden = attention.sparse_prefill(q, keys, compact, softmax_scale=576**-0.5, d_v=512, with_bounds=True)
-    budget.check(out, lse, golden, dtype=torch.bfloat16, max_logits=largest).require(f"{rows} rows")
-    return {"measured": {"elements": kv.numel()}}
-
-
-def _many_tokens(setup: Setup) -> dict[str, Any]:
-    tokens = 300 if setup.is_small else 70_000
-    _room(setup, 3 * tokens * 16 * 576 * 2)
-    generator = torch.Generator(setup.device).manual_seed(1)
-    kv = torch.randn(2000, 1, 576, generator=generator, device=setup.device).bfloat16()
-    q = torch.randn(tokens, 16, 576, generator=generator, device=setup.device).bfloat16()
-    indices = torch.randint(0, 2000, (tokens, 1, 64), generator=generator, device=setup.device, dtype=torch.int32)
-    out, largest, lse = openmla.sparse_prefill(q, kv, indices, backend=setup.backend)
-    chosen = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:254].tolist()
-    some = torch.tensor([0, tokens - 1, *chosen], device=setup.device)
-    golden = attention.sparse_prefill(q[some], kv, indices[some], softmax_scale=576**-0.5, d_v=512, with_bounds=True)
-    budget.check(out[some], lse[some], golden, dtype=torch.bfloat16, max_logits=largest[some]).require(
-        f"{tokens} tokens"
-    )
-    return {"measured": {"tokens": tokens}}

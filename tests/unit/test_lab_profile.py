@@ -154,11 +154,22 @@ def test_refusals():
 
 def test_what_ncu_says_of_its_failure_is_passed_on(monkeypatch):
     said = '==PROF== Connected\n==ERROR== LaunchFailed\n"1","2"\n'
-    failed = subprocess.CompletedProcess([], 9, said, "")
+    outcomes = [subprocess.CompletedProcess([], 9, said, "")] * 2
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[command.index("--replay-mode") + 1])
+        return outcomes[len(asked) - 1]
+
     monkeypatch.setattr(profile.shutil, "which", lambda name: "/bin/ncu")
-    monkeypatch.setattr(profile.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ConfigError, match=r"ncu ended with 9: ==ERROR== LaunchFailed$"):
+    monkeypatch.setattr(profile.subprocess, "run", run)
+    why = "ncu ended with 9, kernel replay: ==ERROR== LaunchFailed; ncu ended with 9, application replay"
+    with pytest.raises(ConfigError, match=why):
         profile._ncu(CASE, Target.preset("h100_sxm"), "cute")
+    asked.clear()
+    outcomes[1] = subprocess.CompletedProcess([], 0, NCU, "")
+    assert profile._ncu(CASE, Target.preset("h100_sxm"), "cute").moved == profile.of_ncu(NCU).moved
+    assert asked == ["kernel", "application"]
 
 
 def test_kernels_of_the_cute_dsl_are_named_by_their_class():

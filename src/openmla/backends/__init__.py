@@ -68,7 +68,13 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
         Slot("openmla.backends.torch", "SPARSE_PREFILL"),
     ),
     "prefill": (
-        Unbuilt("prefill", "cute", "prefill_varlen", "not built yet: dense prefill through flash-attn-4 on Hopper"),
+        Unbuilt(
+            "prefill",
+            "cute",
+            "prefill_varlen",
+            "not built yet: on Hopper prefill_cudnn serves even batches, prefill_varlen the others",
+        ),
+        Slot("openmla.backends.torch", "PREFILL_CUDNN"),
         Slot("openmla.backends.triton", "PREFILL"),
         Slot("openmla.backends.torch", "PREFILL"),
     ),

@@ -200,6 +200,7 @@ def bundle(
     from openmla.backends.cute.decode import FAMILIES
 
     wanted: dict[str, dict[Any, None]] = {}
+    known: dict[str, None] = {}
     for case in cases:
         problem = workload.problem(case)
         chosen = select(problem, target, backend)
@@ -209,9 +210,7 @@ def bundle(
                 f"{case.name}: {chosen.kernel.backend}/{family} compiles at its first use; needs no bundle"
             )
         space = {key: values for key, values in SPACES.get(("cute", family), {}).items() if key not in PLAN}
-        strangers = [each for each in parameters if each not in (*space, *PLAN)]
-        if strangers:
-            raise ConfigError(f"cute/{family} has no {', '.join(strangers)}; it has: {', '.join((*space, *PLAN))}")
+        known.update(dict.fromkeys((*space, *PLAN)))
         used = {
             key: {*values, getattr(chosen.config, key)}
             for key, values in space.items()
@@ -220,6 +219,9 @@ def bundle(
         every = itertools.product(*(sorted(values) for values in used.values()))
         found = wanted.setdefault(family, {})
         found.update({replace(chosen.config, **dict(zip(used, values, strict=True))): None for values in every})
+    strangers = [each for each in parameters if each not in known]
+    if strangers:
+        raise ConfigError(f"cute/{', '.join(wanted)} has no {', '.join(strangers)}; it has: {', '.join(known)}")
     # The kernel's helpers (plan, merge) come along as they ship.
     rest = {
         name: each for name, each in FAMILIES.items() if name == "schedule" or name.removesuffix("_merge") in wanted

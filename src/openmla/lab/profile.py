@@ -485,23 +485,33 @@ def _ncu(case: Case, target: Target, backend: str) -> _Found:
         raise ConfigError(f"it profiles NVIDIA GPUs, this is {target.arch}")
     if shutil.which("ncu") is None:
         raise ConfigError("ncu is not on the PATH; it comes with the CUDA toolkit")
+    failed = []
+    for replay in ("kernel", "application"):
+        done = _under_ncu(case, backend, replay)
+        if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
+            raise ConfigError("the driver gives its counters to administrators only (ERR_NVGPUCTRPERM)")
+        if not done.returncode:
+            return of_ncu(done.stdout)
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        why = [line for line in said if "==ERROR==" in line] or [line[:300] for line in said[-1:]] or ["no output"]
+        failed.append(f"ncu ended with {done.returncode}, {replay} replay: {' '.join(why[:3])}")
+    raise ConfigError("; ".join(failed))
+
+
+def _under_ncu(case: Case, backend: str, replay: str) -> subprocess.CompletedProcess[str]:
+    """One run of ncu. Its counters need several passes: of the kernel, with memory put back each time, or of the whole
+    process, which is slower and asks nothing of the kernel.
+    """
     metrics = ",".join([_TIME, _MOVED, _ASKED, *_METRICS, f"regex:{_STALL}.*_per_issue_active"])
     child = "import sys; from openmla.lab import profile; profile.run_once(sys.argv[1], sys.argv[2])"
     command = [
         "ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--profile-from-start", "off",
-        "--metrics", metrics, sys.executable, "-c", child, case.name, backend,
+        "--replay-mode", replay, "--metrics", metrics, sys.executable, "-c", child, case.name, backend,
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_NCU_SECONDS, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=_NCU_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"ncu did not finish: {error}") from error
-    if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
-        raise ConfigError("the driver gives its counters to administrators only (ERR_NVGPUCTRPERM)")
-    if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        why = [line for line in said if "==ERROR==" in line] or [line[:300] for line in said[-1:]] or ["no output"]
-        raise ConfigError(f"ncu ended with {done.returncode}: {' '.join(why[:3])}")
-    return of_ncu(done.stdout)
 
 
 def run_once(name: str, backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def prefill_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients (dq, dk, dv) of `prefill_forward`, in the dtypes of q, k and v. Scores are recomputed from lse."""
     prepared = prepare_prefill(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend, True
     )  # fmt: skip
     scale = dispatch.scale_of(softmax_scale, q.shape[2])
     operands = PrefillOperands(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, lse, faults.fault_word(q.device))
@@ -108,14 +109,22 @@ def prefill_backward(
 def prepare_prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None, is_causal: bool, backend: str | None,
+    needs_grad: bool = False,
 ) -> dispatch.Prepared:  # fmt: skip
-    """The checked and compiled prefill of these tensors."""
+    """The checked and compiled prefill of these tensors; with needs_grad by a kernel that has a backward pass.
+
+    Both passes need not be the same kernel's: all that goes from one to the other is out and lse.
+    """
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     return dispatch.prepare(
-        ("prefill", *map(dispatch.signature, tensors), max_seqlen_q, max_seqlen_k, is_causal, softmax_scale),
-        lambda: PrefillProblem.from_tensors(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal,
-            softmax_scale=softmax_scale,
+        ("prefill", *map(dispatch.signature, tensors), max_seqlen_q, max_seqlen_k, is_causal, softmax_scale,
+         needs_grad),
+        lambda: replace(
+            PrefillProblem.from_tensors(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal,
+                softmax_scale=softmax_scale,
+            ),
+            needs_grad=needs_grad,
         ),
         dispatch.device_of(q),
         backend,

@@ -3,7 +3,8 @@
 The shared-memory plan (bytes, 576 columns): a tile of 64 keys 73,728; Q 1,152 per row; P 128 per row; the exchange of
 partial scores 256 per row; barriers, maxima and factors below 2,048. Two tiles and 32 rows are 197,632 of 232,448. With
 512 columns a third tile fits beside 16 rows. Of fp8_656 a tile is 41,984, P lies there four times, and four warpgroups
-exchange three times as much: 115,712 with 16 rows and two tiles, twice on an SM; 204,800 with 32 rows and three.
+exchange three times as much: 115,712 with 16 rows and two tiles, twice on an SM; 199,680 with four; 204,800 with 32
+rows and three.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ SMEM_LIMIT = 232_448
 UNWRITTEN = -1  # what every word of a new exchange holds
 NO_WINDOW = 1 << 30  # the window of a problem without one
 CODES = ("fp8_656", "fp8_528")  # byte layouts that it reads: 512 e4m3 codes, four fp32 scales, RoPE or none
-CODE_STAGES = {
-    16: 2,
-    32: 3,
-}  # rows -> tiles of 41,984 bytes: two CTAs per SM with 16 rows (116,736 bytes each), one with 32
+CODE_STAGES = {16: 2, 32: 3}  # rows -> tiles of 41,984 bytes. With 16 rows two CTAs share an SM
+LONE_STAGES = 4  # of 16 rows, where a CTA has its SM for itself
+MAX_LONE_TOKENS = (
+    131072  # of all requests: 43.1 instead of 49.0 us there at batch 1, 524,288 are faster or equal with two
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ class Config:
 
     @property
     def warpgroups(self) -> int:
-        """That share a tile. Codes need more warps, for conversion waits: four groups, or two in each of two CTAs."""
+        """That share a tile. Codes need more warps, for conversion waits: with 32 rows four."""
         return 4 if self.layout in CODES and self.rows == 32 else 2
 
     @property
     def ctas_per_sm(self) -> int:
-        """CTAs that an SM holds at once."""
-        return 2 if self.layout in CODES and self.rows == 16 else 1
+        """CTAs that an SM holds at once: two of codes with two tiles each, where there is work for both."""
+        return 2 if self.layout in CODES and self.stages == 2 else 1
 
     @property
     def threads(self) -> int:
@@ -103,7 +105,9 @@ VARIANTS: tuple[Config, ...] = tuple(
     for rows in (16, 32)
     for d_qk in (576, 512)
 ) + tuple(
-    Config("bf16", rows, kv_layout(layout).d_qk, CODE_STAGES[rows], layout) for layout in CODES for rows in (16, 32)
+    Config("bf16", rows, kv_layout(layout).d_qk, stages, layout)
+    for layout in CODES
+    for rows, stages in (*CODE_STAGES.items(), (16, LONE_STAGES))
 )
 
 
@@ -161,7 +165,10 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
     rows = 16 if rows_per_kv_head(problem) <= 16 else 32
     if problem.layout.is_quantised:
-        return (Config(dtype, rows, problem.d_qk, CODE_STAGES[rows], problem.layout.name),)
+        is_short = problem.batch * problem.max_pages * problem.page_size <= MAX_LONE_TOKENS
+        is_lone = rows == 16 and is_short and not problem.is_batch_invariant
+        stages = LONE_STAGES if is_lone else CODE_STAGES[rows]
+        return (Config(dtype, rows, problem.d_qk, stages, problem.layout.name),)
     return (Config(dtype, rows, problem.d_qk, _stages(rows, problem.d_qk)),)
 
 

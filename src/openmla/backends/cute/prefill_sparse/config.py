@@ -62,6 +62,13 @@ class Config:
         q_regs: 64-column slices of Q in the registers of the scores warpgroup, even.
         gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may
             be multiplied; -1 when all are issued, -2 when all are complete.
+        last_gate: when both halves of a token's last tile may be multiplied: when the scores of the next token are issued, or
+            as soon as its probabilities are there.
+        q_late: whether Q for shared memory is copied behind the first two quarters of a token's first tile instead of before
+            its keys. It has to wait until the last scores of the token before are complete; keys need not. Also asks the
+            next token's Q into L2, and makes the addresses of a tile's rows once.
+        start: the reference of a token's first tile. "zero": scores times log2 e are taken as they are where their
+            exponentials neither grow nor vanish; "careful": the largest is found first.
         fence: whether the readers of the ring order the copies of keys, which are generic writes, before the tensor cores'
             reads. "none" relies on what cp.async reports to the barrier having landed, and on wgmma.fence, as CUTLASS's
             mainloop for cp.async and FlashMLA do. "joint" keeps to the letter of PTX: a proxy fence behind the waits for
@@ -74,11 +81,19 @@ class Config:
     gate_left: int = -1
     gate_right: int = -2
     fence: Literal["none", "joint"] = "none"
+    last_gate: Literal["next", "now"] = "next"
+    q_late: bool = False
+    start: Literal["careful", "zero"] = "careful"
 
     @property
     def slots(self) -> int:
         """Ring slots of 64 keys x 128 columns."""
         return 10 if self.d_qk == 576 else 11
+
+    @property
+    def gates(self) -> int:
+        """Barriers of the gates: two halves, two tiles, and with "now" one that nobody waits for."""
+        return 5 if self.last_gate == "now" else 4
 
     @property
     def has_rope(self) -> bool:
@@ -108,7 +123,19 @@ class Config:
         return asdict(self)
 
 
-_ALL = (Config(), Config(d_qk=512), Config("pages"), Config("pages", 512))
+def variant(form: Literal["rows", "pages"], d_qk: int) -> Config:
+    """What ships for a form and a number of columns.
+
+    Rows: the order of things between two tokens matters where lists are short (log 12 to 20 of the page: 2 to 9 % with 512
+    columns, 0 to 3 % with 576, whose left half must not begin early). Pages, one list of thousands per token: none of it.
+    """
+    if form == "pages":
+        return Config(form, d_qk)
+    left = -1 if d_qk == 576 else 23
+    return Config(form, d_qk, gate_left=left, gate_right=-1, last_gate="now", q_late=True, start="zero")
+
+
+_ALL = tuple(variant(form, d_qk) for form in ("rows", "pages") for d_qk in (576, 512))
 CHECKED: tuple[Config, ...] = _ALL
 """Variants that passed `tests/gpu/prefill_sparse.py gate` on a GPU as they are compiled here; `supports` leads to no other."""
 
@@ -137,8 +164,7 @@ def num_parts(problem: Problem, target: Target) -> int:
 
 
 def _variant(problem: Problem) -> Config:
-    form: Literal["rows", "pages"] = "rows" if isinstance(problem, SparsePrefillProblem) else "pages"
-    return Config(form, problem.d_qk)
+    return variant("rows" if isinstance(problem, SparsePrefillProblem) else "pages", problem.d_qk)
 
 
 def supports(problem: Problem, target: Target) -> Verdict:

@@ -14,14 +14,14 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     producers (4 warps)      scores (warpgroup 0)                     values left | right (warpgroups 1 | 2)
     ring of 10 slots, 64     36 wgmmas of S(j) = Q K(j)^T             O += P(j-2) V(j-2), 256 columns each
       keys x 128 columns:    all issued   -> gate left                left begins P(j-1) V(j-1)
-      Q elements, tiles      all complete -> gate right               right begins P(j-1) V(j-1)
+      Q elements, tiles      all issued or complete -> gate right     right begins P(j-1) V(j-1)
     RoPE slice               32 exponentials per thread, P(j) out
     Q for shared memory      (the maximum of the tile and a new       each quarter of V read: its slot is free
     piece descriptors          reference only when P grows too        wait for P(j), rescale O if told to
     indices two tiles ahead    large)
     P(j) is stored a quarter at a time and handed over behind the first eight wgmmas of S(j+1), since P V waits for those
     anyway. The turns run on across query tokens: while the values of a token are finished and stored, the producers and the scores
-    are at the next one.
+    are at the next one. `Config` has what may differ: when the gates open, also for a token's last tile, and where Q is copied.
 
 Gather
     cp.async, 16 bytes per lane, into the place that the swizzle gives it: eight lanes copy the 128 bytes of a row and slice,
@@ -38,7 +38,7 @@ Synchronisation (mbarriers)
     rope_full/empty, q_full/empty                                  as above
     p_full/empty[2] scores -> values / back                        4 warps / 8 warps
     go[half, 2]     scores -> values: the gates                    4 warps
-    sum_full/empty  scores -> values: 1 / row sums                 32 lanes / 8 warps
+    sum_full/empty  scores -> values: 1 / row sums                 4 / 8 warps
     piece_full/empty[4]  first producer warp -> everybody          1 / 12 warps
 
 Sources
@@ -149,7 +149,7 @@ class PrefillSparse:
             q_empty: cute.struct.MemRange[Int64, 1]
             p_full: cute.struct.MemRange[Int64, 3]  # the last one is nobody's: see `step`
             p_empty: cute.struct.MemRange[Int64, 2]
-            go: cute.struct.MemRange[Int64, 4]
+            go: cute.struct.MemRange[Int64, cfg.gates]  # a fifth likewise
             sum_full: cute.struct.MemRange[Int64, 1]
             sum_empty: cute.struct.MemRange[Int64, 1]
             piece_full: cute.struct.MemRange[Int64, PIECES]
@@ -247,8 +247,8 @@ class PrefillSparse:
                     (c.q_empty, 4, 1),
                     (c.p_full, 4, 3),
                     (c.p_empty, 8, 2),
-                    (c.go, 4, 4),
-                    (c.sum_full, 4 * 8, 1),
+                    (c.go, 4, cfg.gates),
+                    (c.sum_full, 4, 1),
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12, PIECES),
@@ -266,7 +266,10 @@ class PrefillSparse:
             self.values(c)
         else:
             cute.arch.setmaxregister_decrease(ROLES["producers"])
-            self.produce(c)
+            if const_expr(cfg.q_late):
+                self.produce_late(c)
+            else:
+                self.produce(c)
 
     # ------------------------------------------------------------------ small steps that several roles share
 
@@ -390,6 +393,62 @@ class PrefillSparse:
             self.copy_row(base, offsets[i], of_row(there, i), first, count)
 
     @cute.jit
+    def copy_slice_pair(
+        self, addresses: cute.Tensor, absent: Int32, even: Int32, odd: Int32, first: cutlass.Constexpr,
+        count: cutlass.Constexpr,
+    ):  # fmt: skip
+        """This lane's four keys of a tile, `count` slices from slice `first` on; zeros for those of the mask `absent`.
+
+        Args:
+            addresses: of the lane's 16 bytes in the first slice of each row.
+            absent: bit i: the lane's row i is not there.
+            even, odd: places of the lane's rows 0 and 1 in the first slice that is written, row 1 less 512.
+            first, count: slices of the source; in shared memory they follow one another.
+        """
+        for i in cutlass.range_constexpr(4):
+            copies = "".join(
+                f" cp.async.cg.shared.global.L2::128B [{{$r2}} + {512 * i + SLICE_BYTES * x}],"
+                f" [{{$r0}} + {128 * (first + x)}], 16, n;"
+                for x in range(count)
+            )
+            cute.arch.inline_ptx(
+                f"{{ .reg .b32 n, o; .reg .pred p; and.b32 o, {{$r1}}, {1 << i}; setp.eq.s32 p, o, 0; selp.b32 n, 16, 0, p;"
+                + copies
+                + " }",
+                read_only_args=[addresses[i], absent, even if i % 2 == 0 else odd],
+            )
+
+    @cute.jit
+    def prefetch(self, tensor: cute.Tensor, offset: Int32):
+        """Asks for one row per lane in L2, at `offset` times 16 bytes; none where that is NO_ROW."""
+        cute.arch.inline_ptx(
+            "{ .reg .b64 a; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
+            + f" @p cp.async.bulk.prefetch.L2.global [a], {2 * self.config.d_qk}; }}",
+            read_only_args=[tensor.iterator.toint(), offset],
+        )
+
+    @cute.jit
+    def prefetch_heads(self, c: cutlass.Constexpr, token: Int32):
+        """This warp's rows of Q of a token."""
+        lane = cute.arch.shuffle_sync_bfly(c.lane, 0)  # stays where it is written, and so does what follows from it
+        head = c.m_block * 64 + 16 * c.warp + lane
+        offset = Int32(NO_ROW)
+        if (lane < 16) & (head < c.h_q) & (token < c.tokens):
+            offset = token * c.token_step + head * c.head_step
+        self.prefetch(c.g_q, offset)
+
+    @cute.jit
+    def copy_rest(self, c: cutlass.Constexpr, token: Int32, place: Int32, turn: Int32):
+        """This warp's heads of a token, slices for shared memory. They are free when the last S of the token before is
+        complete.
+        """
+        cfg = self.config
+        cute.arch.mbarrier_wait(c.q_empty, (turn & 1) ^ 1)
+        self.copy_heads(c, token, c.q_base + place, cfg.q_regs, cfg.q_slices - cfg.q_regs)
+        self.hand_over(c.q_full)
+        self.prefetch_heads(c, token + c.parts)
+
+    @cute.jit
     def copy_heads(
         self, c: cutlass.Constexpr, token: Int32, there: Int32, first: cutlass.Constexpr, count: cutlass.Constexpr
     ):  # fmt: skip
@@ -470,6 +529,96 @@ class PrefillSparse:
         # No copy may be under way when the CTA ends.
         cute.arch.inline_ptx("cp.async.wait_all;")
 
+    @cute.jit
+    def spread(self, c: cutlass.Constexpr, addresses: cute.Tensor, offset: Int32):
+        """The addresses of this lane's four rows from the offset of row `lane % 16`, and which are not there."""
+        base, absent = self.start_of(c.kv, lane_chunk(c.lane) * 16), Int32(0)
+        for i in cutlass.range_constexpr(4):
+            row = cute.arch.shuffle_sync(offset, 4 * i + lane_row(c.lane))
+            is_absent = row == NO_ROW
+            addresses[i] = base + Int64(Int32(0) if is_absent else row).to(Int64) * 16
+            absent |= Int32(1 << i) if is_absent else Int32(0)
+        return absent
+
+    @cute.jit
+    def copy_unit(
+        self, c: cutlass.Constexpr, addresses: cute.Tensor, absent: Int32, place: Int32, slot: Int32, phase: Int32,
+        e: cutlass.Constexpr,
+    ):  # fmt: skip
+        """A quarter of a tile, once its slot is free."""
+        cute.arch.mbarrier_wait(c.empty + slot, phase)
+        there = c.ring_base + slot * SLOT_BYTES + place
+        self.copy_slice_pair(addresses, absent, there, there ^ 64, 2 * e, 2)
+        self.hand_over(c.full + slot)
+        return self.next_slot(slot, phase)
+
+    @cute.jit
+    def begin_tile(
+        self, c: cutlass.Constexpr, addresses: cute.Tensor, place: Int32, turn: Int32, slot: Int32, phase: Int32,
+        offset: Int32, index: Int32, at: Int32, tile: Int32, at_length: Int32, ahead: Int32,
+    ):  # fmt: skip
+        """Everything about a tile up to its second quarter."""
+        valid, now = c.valid, offset
+        absent = self.spread(c, addresses, now)
+        present = cute.arch.vote_ballot_sync(now != NO_ROW) & 0xFFFF
+        offset = self.locate(c, index)
+        index, at, tile, at_length, ahead = self.next_index(c, at, tile, at_length, ahead)
+        # The words of a tile four before have been read: S of that tile freed the slot that is waited for here.
+        cute.arch.mbarrier_wait(c.empty + slot, phase)
+        if c.lane == 0:
+            valid[c.warp, (turn >> 3) & 3] = present
+        slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 0)
+        slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 1)
+        return now, absent, slot, phase, offset, index, at, tile, at_length, ahead
+
+    @cute.jit
+    def produce_late(self, c: cutlass.Constexpr):
+        """As `produce`, with the rest of Q between the halves of a token's first tile."""
+        cfg = self.config
+        place = lane_place(c.warp, c.lane)
+        addresses = cute.make_rmem_tensor(4, Int64)
+        is_lead = c.warp_idx == 12
+        slot, phase, turn, token = Int32(0), Int32(1), Int32(0), Int32(c.part)
+        length = self.list_length(c, token, True)
+        at, tile, at_length, ahead = token, Int32(0), length, self.list_length(c, token + c.parts, False)
+        index, at, tile, at_length, ahead = self.next_index(c, at, tile, at_length, ahead)
+        offset = self.locate(c, index)
+        index, at, tile, at_length, ahead = self.next_index(c, at, tile, at_length, ahead)
+        while token < c.tokens:
+            tiles = cutlass.max((length + 63) >> 6, 1)
+            if is_lead:
+                self.describe(c, turn & 7, tiles, token)
+            for e in cutlass.range_constexpr(cfg.q_regs // 2):
+                cute.arch.mbarrier_wait(c.empty + slot, phase)
+                self.copy_heads(c, token, c.ring_base + slot * SLOT_BYTES + place, 2 * e, 2)
+                self.hand_over(c.full + slot)
+                slot, phase = self.next_slot(slot, phase)
+            now, absent, slot, phase, offset, index, at, tile, at_length, ahead = self.begin_tile(
+                c, addresses, place, turn, slot, phase, offset, index, at, tile, at_length, ahead
+            )
+            self.copy_rest(c, token, place, turn)
+            absent = self.spread(c, addresses, now)  # again, so that they take no registers meanwhile
+            for j in cutlass.range(tiles, unroll=1):
+                if const_expr(cfg.has_rope):  # free when S before is complete
+                    cute.arch.mbarrier_wait(c.rope_empty, ((turn >> 3) & 1) ^ 1)
+                    there = c.rope_base + place
+                    self.copy_slice_pair(addresses, absent, there, there ^ 64, 8, 1)
+                    self.hand_over(c.rope_full)
+                slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 2)
+                slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 3)
+                turn += 1 << 3
+                if j + 1 < tiles:
+                    now, absent, slot, phase, offset, index, at, tile, at_length, ahead = self.begin_tile(
+                        c, addresses, place, turn, slot, phase, offset, index, at, tile, at_length, ahead
+                    )
+            turn = turn & -8 | turn + 1 & 7
+            token += c.parts
+            length = self.list_length(c, token, True)
+        if is_lead:
+            self.describe(c, turn & 7, Int32(-1), Int32(0))
+        # No copy may be under way when the CTA ends.
+        cute.arch.inline_ptx("cp.async.wait_all;")
+
     # ------------------------------------------------------------------ S = Q K^T and the softmax
 
     @cute.jit
@@ -498,6 +647,8 @@ class PrefillSparse:
         # Every phase follows from a running count: ring slots filled, tiles, pieces.
         slot, phase, count, piece = Int32(0), Int32(0), Int32(0), Int32(0)
         self.arrive(c.p_full)  # tiles count from 1: for all three warpgroups tile 0 has been
+        if const_expr(cfg.last_gate == "now"):
+            self.open_gates(c, Int32(0))
         tiles = self.next_piece(c, piece)
         while tiles > 0:
             for e in cutlass.range_constexpr(cfg.q_regs // 2):
@@ -516,12 +667,21 @@ class PrefillSparse:
                 count += 1
             cute.arch.fence_view_async_shared()
             self.arrive(c.p_full + (count & 1))
+            if const_expr(cfg.last_gate == "now"):
+                self.open_gates(c, count & 1)
             self.sums(c, s, piece, m0, m1, l0, l1, x0, x1)
             piece += 1
             tiles = self.next_piece(c, piece)
-        if count > 0:  # no scores follow that would open the gates of the last tile
-            self.arrive(c.go + (count & 1))
-            self.arrive(c.go + 2 + (count & 1))
+        if const_expr(cfg.last_gate == "next"):
+            if count > 0:  # no scores follow that would open the gates of the last tile
+                self.arrive(c.go + (count & 1))
+                self.arrive(c.go + 2 + (count & 1))
+
+    @cute.jit
+    def open_gates(self, c: cutlass.Constexpr, buf: Int32):
+        """Both halves of a tile may be multiplied."""
+        self.arrive(c.go + buf)
+        self.arrive(c.go + 2 + buf)
 
     @cute.jit
     def step(
@@ -535,6 +695,9 @@ class PrefillSparse:
         # The last P of a token is handed over: the first of the next one arrives where nobody waits. A branch between wgmmas
         # would make ptxas wait for each of them.
         before = buf if j > 0 else Int32(2)
+        is_now, left, right = cfg.last_gate == "now", None, None
+        if const_expr(is_now):  # likewise
+            left, right = c.go + (buf if j > 0 else Int32(4)), c.go + (buf + 2 if j > 0 else Int32(4))
         valid0, valid1 = Int32(0), Int32(0)
         issued = 0
         for group in cfg.groups:
@@ -568,25 +731,25 @@ class PrefillSparse:
                         b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, place]
                         cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
                     if const_expr(issued == cfg.gate_left):
-                        self.arrive(c.go + buf)
+                        self.arrive(left if is_now else c.go + buf)
                     if const_expr(issued == cfg.gate_right):
-                        self.arrive(c.go + 2 + buf)
+                        self.arrive(right if is_now else c.go + 2 + buf)
                     issued += 1
                     if const_expr(issued == 8 and cfg.fence != "joint"):
                         cute.arch.fence_view_async_shared()
                         self.arrive(c.p_full + before)
         warpgroup.commit_group()
         if const_expr(cfg.gate_left == -1):
-            self.arrive(c.go + buf)
+            self.arrive(left if is_now else c.go + buf)
         if const_expr(cfg.gate_right == -1):
-            self.arrive(c.go + 2 + buf)
+            self.arrive(right if is_now else c.go + 2 + buf)
         warpgroup.wait_group(0)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             if const_expr(cfg.gate_left == -2):
-                cute.arch.mbarrier_arrive(c.go + buf)
+                cute.arch.mbarrier_arrive(left if is_now else c.go + buf)
             if const_expr(cfg.gate_right == -2):
-                cute.arch.mbarrier_arrive(c.go + 2 + buf)
+                cute.arch.mbarrier_arrive(right if is_now else c.go + 2 + buf)
             if const_expr(cfg.has_rope):
                 cute.arch.mbarrier_arrive(c.rope_empty)
         if j + 1 == tiles:
@@ -628,6 +791,10 @@ class PrefillSparse:
         packed = s.packed
         n0 = -m0 if cute.arch.fmax(m0, -m0) < Float32(FUSED) else -Float32(NO_MAXIMUM)
         n1 = -m1 if cute.arch.fmax(m1, -m1) < Float32(FUSED) else -Float32(NO_MAXIMUM)
+        from_zero = self.config.start == "zero"
+        if const_expr(from_zero):
+            n0 = Float32(0.0) if m0 == Float32(NO_MAXIMUM) else n0
+            n1 = Float32(0.0) if m1 == Float32(NO_MAXIMUM) else n1
         t0, t1 = Float32(0.0), Float32(0.0)
         for x in cutlass.range_constexpr(32):
             n = n0 if (x // 2) % 2 == 0 else n1
@@ -638,6 +805,9 @@ class PrefillSparse:
                 self.store_quarter(s, x // 8, buf)
         # Not "greater": a NaN or an overflow of this row goes the careful way, too.
         fits = (t0 <= Float32(2.0**LAZY_LOG2)) & (t1 <= Float32(2.0**LAZY_LOG2))
+        if const_expr(from_zero):  # far below, probabilities would vanish
+            fits = fits & ((m0 != Float32(NO_MAXIMUM)) | (t0 >= Float32(2.0**-LAZY_LOG2)))
+            fits = fits & ((m1 != Float32(NO_MAXIMUM)) | (t1 >= Float32(2.0**-LAZY_LOG2)))
         need = Int32(0) if cute.arch.vote_all_sync(fits) else Int32(1)
         return t0, t1, need
 
@@ -689,6 +859,9 @@ class PrefillSparse:
                 t0, t1 = (t0 + value, t1) if (x // 2) % 2 == 0 else (t0, t1 + value)
             for k in cutlass.range_constexpr(4):
                 self.store_quarter(s, k, buf)
+        elif const_expr(self.config.start == "zero"):
+            m0 = Float32(0.0) if m0 == Float32(NO_MAXIMUM) else m0
+            m1 = Float32(0.0) if m1 == Float32(NO_MAXIMUM) else m1
         return m0, m1, l0 + t0, l1 + t1, x0, x1, f0, f1, need
 
     @cute.jit
@@ -729,14 +902,12 @@ class PrefillSparse:
                 if head < c.h_q:
                     lse[request, head, token - request * lse.shape[2]] = lse2 * Float32(LN2)
                     if const_expr(self.config.form == "rows"):
-                        # The maximum passes over NaN, the sum does not; it is NaN beside a score of +inf, too.
-                        max_logits[token, head] = l if (l != l) & (x < Float32.inf) else x * c.scale
+                        max_logits[token, head] = x * c.scale
                     if c.has_sink != 0:  # a key without a value
                         extra = cute.math.exp2(c.sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
                         inverse = inverse / (Float32(1.0) + extra) if l != 0.0 else inverse
                 shared_inverse[s.row0 + 8 * half] = inverse
-            # Each lane for its own stores: compute-sanitizer sees no order that only a warp makes.
-            cute.arch.mbarrier_arrive(c.sum_full)
+        self.arrive(c.sum_full)
         self.arrive(c.piece_empty + index)
 
     # ------------------------------------------------------------------ O += P V
