@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from openmla.core import env
 from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import plain_layout
 from openmla.distributed import ContextParallel, DeadRankError, Link
@@ -318,6 +319,15 @@ def test_the_cost_model_chooses() -> None:
     assert link.choose(100_000, world=8, heads="all", **row) == "all_to_all"
     assert link.choose(16, world=4, heads="own", **row) == "all_to_all"
     assert Link.of("nccl").bytes_per_s > Link.of("gloo").bytes_per_s
+
+
+def test_a_variable_of_another_library_is_given_back(monkeypatch) -> None:
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    for before in (None, "0"):
+        monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+        with env.lent(name, "1"):
+            assert os.environ[name] == "1"
+        assert os.environ.get(name) == before
 
 
 def test_refusals() -> None:
