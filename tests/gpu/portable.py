@@ -267,7 +267,7 @@ def make_bundle(folder: Path) -> None:
             [v for v in families[name][0] if all(getattr(v, k, x) == x for k, x in wanted.items())],
             families[name][1],
         )
-        for name in ("schedule", "combine", "decode_dense_merge", "decode_dense")
+        for name in ("schedule", "combine", "decode_dense_merge", "decode_dense_small", "decode_dense")
     }
     bundle.build(folder, chosen, lambda line: print(line, flush=True))
 
