@@ -118,25 +118,6 @@ def test_readme_says_what_runs_where() -> None:
                     assert word == WORDS[chosen.backend], f"{what}, {layout}, {target}: {chosen}, README says {said}"
 
 
-def test_readme_says_of_sparse_attention_what_its_pages_say() -> None:
-    sentence = next(each for each in (ROOT / "README.md").read_text().split("\n\n") if "sparse prefill is" in each)
-    prefill, decode = (
-        next(
-            line
-            for line in (ROOT / "docs" / "kernels" / f"{page}.md").read_text().split("\n\n")
-            if "**State.**" in line
-        )
-        for page in ("prefill_sparse", "decode_sparse")
-    )
-    low, high = re.search(r"prefill is (\d\.\d\d) to (\d\.\d\d) times", sentence).groups()
-    assert f"{low} to {high} times FlashMLA" in prefill
-    low, high = re.search(r"FP8 caches from (\d\.\d\d) to (\d\.\d\d) times", sentence).groups()
-    said = [float(each) for each in re.findall(r"(\d\.\d\d)x?\b(?= |x|\*)", decode.split("Against the peer")[1])]
-    ratios = [each for each in said if each not in (1.35, 1.45, 1.30)]  # the bars
-    assert (min(each for each in ratios if each > 1), max(ratios)) == (float(low), float(high))
-    assert min(ratios) < 1 and "slower than it at batch 2" in " ".join(sentence.split())
-
-
 def test_readme_says_which_codes_the_hopper_kernel_reads() -> None:
     line = next(each for each in (ROOT / "README.md").read_text().splitlines() if "FP8 and FP4 caches" in each)
     for layout in ("fp8_656", "fp8_528", "fp8_584", "fp4_288"):
