@@ -230,6 +230,19 @@ def test_the_largest_logit_of_every_row_where_the_reference_stays_behind():
     assert passed, words
 
 
+def test_a_nan_key_shows_in_everything_its_token_writes():
+    """Also in the largest logit: the maximum instruction passes over NaN."""
+    case = gate().case("one NaN key", "rows", 3, 8, 70, parts=1, stray_nan=False, rows=70)
+    case.operands.indices.copy_(torch.arange(70))
+    case.operands.indices[1] = torch.arange(70).clamp_(max=40)  # this token does not name the NaN
+    case.operands.kv[69] = float("nan")
+    gate().run({"kernel": Emulated(ptx())}, "kernel", case)
+    given = case.operands
+    for written in (given.out, given.lse, given.max_logits):
+        assert written.reshape(3, -1).isnan().all(1).tolist() == [True, False, True]
+        assert not written[1].isnan().any()
+
+
 def test_scores_far_below_zero_do_not_vanish():
     """The first reference of a token is 0; 2^-277 of a score is none, so the largest must be found."""
     case = gate().case("far below", "rows", 2, 3, 100, parts=1, stray_nan=False, rows=100)

@@ -38,7 +38,7 @@ Synchronisation (mbarriers)
     rope_full/empty, q_full/empty                                  as above
     p_full/empty[2] scores -> values / back                        4 warps / 8 warps
     go[half, 2]     scores -> values: the gates                    4 warps
-    sum_full/empty  scores -> values: 1 / row sums                 4 / 8 warps
+    sum_full/empty  scores -> values: 1 / row sums                 32 lanes / 8 warps
     piece_full/empty[4]  first producer warp -> everybody          1 / 12 warps
 
 Sources
@@ -245,10 +245,11 @@ class PrefillSparse:
                     (c.rope_empty, 4, 1),
                     (c.q_full, 128 + 4, 1),
                     (c.q_empty, 4, 1),
-                    (c.p_full, 4, 3),
+                    (c.p_full, 4, 2),
+                    (c.p_full + 2, (1 << 20) - 1, 1),  # nobody's: never complete, so that nobody misses a wait
                     (c.p_empty, 8, 2),
                     (c.go, 4, cfg.gates),
-                    (c.sum_full, 4, 1),
+                    (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12, PIECES),
@@ -902,12 +903,14 @@ class PrefillSparse:
                 if head < c.h_q:
                     lse[request, head, token - request * lse.shape[2]] = lse2 * Float32(LN2)
                     if const_expr(self.config.form == "rows"):
-                        max_logits[token, head] = x * c.scale
+                        # The maximum passes over NaN, the sum does not; it is NaN beside a score of +inf, too.
+                        max_logits[token, head] = l if (l != l) & (x < Float32.inf) else x * c.scale
                     if c.has_sink != 0:  # a key without a value
                         extra = cute.math.exp2(c.sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
                         inverse = inverse / (Float32(1.0) + extra) if l != 0.0 else inverse
                 shared_inverse[s.row0 + 8 * half] = inverse
-        self.arrive(c.sum_full)
+            # Each lane for its own stores: compute-sanitizer sees no order that only a warp makes.
+            cute.arch.mbarrier_arrive(c.sum_full)
         self.arrive(c.piece_empty + index)
 
     # ------------------------------------------------------------------ O += P V
