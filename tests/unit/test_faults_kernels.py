@@ -29,6 +29,7 @@ from openmla.core.target import Target
 from openmla.observe import metrics
 from openmla.observe.watchdog import Watchdog
 from openmla.ops import canary, checks, dispatch, observers
+from openmla.reference import attention
 
 SUBJECT = "decode/cute/fragile"
 
@@ -346,6 +347,13 @@ def test_f33_a_trial_that_fails_itself_keeps_nobody_from_running(monkeypatch, en
     served_elsewhere(kernel)
     ends("canary_skipped", SUBJECT, "a mistake of the trial")
     assert kernel.launched == 3 and not aside.anything()
+
+
+def test_f33_a_trial_in_which_no_row_sees_a_key_is_one():
+    nothing = torch.zeros(2, 3, 8), torch.full((2, 3), -torch.inf)
+    golden = attention.Attention(*(x.double() for x in nothing), nothing[1].double(), heads_first=False)
+    assert canary._compare(*nothing, golden) == ""
+    assert "out differs from the oracle" in canary._compare(nothing[0] + 1e-3, nothing[1], golden)
 
 
 def test_f33_an_operation_without_a_canary_is_let_through(monkeypatch):
