@@ -143,6 +143,14 @@ def test_readme_says_what_the_rows_of_the_models_say() -> None:
     assert (said[0], said[1]) in plain
     assert said[2] in graphs
     assert len(said) == 3
+    other = re.search(
+        r"On one (H\d+), whose host is slower, captured steps are (\d+\.\d) times .* and (\d+\.\d) times", text
+    )
+    row = next(
+        each for each in rows("model_speed.jsonl") if other[1] in each["device"] and "graph" in each.get("runs", {})
+    )
+    stock = row["runs"]["stock"]["step_ms"]
+    assert (other[2], other[3]) == tuple(f"{stock / row['runs'][each]['step_ms']:.1f}" for each in ("graph", "eager"))
 
 
 def test_the_table_of_trained_models_is_that_of_its_rows() -> None:
