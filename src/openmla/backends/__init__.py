@@ -72,7 +72,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
             "prefill",
             "cute",
             "prefill_varlen",
-            "not built: prefill_varlen serves on a GPU; prefill_cudnn, for even batches, once it has run there",
+            "not built yet: prefill_varlen serves on a GPU; prefill_cudnn, for even batches, once it has run there",
         ),
         Slot("openmla.backends.torch", "PREFILL_CUDNN"),
         Slot("openmla.backends.triton", "PREFILL"),
