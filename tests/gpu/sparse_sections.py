@@ -173,7 +173,6 @@ def plain(op: str, layout: str, extra: int, h_q: int, *, d_qk: int = 0) -> Case:
         op=op, seed=1, family="unit", dtype=torch.bfloat16, h_q=h_q, h_kv=1, d_qk=d_qk, d_v=512, softmax_scale=d_qk**-0.5,
         seqlens_q=(1,) * tokens if op == "sparse_decode" else (tokens,), seqlens_k=(1500,), layout=layout, page_size=64,
         topk=600, has_topk_length=True, extra_layout=layout if extra else "", extra_page_size=2, extra_topk=extra,
-        poison=0,  # what is selected here and there must not be NaN: fuzz and poison are about that
     )  # fmt: skip
 
 
