@@ -5,7 +5,8 @@
 
 Needs PyTorch alone. Every rank runs the same checks against the fp64 oracle (rank 0 computes it once for the small
 cases); then batch 4, 128k tokens, h_q 128 on one GPU and on all of them, interleaved: what the speed-up is of. Rank 0
-writes one JSON row per fact. `--stall` stops the last rank before a collective: the others must name it.
+writes one JSON row per fact. `--stall` stops the last rank before a collective: the others must name it. `--mixed` lets it
+repeat another call than the others: all must say so.
 """
 
 from __future__ import annotations
@@ -233,12 +234,38 @@ def stall(ranks: ContextParallel, device: torch.device) -> str:
     raise AssertionError("nobody noticed")
 
 
+def mixed_up(device: torch.device) -> dict[str, str]:
+    """Two known calls of one size; then the last rank makes the other one. Each exchange must notice; what was said."""
+    said = {}
+    for exchange in EXCHANGES if device.type == "cuda" else EXCHANGES[1:]:
+        ranks = ContextParallel(timeout_s=5)
+        pool, table, lengths = paged(torch.randn(1, 64, 576, device=device).to(torch.bfloat16))
+        q = torch.randn(1, 1, 16, 576, device=device).to(torch.bfloat16)
+        call = partial(ranks.decode, q, pool, table, lengths, exchange=exchange)
+        for scale in (0.07, 0.08, 0.07, 0.08):
+            call(softmax_scale=scale)
+            ranks.wait()
+        try:
+            out, _ = call(softmax_scale=0.08 if ranks.rank == ranks.world - 1 else 0.07)
+            ranks.wait()
+        except DeadRankError as error:
+            if error.ranks[:1] != ((0,) if ranks.rank == ranks.world - 1 else (ranks.world - 1,)):
+                raise AssertionError(f"{exchange}: the wrong rank is named: {error}") from error
+            if device.type == "cuda" and not bool(out.isnan().all()):
+                raise AssertionError(f"{exchange}: rows that are not NaN") from error
+            said[exchange] = error.cause
+            continue
+        raise AssertionError(f"{exchange}: nobody noticed")
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--stall", action="store_true")
+    parser.add_argument("--mixed", action="store_true", help="ranks mix up two calls that all of them know")
     parser.add_argument("--untimed", action="store_true", help="only whether it is right")
     options = parser.parse_args()
     local = int(os.environ["LOCAL_RANK"])
@@ -260,6 +287,8 @@ def main() -> None:
         for layers, s_k, is_planned in () if options.untimed else runs:
             write(measure(ranks, device, options.small, layers, s_k, is_planned), ranks, options.out)
     write({"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}, ranks, options.out)
+    if options.mixed:
+        write({"what": "mixed_up", "said": mixed_up(device)}, ranks, options.out)
     if options.stall:
         ranks.timeout_s = 5
         write({"what": "dead_rank", "message": stall(ranks, device)}, ranks, options.out)

@@ -273,6 +273,33 @@ def test_a_rank_that_repeats_while_another_makes_a_new_call_is_told() -> None:
         assert seconds < 20
 
 
+def _mixed_up(rank: int, exchange: str, heads: str):
+    """Two kinds of call of one size, each made by all ranks before; then rank 1 makes the other one."""
+    ranks = ContextParallel(timeout_s=3.0)
+    q, keys = operands()
+    q = q if heads == "all" else q[:, :, ranks._slice(HEADS)].contiguous()
+    mine = [k[torch.arange(len(k)) % ranks.world == rank] for k in keys]
+    kinds = [{"softmax_scale": scale, "exchange": exchange, "heads": heads} for scale in (0.07, 0.08)]
+    for kind in (*kinds, *kinds):
+        ranks.decode(q, *paged(mine, 16), **kind)
+    begin = time.monotonic()
+    try:
+        ranks.decode(q, *paged(mine, 16), **kinds[rank == 1])
+    except DeadRankError as error:
+        return error.ranks, str(error), time.monotonic() - begin
+    return None
+
+
+@pytest.mark.parametrize(("exchange", "heads"), [("all_gather", "all"), ("all_to_all", "own")])
+def test_ranks_that_mix_up_two_known_calls_of_one_size_are_told(exchange, heads) -> None:
+    for rank, (ranks, message, seconds) in enumerate(run_ranks(_mixed_up, 2, exchange, heads)):
+        assert ranks == (1 - rank,), message
+        assert "a share of another call came in; ranks disagree" in message
+        assert "0.07" in message
+        assert "0.08" in message
+        assert seconds < 20
+
+
 def _tensor_parallel(rank: int):
     torch.manual_seed(3)
     config = MLAConfig(48, 4, q_lora_rank=24, d_latent=32, d_rope=16, d_nope=24, d_v=20, has_bias=True, rope=Rope(16))

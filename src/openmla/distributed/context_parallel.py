@@ -23,7 +23,9 @@ the collective should have ended plus `timeout_s` for the roll call. Nothing wai
 
 Ranks must make the same calls. A kind of call that is new to a rank is compared through the store before anything is
 exchanged: where ranks differ, every one of them raises ProblemError, and the group is as good as before. Where one rank
-repeats a call while another makes a new one, both end in a DeadRankError that says what the other was at.
+repeats a call while another makes a new one, both end in a DeadRankError that says what the other was at. So do two that
+repeat different calls of one size: shares of a collective carry the number of their kind of call, every kind has mailboxes
+of its own. Their rows are NaN; on CPUs the call raises, on GPUs `wait`.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from openmla.split.schedule import Policy
 
 Exchange = Literal["auto", "direct", "all_gather", "all_to_all"]
 Heads = Literal["all", "own"]
+Call = tuple[tuple[str, Any], ...]  # what every rank must pass alike, by name
 
 DIRECT_BYTES = 16 << 20  # of one share; mailboxes hold 2 * world of them
 
@@ -139,13 +142,15 @@ class ContextParallel:
             f"openmla/{next(_serial)}", dist.distributed_c10d._get_default_store()
         )
         self._lost: DeadRankError | None = None
-        self._agreed: set[tuple[tuple[str, Any], ...]] = set()  # kinds of calls that all ranks make alike
+        self._agreed: dict[Call, int] = {}  # kinds of calls that all ranks make alike, and their numbers
         self._asked = 0  # agreements that were sought; the same on every rank
-        self._at: tuple[tuple[str, Any], ...] = ()  # the call at work
+        self._at: Call = ()  # the call at work
+        self._number = 0  # of its kind
         self._direct = direct
-        self._boxes: dict[int, Mailbox] = {}  # by words of a row
+        self._boxes: dict[tuple[int, Call], Mailbox] = {}  # by words of a row and kind of call but its batch
         self._outgrown: list[Mailbox] = []  # captured graphs may still use them
         self._refusal: str | None = None  # why these ranks cannot have mailboxes
+        self._strange: torch.Tensor | None = None  # bool [1] on a GPU: shares of another call came in
 
     # Who holds what
 
@@ -220,9 +225,9 @@ class ContextParallel:
         """
         self._check(q, cache_seqlens, heads, exchange)
         self._agree((
-            ("q", tuple(q.shape)), ("dtype", q.dtype), ("cache_seqlens", tuple(cache_seqlens.shape)), ("heads", heads),
-            ("exchange", exchange), ("d_v", d_v), ("softmax_scale", softmax_scale), ("has_sink", attn_sink is not None),
-            ("kv_layout", kv_layout), ("policy", policy), ("link", self.link),
+            ("batch", q.shape[0]), ("q", tuple(q.shape[1:])), ("dtype", q.dtype), ("dims of cache_seqlens", cache_seqlens.dim()),
+            ("heads", heads), ("exchange", exchange), ("d_v", d_v), ("softmax_scale", softmax_scale),
+            ("has_sink", attn_sink is not None), ("kv_layout", kv_layout), ("policy", policy), ("link", self.link),
             ("direct", self._direct),
         ))  # fmt: skip
         q = self._gather_heads(q) if heads == "own" else q
@@ -230,7 +235,7 @@ class ContextParallel:
         chosen = self._exchange(exchange, heads, q, d_v)
         rows, table, lengths = _each_query(q, block_table, cache_seqlens)
         # Every rank gets every share: the kernel writes straight into what travels.
-        share = Message.empty((batch, s_q, h_q, d_v), q) if chosen == "all_gather" else None
+        share = Message.empty((batch, s_q, h_q, d_v), q, self._number) if chosen == "all_gather" else None
         scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
         out, lse = native.decode(
             rows, kv_cache, table, lengths, d_v=d_v, softmax_scale=scale, kv_layout=kv_layout, plan=plan,
@@ -315,7 +320,7 @@ class ContextParallel:
         """Make sure that there is a mailbox for q's shares, or say why not; the same on every rank. Collective."""
         rows, words = math.prod(q.shape[:3]), d_v * q.element_size() // 4
         reason = self.why_not_direct(q, d_v)
-        box = self._boxes.get(words)
+        box = self._boxes.get((words, self._at[1:]))
         if reason is not None or (box is not None and box.capacity >= rows):
             return reason
         if torch.cuda.is_current_stream_capturing():
@@ -332,7 +337,7 @@ class ContextParallel:
                 self._refusal = f"no symmetric memory: {found if isinstance(found, str) else 'on another rank'}"
             elif isinstance(found, Mailbox):
                 self._outgrown += [box] if box is not None else []
-                self._boxes[words] = found
+                self._boxes[words, self._at[1:]] = found
         return self._refusal
 
     def _told(self, number: int) -> list[int]:
@@ -349,7 +354,7 @@ class ContextParallel:
         """Everybody's shares of all heads, merged, by one launch."""
         if self._lost is not None:
             raise self._lost
-        box = self._boxes[out.shape[3] * out.element_size() // 4]
+        box = self._boxes[out.shape[3] * out.element_size() // 4, self._at[1:]]
         return box.exchange(out.contiguous(), lse, attn_sink, self.timeout_s)
 
     def _check(self, q: torch.Tensor, cache_seqlens: torch.Tensor, heads: str, exchange: str) -> None:
@@ -378,13 +383,13 @@ class ContextParallel:
         """Everybody's share of all heads."""
         if self.world == 1:
             return share
-        return share.replaced(self._gather(share.content[0], "gather of attention shares"))
+        return self._of_this_call(share.replaced(self._gather(share.content[0], "gather of attention shares")))
 
     def _trade_heads(self, out: torch.Tensor, lse: torch.Tensor) -> Message:
         """From this rank's share [batch, s_q, h_q, d_v], [batch, h_q, s_q] everybody's shares of this rank's heads."""
         batch, s_q, h_q, d_v = out.shape
         spans = [self._slice(h_q, rank) for rank in range(self.world)]
-        sent = [Message.empty((batch, s_q, span.stop - span.start, d_v), out) for span in spans]
+        sent = [Message.empty((batch, s_q, span.stop - span.start, d_v), out, self._number) for span in spans]
         for message, span in zip(sent, spans, strict=True):
             message.fill(out[:, :, span], lse[:, span])
         mine = sent[self.rank].content.numel()
@@ -397,14 +402,14 @@ class ContextParallel:
             ),
             "exchange of attention shares",
         )  # fmt: skip
-        return sent[self.rank].replaced(received.view(self.world, mine))
+        return self._of_this_call(sent[self.rank].replaced(received.view(self.world, mine)))
 
     def _gather_merged(self, out: torch.Tensor, lse: torch.Tensor, h_q: int) -> tuple[torch.Tensor, torch.Tensor]:
         """From the merged rows of this rank's heads those of all heads."""
         batch, s_q, mine, d_v = out.shape
         sizes = [span.stop - span.start for span in (self._slice(h_q, rank) for rank in range(self.world))]
         # Heads may be uneven: every rank sends as many as the first.
-        block = Message.empty((batch, s_q, sizes[0], d_v), out)
+        block = Message.empty((batch, s_q, sizes[0], d_v), out, self._number)
         block.out[0, :, :, :mine].copy_(out)
         block.lse[0, :, :mine].copy_(lse)
         whole = block.replaced(self._gather(block.content[0], "gather of merged heads"))
@@ -419,9 +424,9 @@ class ContextParallel:
 
     # Collectives with an end
 
-    def _agree(self, call: tuple[tuple[str, Any], ...]) -> None:
+    def _agree(self, call: Call) -> None:
         """Raises ProblemError on every rank unless all are about to make this call. Asked once per kind of call."""
-        self._at = call
+        self._at, self._number = call, self._agreed.get(call, 0)
         if self.world == 1 or call in self._agreed:
             return
         if self._lost is not None:
@@ -450,7 +455,19 @@ class ContextParallel:
                 [f"every rank must make the same call; rank {self.rank} has {mine}"]
                 + [f"rank {rank} has {text}" for rank, text in differing.items()],
             )
-        self._agreed.add(call)
+        self._agreed[call] = self._number = self._asked
+
+    def _of_this_call(self, shares: Message) -> Message:
+        """Shares of another call than this one become NaN and end in DeadRankError: here on a CPU, on a GPU in `wait`."""
+        is_strange = shares.call != self._number
+        shares.lse.masked_fill_(is_strange[:, None, None, None], math.nan)
+        if shares.content.is_cuda:
+            if self._strange is None:
+                self._strange = is_strange.new_zeros(1)
+            self._strange.logical_or_(is_strange.any())
+        elif bool(is_strange.any()):
+            raise self._roll_call("exchange of attention shares", "a share of another call came in")
+        return shares
 
     def _gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """[world, *shape], the same on every rank."""
@@ -489,6 +506,8 @@ class ContextParallel:
             if time.monotonic() > deadline:
                 raise self._roll_call("wait", "queued work is not done")
             time.sleep(1e-4)
+        if self._strange is not None and bool(self._strange):
+            raise self._roll_call("exchange of attention shares", "a share of another call came in")
         if any(box.is_lost() for box in (*self._boxes.values(), *self._outgrown)):
             raise self._roll_call("exchange of attention shares", "a share was not written")
 

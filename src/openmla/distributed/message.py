@@ -10,22 +10,26 @@ import torch
 
 @dataclass(frozen=True)
 class Message:
-    """Shares as they travel, one behind another: of each the rows out, then their lse, in one block of bytes.
+    """Shares as they travel, one behind another: of each the rows out, their lse and the call, in one block of bytes.
 
-    content [n, bytes] uint8; out [n, batch, s_q, heads, d_v] in the dtype of q and lse [n, batch, heads, s_q] fp32 are
-    views of it. Both begin at multiples of 16 bytes, so that rows keep their alignment.
+    content [n, bytes] uint8; out [n, batch, s_q, heads, d_v] in the dtype of q, lse [n, batch, heads, s_q] fp32 and
+    call [n] int32, the number of the kind of call that a share belongs to, are views of it. All begin at multiples of 16
+    bytes, so that rows keep their alignment.
     """
 
     content: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
+    call: torch.Tensor
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], like: torch.Tensor) -> Message:
-        """Room for one share of that shape, in the dtype and on the device of `like`."""
+    def empty(cls, shape: tuple[int, int, int, int], like: torch.Tensor, call: int) -> Message:
+        """Room for one share of that shape, in the dtype and on the device of `like`, that says which call it is of."""
         num_bytes = _whole_blocks(math.prod(shape) * like.element_size()) + _whole_blocks(math.prod(shape[:3]) * 4)
-        content = like.new_empty(1, num_bytes, dtype=torch.uint8)
-        return cls._over(content, shape, like.dtype)
+        content = like.new_empty(1, num_bytes + _whole_blocks(4), dtype=torch.uint8)
+        message = cls._over(content, shape, like.dtype)
+        message.call.fill_(call)
+        return message
 
     @classmethod
     def _over(cls, content: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Message:
@@ -34,7 +38,8 @@ class Message:
         out = content[:, :end].view(dtype).unflatten(1, shape)
         begin, count = _whole_blocks(end), batch * s_q * heads
         lse = content[:, begin : begin + 4 * count].view(torch.float32).unflatten(1, (batch, heads, s_q))
-        return cls(content, out, lse)
+        begin += _whole_blocks(4 * count)
+        return cls(content, out, lse, content[:, begin : begin + 4].view(torch.int32)[:, 0])
 
     def replaced(self, content: torch.Tensor) -> Message:
         """Other content [n, bytes] of the same form."""
