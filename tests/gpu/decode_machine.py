@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import racecheck
 import torch
 from decode_items import Made, NotRunError, Setup, dense
 from sparse_sections import plain
@@ -30,14 +31,6 @@ from openmla.testing.cases import Case, native_arguments
 
 HOST_US = 15.0
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
-# What racecheck reports and is known to be none: kernel -> (places, until when, why). More places, another kernel or a later
-# day fail.
-_ORDER = (
-    "eight lanes store the factors of a rescale, the warp meets, one lane arrives: an order that only a warp makes, which the "
-    "tool does not see (racecheck_order.py); it ends when the lane that arrives stores them, as in decode_dense"
-)
-WAIVED = {"decode_sparse": (12, "2027-01-31", _ORDER), "prefill_sparse": (12, "2027-01-31", _ORDER)}
 
 
 def host(setup: Setup) -> Made:
@@ -157,30 +150,15 @@ def _sanitize(setup: Setup, tool: str) -> dict[str, Any]:
     text = found.stdout + found.stderr
     counted = re.search(r"ran (\d+) of (\d+)", text)
     summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
-    waived = known_races(text, time.strftime("%Y-%m-%d")) if tool == "racecheck" and counted else {}
-    if counted is None or (found.returncode and not waived):
+    waived, unknown = {}, [f"{tool} ended with status {found.returncode}"] if found.returncode else []
+    if tool == "racecheck" and found.returncode and counted:
+        waived, unknown = racecheck.waived(text, time.strftime("%Y-%m-%d"), racecheck.of_the_bundle)
+    if counted is None or unknown:
         text = re.sub(r"kernel_cutlass_kernel_openmlabackendscute(\w+?)kernel\w*", r"\1", text)  # names of 200 letters
         shown = [line for line in text.splitlines() if line.strip("= ") and "Host Frame" not in line]
-        raise AssertionError(f"{tool} ended with status {found.returncode}\n" + "\n".join(shown[:40] + shown[-10:]))
+        raise AssertionError("\n".join(unknown[:20] + shown[:40] + shown[-10:]))
     assert int(counted[1]), f"{tool}: no case is supported"
     return {"measured": {"cases": counted[0], "says": "; ".join(summary)} | waived}
-
-
-def known_races(text: str, today: str) -> dict[str, str]:
-    """What WAIVED says of every hazard in racecheck's output; {} where one of them is not known, or none can be read."""
-    pattern = r"Race reported between Write access at (\S+)\+(0x\w+)\s+=+\s+and Read access at \1\+(0x\w+)"
-    reported = re.findall(pattern, text)
-    shown = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", text)
-    if not reported or shown is None or int(shown[1]) != len(reported) or "print limit" in text.lower():
-        return {}
-    places: dict[str, set[tuple[str, str]]] = {}
-    for kernel, write, read in reported:
-        places.setdefault(re.sub(r".*openmlabackendscute(\w+?)kernel.*", r"\1", kernel), set()).add((write, read))
-    for kernel, pairs in places.items():
-        most, until, _ = WAIVED.get(kernel, (0, "", ""))
-        if len(pairs) > most or today > until:
-            return {}
-    return {f"waived in {kernel}": f"{len(pairs)} places: {WAIVED[kernel][2]}" for kernel, pairs in places.items()}
 
 
 # ------------------------------------------------------------------------------------------- faults

@@ -5,6 +5,9 @@
 
 A guard compares a page id with the number of pages, and a length with the capacity of the block table, and sets a bit of
 the fault word where it does not hold. `build` removes exactly those lines from a copy of the sources.
+
+The same code costs up to some tenths of a percent more or less by where it lies, so each form is loaded several times, and
+how far its own copies are apart is said beside the cost.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+CASES = ((128, 4, 4096), (128, 64, 4096), (128, 1, 4096), (16, 1, 4096), (16, 64, 4096))  # h_q, batch, keys
+COPIES, ROUNDS = 4, 250
 # Patterns, and what stands there instead; every pattern must be found.
 NEVER = r"\1if const_expr(False):"
 GUARDS = {
@@ -71,58 +76,89 @@ def build(out: Path) -> None:
             subprocess.run([sys.executable, "-c", COMPILE, str(target)], env=environment, check=True)
 
 
-def measure(folder: Path) -> None:
-    """Replay a graph of 20 launches of each form in turn; medians of 300 turns each."""
+def graph_of(call: Any) -> Any:
+    """20 calls."""
     import torch
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            call()
+    return graph
+
+
+def microseconds(graph: Any) -> float:
+    """Per call of one replay."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 20 * 1e3
+
+
+def loaded(library: Path, name: str, copies: int) -> list[Any]:
+    """The function of a library, loaded so many times: each lies somewhere else in the card's memory."""
     import tvm_ffi
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(copies):
+            copy = Path(folder) / f"{number}.so"
+            shutil.copy(library, copy)
+            found.append(tvm_ffi.load_module(str(copy))[name])
+    return found
+
+
+def measure(folder: Path) -> None:
+    """COPIES of each form in turn, ROUNDS times; a round's cost is the ratio of the means of both forms."""
+    import torch
     from reliability_sections import decode_arguments
 
     import openmla
     from openmla.ops import dispatch
 
-    def graph_of(call: Any) -> Any:
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(20):
-                call()
-        return graph
-
-    def turn(graph: Any) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 20 * 1e3
-
-    for h_q, batch, tokens in ((16, 64, 4096), (16, 1, 4096), (128, 64, 4096), (128, 4, 4096)):
+    for h_q, batch, tokens in CASES:
         given = decode_arguments(batch=batch, h_q=h_q, tokens=tokens)
         made = openmla.plan(**given)
         out = torch.empty(batch, 1, h_q, 512, device="cuda", dtype=torch.bfloat16)
         call = lambda given=given, made=made, out=out: openmla.decode(**given, plan=made, out=out)  # noqa: E731
         call()
         prepared = next(each for each in dispatch._prepared.values() if each.problem == made.problem)
-        if not (folder / "with" / f"{prepared.config.name}.so").exists():
-            print(json.dumps({"h_q": h_q, "batch": batch, "kernel": prepared.config.name, "skipped": "not built"}))
-            continue
-        graphs, results = {}, {}
+        name = prepared.config.name
+        if not (folder / "with" / f"{name}.so").exists():
+            raise SystemExit(f"{name} is not in {folder}: build it from these sources")
+        graphs, results = [], []
         for form in ("with", "without"):
-            (path,) = (folder / form).glob(f"{prepared.config.name}.so")
-            object.__setattr__(prepared.compiled, "decode", tvm_ffi.load_module(str(path))[prepared.config.name])
-            graphs[form] = graph_of(call)
-            results[form] = out.clone()
-        assert torch.equal(results["with"], results["without"])
-        times: dict[str, list[float]] = {"with": [], "without": []}
-        for form in ("with", "without", "without", "with") * 150:  # so that a drift of the clock favours nobody
-            times[form].append(turn(graphs[form]))
-        us = {form: round(statistics.median(each), 3) for form, each in times.items()}
-        ratio = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
-        quarters = statistics.quantiles(ratio, n=4)
-        print(json.dumps({"h_q": h_q, "batch": batch, "tokens": tokens, "kernel": prepared.config.name, "us": us,
-                          "cost_percent": round(100 * (statistics.median(ratio) - 1), 3),
-                          "quartiles_percent": [round(100 * (q - 1), 3) for q in quarters]}), flush=True)  # fmt: skip
+            for function in loaded(folder / form / f"{name}.so", name, COPIES):
+                object.__setattr__(prepared.compiled, "decode", function)
+                graphs.append(graph_of(call))
+                results.append(out.clone())
+        assert all(torch.equal(each, results[0]) for each in results)
+        rounds = []
+        for number in range(ROUNDS + 5):
+            order = sorted(range(2 * COPIES), key=lambda i: (i % COPIES, i), reverse=bool(number % 2))
+            us = [0.0] * len(order)
+            for which in order:  # neighbours are of both forms, and a drift of the clock favours nobody
+                us[which] = microseconds(graphs[which])
+            rounds += [us] if number >= 5 else []
+        ratios = sorted(sum(us[:COPIES]) / sum(us[COPIES:]) for us in rounds)
+        medians = [round(statistics.median(each), 3) for each in zip(*rounds, strict=True)]
+        quarters = statistics.quantiles(ratios, n=4)
+        print(json.dumps({
+            "h_q": h_q, "batch": batch, "tokens": tokens, "kernel": name, "rounds": len(rounds),
+            "us": {"with": medians[:COPIES], "without": medians[COPIES:]},
+            "cost_percent": round(100 * (quarters[1] - 1), 3),
+            "quartiles_percent": [round(100 * (each - 1), 3) for each in quarters],
+            # what a median of so many rounds is uncertain by, and what nothing but another place in memory makes
+            "error_percent": round(100 * 1.25 * (quarters[2] - quarters[0]) / 1.35 / len(rounds) ** 0.5, 3),
+            "same_code_percent": round(max(100 * (max(each) / min(each) - 1) for each in (medians[:COPIES], medians[COPIES:])), 3),
+            "device": torch.cuda.get_device_name(),
+        }), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

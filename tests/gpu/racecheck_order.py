@@ -1,23 +1,27 @@
 """What compute-sanitizer's racecheck sees of an order that a warp makes: stores, `sync_warp`, one arrival.
 
     PYTHONPATH=src python tests/gpu/racecheck_order.py build order.so     anywhere with the DSL; prints the instructions
-    compute-sanitizer --tool racecheck python tests/gpu/racecheck_order.py run order.so elected|every|one
+    compute-sanitizer --tool racecheck python tests/gpu/racecheck_order.py run order.so elected|every|one|copied|reused
 
-A warp stores eight words of shared memory, another waits on an mbarrier and loads them.
+A warp writes words of shared memory, another waits on an mbarrier and loads them.
 
     elected  eight lanes store, sync_warp, the elected lane arrives. Right: bar.warp.sync orders memory among the lanes, the
              arrival releases, the wait acquires. ptxas turns sync_warp of a converged warp into NOP.
     every    the same, every lane arrives for itself
     one      the elected lane stores all eight
+    copied   every lane copies a word with cp.async and lets the copy arrive (cp.async.mbarrier.arrive.noinc)
+    reused   as `every`, twice; in between the readers meet, one of them says that all have read, and every writer waits for it
 
-All three print the right words. racecheck reports hazards in `elected` alone: it takes a lane's stores as released only by
-that lane's own arrival.
+All print the right words. racecheck reports hazards in `elected`: it takes a lane's stores as released only by that lane's
+own arrival. What it says of the last two is in docs/reliability.md.
 """
 
 import re
 import sys
 import tempfile
 from pathlib import Path
+
+HOW = ("elected", "every", "one", "copied", "reused")
 
 
 def build(library: Path) -> None:
@@ -30,7 +34,7 @@ def build(library: Path) -> None:
     from openmla.backends.cute.toolchain import compile_kernel, disassemble, fake_stream, fake_tensor, link_bundle
 
     class Order:
-        """One of the three kernels."""
+        """One of the kernels."""
 
         smem_bytes = 256
 
@@ -38,23 +42,27 @@ def build(library: Path) -> None:
             self.how = how
 
         @cute.jit
-        def __call__(self, out: cute.Tensor, stream: cuda.CUstream):
+        def __call__(self, out: cute.Tensor, source: cute.Tensor, stream: cuda.CUstream):
             """Write eight words, four times each."""
-            self.kernel(out).launch(grid=[1, 1, 1], block=[64, 1, 1], stream=stream)
+            self.kernel(out, source).launch(grid=[1, 1, 1], block=[64, 1, 1], stream=stream)
 
         @cute.kernel
-        def kernel(self, out: cute.Tensor):
-            """Warp 0 stores, warp 1 loads."""
+        def kernel(self, out: cute.Tensor, source: cute.Tensor):
+            """Warp 0 writes, warp 1 loads."""
             lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
             smem = cutlass.memory.SmemAllocator()
             full = smem.allocate_tensor(Int64, cute.make_layout(1), 16).iterator
-            words = smem.allocate_tensor(Int32, cute.make_layout(8), 16)
+            words = smem.allocate_tensor(Int32, cute.make_layout(32), 16)
+            read = smem.allocate_tensor(Int64, cute.make_layout(1), 16).iterator
             if warp == 0:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_init(full, 32 if self.how == "every" else 1)
+                    cute.arch.mbarrier_init(full, 1 if self.how in ("elected", "one") else 32)
+                    cute.arch.mbarrier_init(read, 1)
             cute.arch.mbarrier_init_fence()
             cute.arch.sync_threads()
-            if warp == 0:
+            if const_expr(self.how in ("copied", "reused")):
+                self.hand(out, source, words, full, read, lane, warp)
+            elif warp == 0:
                 if const_expr(self.how == "one"):
                     for i in cutlass.range_constexpr(8):
                         word = cute.arch.shuffle_sync(lane, 4 * i)
@@ -73,13 +81,44 @@ def build(library: Path) -> None:
                 cute.arch.mbarrier_wait(full, 0)
                 out[lane] = words[lane >> 2]
 
+        @cute.jit
+        def hand(
+            self, out: cute.Tensor, source: cute.Tensor, words: cute.Tensor, full: cutlass.Constexpr,
+            read: cutlass.Constexpr, lane: Int32, warp: Int32,
+        ):  # fmt: skip
+            """A word per lane from one warp to the other: copied once, or stored twice."""
+            if warp == 0:
+                if const_expr(self.how == "copied"):
+                    there = words.iterator.toint() + lane * 4
+                    cute.arch.inline_ptx(
+                        "cp.async.ca.shared.global [{$r0}], [{$r1}], 4;",
+                        read_only_args=[there, (source.iterator + lane).toint()],
+                    )
+                    cute.arch.cp_async_mbarrier_arrive_noinc(full)
+                else:
+                    words[lane] = lane + 100
+                    cute.arch.mbarrier_arrive(full)
+                    cute.arch.mbarrier_wait(read, 0)
+                    words[lane] = lane
+                    cute.arch.mbarrier_arrive(full)
+            else:
+                cute.arch.mbarrier_wait(full, 0)
+                out[lane] = words[lane ^ 4] ^ 4
+                if const_expr(self.how == "reused"):
+                    cute.arch.sync_warp()
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive(read)
+                    cute.arch.mbarrier_wait(full, 1)
+                    out[lane] = words[lane ^ 4] ^ 4
+
     with tempfile.TemporaryDirectory() as folder:
         made = []
-        for how in ("elected", "every", "one"):
-            arguments = [fake_tensor(Int32, (None,), align=4), fake_stream()]
+        for how in HOW:
+            arguments = [fake_tensor(Int32, (None,), align=4), fake_tensor(Int32, (None,), align=4), fake_stream()]
             made.append(compile_kernel(Order(how), arguments, how, out_dir=Path(folder)))
-            found = re.findall(r"\b(STS|WARPSYNC|NOP|SYNCS\.ARRIVE|LDS)\b", disassemble(Path(folder) / f"{how}.cubin"))
-            print(how, *found[: found.index("LDS") + 1])
+            opcodes = r"\b(STS|LDGSTS|ARRIVES|WARPSYNC|NOP|SYNCS\.ARRIVE|LDS)\b"
+            found = re.findall(opcodes, disassemble(Path(folder) / f"{how}.cubin"))
+            print(how, *found)
         link_bundle([each.object_path for each in made], library)
 
 
@@ -89,7 +128,8 @@ def run(library: str, how: str) -> None:
     import tvm_ffi
 
     out = torch.full((32,), -1, dtype=torch.int32, device="cuda")
-    tvm_ffi.load_module(str(Path(library).resolve()))[how](out)
+    source = torch.arange(32, dtype=torch.int32, device="cuda")
+    tvm_ffi.load_module(str(Path(library).resolve()))[how](out, source)
     print(how, out.tolist()[::4])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -150,28 +151,57 @@ def test_from_the_command_line(tmp_path):
     assert "not signed off" in done.stdout
 
 
-def race(kernel, write, read):
+def race(kernel, write, *reads):
     name = f"kernel_cutlass_kernel_openmlabackendscute{kernel}kernelX_object_at__0"
-    return f"Error: Race reported between Write access at {name}+{write}\n=========     and Read access at {name}+{read} [2 hazards]"
+    read = "".join(f"\n=========     and Read access at {name}+{each:#x} [2 hazards]" for each in reads)
+    return f"Error: Race reported between Write access at {name}+{write:#x}{read}\n========= "
 
 
 def test_only_races_that_are_known_are_waived_and_not_for_ever(scripts):
-    import decode_machine
+    import racecheck
+
+    # Two binaries of one kernel: what is a store in one is something else in the other.
+    stores, copies = dict.fromkeys(range(0x100, 0x200), "STS"), dict.fromkeys(range(0x300, 0x400), "LDGSTS")
+    loads, matrices = dict.fromkeys(range(0x500, 0x600), "LDS"), dict.fromkeys(range(0x700, 0x800), "LDSM")
+    binaries = {
+        "prefill_sparse": [stores | loads, copies | matrices | {0x100: "FADD"}],
+        "decode_dense": [stores | loads],
+    }
 
     def judged(*races, day="2026-12-01", shown=None):
         lines = [f"========= {each}" for each in races]
         lines.append(
             f"========= RACECHECK SUMMARY: {len(races) if shown is None else shown} hazards displayed (9 errors)"
         )
-        return decode_machine.known_races("\n".join(lines), day)
+        return racecheck.waived("\n".join(lines), day, binaries.__getitem__)
 
-    known = [race("decode_sparse", "0x3570", "0x5190"), race("decode_sparse", "0x35a0", "0x51a0")]
-    assert "2 places" in judged(*known)["waived in decode_sparse"]
-    assert not judged(*known, day="2027-02-01"), "a waiver ends"
-    assert not judged(*known, shown=3), "one of them was not read"
-    assert not judged(*known, race("decode_dense", "0x10", "0x20")), "another kernel"
-    assert not judged(*(race("decode_sparse", hex(n), "0x20") for n in range(13))), "more places than are known"
-    assert not judged()
+    known = [race("prefill_sparse", 0x100, 0x500), race("prefill_sparse", 0x300, 0x700, 0x710, 0x720)]
+    said, unknown = judged(*known)
+    assert not unknown
+    assert "1 places" in said["waived in prefill_sparse, STS and LDS"]
+    assert "3 places" in said["waived in prefill_sparse, LDGSTS and LDSM"]
+    assert judged(*known, day="2027-02-01")[1] == ["the waivers ended on 2027-01-31"]
+    assert judged(*known, shown=3)[1] == ["racecheck's output cannot be read"]
+    assert judged()[1] == ["racecheck's output cannot be read"]
+    assert "decode_dense+0x100" in judged(*known, race("decode_dense", 0x100, 0x500))[1][0], "another kernel"
+    assert "('LDGSTS', '?')" in judged(*known, race("prefill_sparse", 0x300, 0x500))[1][0], "other instructions"
+    many = race("prefill_sparse", 0x100, *range(0x500, 0x500 + 1 + racecheck.WAIVED["prefill_sparse", "STS", "LDS"][0]))
+    assert "are known" in judged(many)[1][0], "more places than are known"
+
+
+def test_binaries_for_gpus_are_found_inside_a_library(scripts):
+    import racecheck
+
+    def elf(machine, programs, sections):
+        head = bytearray(64)
+        head[:4] = b"\x7fELF"
+        struct.pack_into("<H", head, 18, machine)
+        struct.pack_into("<QQ", head, 32, 64, 64 + programs * 56)
+        struct.pack_into("<HHHH", head, 54, 56, programs, 64, sections)
+        return bytes(head) + bytes([7]) * (programs * 56 + sections * 64)
+
+    first, second = elf(190, 2, 5), elf(190, 0, 1)
+    assert racecheck.device_binaries(elf(62, 1, 1) + first + b"between" + second + b"behind") == [first, second]
 
 
 def record_of(prove, **counted):
