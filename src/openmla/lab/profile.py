@@ -492,10 +492,16 @@ def _ncu(case: Case, target: Target, backend: str) -> _Found:
             raise ConfigError("the driver gives its counters to administrators only (ERR_NVGPUCTRPERM)")
         if not done.returncode:
             return of_ncu(done.stdout)
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        why = [line for line in said if "==ERROR==" in line] or [line[:300] for line in said[-1:]] or ["no output"]
-        failed.append(f"ncu ended with {done.returncode}, {replay} replay: {' '.join(why[:3])}")
+        failed.append(f"ncu ended with {done.returncode}, {replay} replay: {_said(done.stdout + done.stderr)}")
     raise ConfigError("; ".join(failed))
+
+
+def _said(text: str) -> str:
+    """Why ncu failed: its own errors, and the last words of the process that it watched, an exception say."""
+    lines = [line.strip()[:300] for line in text.splitlines() if line.strip() and not line.startswith('"')]
+    own = [line for line in lines if line.startswith("==ERROR==")]
+    watched = [line for line in lines if not line.startswith("==")]
+    return " ".join(own[:3] + watched[-1:]) or "no output"
 
 
 def _under_ncu(case: Case, backend: str, replay: str) -> subprocess.CompletedProcess[str]:
