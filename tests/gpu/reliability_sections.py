@@ -5,12 +5,15 @@ python tests/gpu/reliability_sections.py NAME [ARGUMENT]     one, in this proces
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,41 +69,6 @@ def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
     except kind as error:
         return str(error)
     raise AssertionError(f"{kind.__name__} was not raised")
-
-
-def host_us(call: Callable[[], Any], count: int = 400) -> float:
-    """Median host time of one call, the device being waited for every 20 calls."""
-    for _ in range(20):
-        call()
-    found = []
-    for _ in range(count // 20):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(20):
-            call()
-        found.append((time.perf_counter() - begin) / 20 * 1e6)
-    return statistics.median(found)
-
-
-def device_us(call: Callable[[], Any], count: int = 200) -> float:
-    """Mean device time per call in a stretch of them."""
-    graph = torch.cuda.CUDAGraph()
-    call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for _ in range(20):
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(max(count // 20, 3)):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 20 * 1e3)
-    return statistics.median(times)
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -184,7 +152,6 @@ def section_canary() -> None:
 
 def section_values() -> None:
     """OPENMLA_CHECKS=device names tensor, row, column and value, also inside a CUDA graph; strict raises before."""
-    import os
 
     os.environ["OPENMLA_CHECKS"] = "device"
     given = decode_arguments(batch=5, tokens=700)
@@ -235,10 +202,30 @@ def section_values() -> None:
     say(findings_named=7, in_a_graph=True)
 
 
-def section_modes() -> None:
-    """What the four modes, counters and observers cost: host time per call, device time per call."""
-    import os
+@contextlib.contextmanager
+def _looked_at(way: str) -> Iterator[None]:
+    """One of the ways to look at calls whose cost is measured: a validation mode, or `fast` with an observer."""
+    os.environ["OPENMLA_CHECKS"] = "fast" if ", " in way else way
+    if way == "fast, sampled":
+        metrics.sample(1000)
+    elif way == "fast, replays counted":
+        metrics.count_replays()
+    elif way == "fast, watchdog":
+        watchdog.start(5)
+    yield
+    if way == "fast, watchdog":
+        watchdog.stop()
+    elif way != "fast" and ", " in way:
+        metrics.sample(0)
+        metrics.stop()
+    os.environ["OPENMLA_CHECKS"] = "fast"
 
+
+WAYS = ("off", "fast", "fast, sampled", "fast, replays counted", "fast, watchdog", "device", "strict")
+
+
+def section_modes(rounds: float = 60) -> None:
+    """What the four modes and observers cost: all ways in turn, host time per call and device time per call in a graph."""
     for name, given in (
         ("b128 h_q 16 32k table", decode_arguments(batch=128, h_q=16, tokens=2000)),
         ("b4 h_q 128 4k", decode_arguments(batch=4, h_q=128, tokens=4096)),
@@ -249,31 +236,67 @@ def section_modes() -> None:
             given["block_table"] = wide
         made = openmla.plan(**given)
         out = torch.empty(*given["q"].shape[:-1], 512, device=DEVICE, dtype=torch.bfloat16)
+        call = partial(openmla.decode, **given, plan=made, out=out)
+        host: dict[str, list[float]] = {way: [] for way in WAYS}
+        graphs: dict[str, Callable[[], float]] = {}
+        for number in range(int(rounds)):
+            for way in WAYS if number % 2 else WAYS[::-1]:
+                with _looked_at(way):
+                    if number == 0 and way != "strict":  # which waits, so it cannot be captured
+                        graphs[way] = _graph_us(call)
+                    if way != "strict" or number % 10 == 0:
+                        host[way].append(_host_us(call))
+        device = {way: [] for way in graphs}
+        for _ in range(int(rounds)):
+            for way, time_us in graphs.items():
+                device[way].append(time_us())
+        say(case=name, rounds=int(rounds), host_us=_medians(host), device_us=_medians(device),
+            host_over_off_us=_differences(host, "off"), host_over_fast_us=_differences(host, "fast"),
+            device_over_off_us=_differences(device, "off"))  # fmt: skip
 
-        def call(given: dict[str, Any] = given, made: Any = made, out: torch.Tensor = out) -> None:
-            openmla.decode(**given, plan=made, out=out)
 
-        host, device = {}, {}
-        for _ in range(2):
-            for mode in ("off", "fast", "device", "strict"):
-                os.environ["OPENMLA_CHECKS"] = mode
-                host.setdefault(mode, []).append(round(host_us(call), 2))
-                if mode != "strict":
-                    device.setdefault(mode, []).append(round(device_us(call), 2))
-        os.environ["OPENMLA_CHECKS"] = "fast"
-        metrics.sample(1000)
-        host["fast, sampled"] = [round(host_us(call, 2000), 2)]
-        metrics.sample(0)
-        metrics.count_replays()
-        host["fast, replays counted"] = [round(host_us(call), 2)]
-        device["fast, replays counted"] = [round(device_us(call), 2)]
-        metrics.stop()
-        watchdog.start(5)
-        host["fast, watchdog"] = [round(host_us(call), 2)]
-        watchdog.stop()
-        host["fast again"] = [round(host_us(call), 2)]
-        device["fast again"] = [round(device_us(call), 2)]
-        say(case=name, host_us=host, device_us=device)
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {way: round(statistics.median(each), 2) for way, each in times.items()}
+
+
+def _differences(times: dict[str, list[float]], base: str) -> dict[str, list[float]]:
+    """Quartiles of the differences to one way within a round."""
+    paired = {way: each for way, each in times.items() if way != base and len(each) == len(times[base])}
+    return {
+        way: [round(q, 2) for q in statistics.quantiles((a - b for a, b in zip(each, times[base], strict=True)), n=4)]
+        for way, each in paired.items()
+    }
+
+
+def _host_us(call: Callable[[], Any]) -> float:
+    """Of one call among 20, the device being waited for before them."""
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(20):
+        call()
+    return (time.perf_counter() - begin) / 20 * 1e6
+
+
+def _graph_us(call: Callable[[], Any]) -> Callable[[], float]:
+    """Measures the device time of one call in a graph of 20."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            call()
+
+    def measure() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 20 * 1e3
+
+    return measure
 
 
 def section_replays() -> None:
@@ -385,7 +408,6 @@ def section_sticky() -> None:
 
 def section_foreign() -> None:
     """Strict checks say that the error was there before the call."""
-    import os
 
     given = decode_arguments()
     openmla.decode(**given)
@@ -435,7 +457,6 @@ def section_outgrown() -> None:
 
 def section_soak(seconds: float = 20.0) -> None:
     """Random shapes, eager and graphs, a canary result every 500 calls; memory and speed must not drift."""
-    import os
     import random
     import resource
 

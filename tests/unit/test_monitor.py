@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import logging
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,18 @@ def test_replays_are_counted_where_they_run_and_captures_are_not_calls():
     assert value("openmla_calls") == 1 + 3  # on the CPU the increments of the capture have run already
     replays._device[torch.device("cpu")][0][0] += 97
     assert value("openmla_calls") == 1 + 100 and value("openmla_query_tokens") == 2 * 101
+
+
+def test_what_graphs_increment_outlives_the_counting():
+    """A graph that was captured while replays were counted writes to that memory as long as it is replayed."""
+    replays = metrics.count_replays("cpu")
+    openmla.decode(**arguments())
+    numbers = weakref.ref(replays._device[torch.device("cpu")][0])
+    replays.captured(counters.tallies()[0], torch.device("cpu"))
+    metrics.stop()
+    del replays
+    gc.collect()
+    assert numbers() is not None
 
 
 def test_sampled_calls_have_times_bytes_and_splits():

@@ -247,6 +247,9 @@ def _sampled() -> Iterator[Family]:
 # ------------------------------------------------------------------------------------------------ CUDA graphs
 
 
+_IN_GRAPHS: list[torch.Tensor] = []  # graphs go on incrementing these, also when nobody counts any longer: never freed
+
+
 class Replays:
     """Counts captured launches on the device: the graph that holds a launch holds an increment of one number, too.
 
@@ -293,6 +296,8 @@ class Replays:
         key = (tally.op, tally.backend, tally.kernel, tally.tokens)
         with self._lock:
             slot = self._slots.setdefault(key, (device, min(len(self._slots), self._SLOTS - 1)))[1]
+        if not any(numbers is each for each in _IN_GRAPHS):
+            _IN_GRAPHS.append(numbers)
         numbers[slot : slot + 1].add_(1)
 
     def after(self, prepared: Any, operands: Any, plan: Any, begun: Any) -> None:
