@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from openmla.core.errors import ProblemError
 from openmla.core.layout import plain_layout
 from openmla.kv.cache import PagedKVCache
 from openmla.nn import MLA, MLAConfig, Pass, Rope, YaRN
+from openmla.nn import mla as mla_module
 from openmla.nn.forms import cheaper_form
+from openmla.ops.prefill import KeyChunk, prefill_behind
+from openmla.reference import attention
+from openmla.testing import budget
 
 YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 64,
@@ -109,9 +114,12 @@ def test_absorbed_equals_naive() -> None:
         torch.testing.assert_close(mla(x, mla.config.rope(positions)), naive, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("form", ["auto", "expanded", "absorbed"])
-def test_steps_over_a_cache_equal_one_pass(form) -> None:
+@pytest.mark.parametrize(
+    ("form", "context"), [("auto", 16384), ("expanded", 16384), ("expanded", 4), ("expanded", 1), ("absorbed", 16384)]
+)
+def test_steps_over_a_cache_equal_one_pass(form, context, monkeypatch) -> None:
     """Prefill, a ragged chunk, then decode, two requests in two layers' pools: as if all tokens came at once."""
+    monkeypatch.setattr(mla_module, "CONTEXT_TOKENS", context)
     mla = small()
     cache = PagedKVCache(plain_layout(torch.float32, 48, 32), 16, page_size=4, num_layers=2)
     lengths = {"a": 12, "b": 7}
@@ -132,6 +140,38 @@ def test_steps_over_a_cache_equal_one_pass(form) -> None:
     for name in x:
         torch.testing.assert_close(torch.cat(seen[name]), whole[name], rtol=1e-5, atol=1e-5)
     assert cache.check_integrity() == ()
+
+
+def test_new_tokens_behind_chunks_of_a_context_are_as_accurate_as_all_at_once() -> None:
+    gen = torch.Generator().manual_seed(2)
+    new, before = [5, 1, 3], [9, 0, 30]
+    lengths = [n + c for n, c in zip(new, before, strict=True)]
+    k, v = (torch.randn(sum(lengths), 2, d, generator=gen).bfloat16() for d in (24, 16))
+    q = torch.randn(sum(new), 4, 24, generator=gen).bfloat16()
+
+    def offsets(counts):
+        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+
+    golden = attention.prefill(
+        q, k, v, offsets(new), offsets(lengths), softmax_scale=0.2, is_causal=True, with_bounds=True, num_splits=4
+    )  # fmt: skip
+    starts = offsets(lengths)[:-1].tolist()
+
+    def rows(x, begins, ends):
+        return torch.cat([x[s + a : s + b] for s, a, b in zip(starts, begins, ends, strict=True)])
+
+    def context():
+        for begin in range(0, max(before), 12):
+            begins = [min(begin, c) for c in before]
+            ends = [min(begin + 12, c) for c in before]
+            counts = [b - a for a, b in zip(begins, ends, strict=True)]
+            yield KeyChunk(rows(k, begins, ends), rows(v, begins, ends), offsets(counts), max(counts))
+
+    fresh = (rows(k, before, lengths), rows(v, before, lengths), offsets(new), max(new))
+    out, lse = prefill_behind(q, *fresh, context(), softmax_scale=0.2)
+    budget.check(out, lse, golden, dtype=torch.bfloat16).require("three chunks")
+    with pytest.raises(ProblemError, match="no gradient"):
+        prefill_behind(q.requires_grad_(), *fresh, context())
 
 
 def test_a_uniform_batch_keeps_its_shape() -> None:

@@ -236,9 +236,9 @@ class PagedKVCache:
         """[n] int64 slots of tokens [begin, end) of a request; `end` defaults to its length."""
         return torch.tensor(self.allocator.slots(request, begin, end), dtype=torch.int64, device=self.device)
 
-    def gather(self, layer: int, request: Hashable) -> torch.Tensor:
-        """[s_k, d_qk] tokens of a request in one layer, dequantised; for tests and migrations, not for speed."""
-        return quant.read_rows(self.pages(layer), self.layout, self.slots(request))
+    def gather(self, layer: int, request: Hashable, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """[end - begin, d_qk] tokens of a request in one layer, dequantised; for prefill, tests and migrations."""
+        return quant.read_rows(self.pages(layer), self.layout, self.slots(request)[begin:end])
 
     def check_integrity(self) -> tuple[str, ...]:
         """Everything that contradicts the rules of allocator and cache; empty when all is well."""

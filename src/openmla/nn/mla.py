@@ -14,7 +14,7 @@ strip. One block serves training (expanded, differentiable) and inference over a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +28,9 @@ from openmla.nn import forms
 from openmla.nn.passes import Pass
 from openmla.nn.rope import Rope, Rotation
 from openmla.ops import native
-from openmla.ops.prefill import prefill
+from openmla.ops.prefill import KeyChunk, prefill, prefill_behind
 
+CONTEXT_TOKENS = 16384  # of all requests, expanded at once: 1.3 GB at 128 heads of 192 + 128 columns in bf16
 _BLOCK = 128  # DeepSeek-V3's FP8 weights: one fp32 scale per 128 x 128 block
 
 
@@ -234,15 +235,24 @@ class MLA(nn.Module):
         return forms.expand(latent, rope, self.kv_b_proj.weight, config.d_nope, config.d_v)
 
     def _expanded_over(self, q: torch.Tensor, rows: torch.Tensor, step: Pass, layer: int) -> torch.Tensor:
-        """Queries [total, h, d_qk] over the new rows, or over everything that the cache holds of the requests."""
-        if not step.is_fresh:
-            rows = torch.cat([step.cache.gather(layer, request) for request in step.requests]).to(q.dtype)
+        """Queries [total, h, d_qk] over the new rows, and over what the cache held of the requests before."""
         key, value = self._expand(rows)
-        out, _ = prefill(
-            q, key, value, step.offsets(step.counts), step.offsets(step.keys), max(step.counts, default=0),
-            max(step.keys, default=0), softmax_scale=self.config.softmax_scale, is_causal=True, backend=self.backend,
+        out, _ = prefill_behind(
+            q, key, value, step.offsets(step.counts), max(step.counts, default=0), self._context(step, layer, rows.dtype),
+            softmax_scale=self.config.softmax_scale, backend=self.backend,
         )  # fmt: skip
         return out
+
+    def _context(self, step: Pass, layer: int, dtype: torch.dtype) -> Iterator[KeyChunk]:
+        """What the cache held of the requests before the pass, expanded, about CONTEXT_TOKENS at a time."""
+        each = max(CONTEXT_TOKENS // max(len(step.requests), 1), 1)
+        for begin in range(0, max(step.begins, default=0), each):
+            ends = [max(min(before, begin + each), begin) for before in step.begins]
+            held = [
+                step.cache.gather(layer, request, begin, end) for request, end in zip(step.requests, ends, strict=True)
+            ]
+            key, value = self._expand(torch.cat(held).to(dtype))
+            yield KeyChunk(key, value, step.offsets([end - begin for end in ends]), max(ends) - begin)
 
     def _absorbed_over(self, q: torch.Tensor, rows: torch.Tensor, step: Pass, layer: int) -> torch.Tensor:
         config = self.config

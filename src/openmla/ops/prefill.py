@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from openmla.backends.base import PrefillOperands
 from openmla.core import faults
+from openmla.core.errors import ProblemError
 from openmla.core.problem import PrefillProblem
-from openmla.ops import dispatch
+from openmla.ops import dispatch, parts
 from openmla.ops.dispatch import LOG2_E, LseBase
 
 
@@ -71,6 +73,60 @@ def prefill(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, backend
         )  # fmt: skip
     return out, lse * LOG2_E if lse_base == "2" else lse
+
+
+@dataclass(frozen=True)
+class KeyChunk:
+    """Keys that every query of their request sees, some of each: k [total_k, h_kv, d_qk], v [total_k, h_kv, d_v]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_k: torch.Tensor  # [batch + 1] int32
+    max_seqlen_k: int
+
+
+def prefill_behind(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    context: Iterable[KeyChunk],
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked prefill: new tokens attend causally among themselves, and over a context that comes chunk by chunk.
+
+    The same as `prefill` over all keys at once, but only one chunk's K and V need to be there: at 128 heads of 192 + 128
+    columns a token's are 82 KB. Partial results are merged by the law of `openmla.split.combine`, in fp32.
+
+    Args:
+        q, k, v: the new tokens, as for `prefill`; k and v have as many tokens as q.
+        cu_seqlens, max_seqlen: where each request's new tokens begin, and the longest.
+        context: chunks of what came before, in any order; made when it is their turn (a generator).
+        softmax_scale, backend: as for `prefill`.
+
+    Returns:
+        out: [total_q, h_q, d_v], dtype of q. lse: [h_q, total_q] fp32.
+
+    Raises:
+        ProblemError, UnsupportedError: as `prefill`.
+
+    Notes:
+        Forward only: gradients raise ProblemError. Determinism: same inputs in the same chunks, same bits.
+    """
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (q, k, v)):
+        raise ProblemError("prefill_behind", ["it has no gradient; run it under torch.no_grad(), or call prefill"])
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "backend": backend}
+    out, lse = prefill(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, is_causal=True, **options)
+    merged, merged_lse = out[None], lse[None]  # one request of total_q tokens
+    for chunk in context:
+        part, part_lse = prefill(
+            q, chunk.k, chunk.v, cu_seqlens, chunk.cu_seqlens_k, max_seqlen, chunk.max_seqlen_k, **options
+        )
+        merged, merged_lse = parts.merge(merged.float(), merged_lse, part.float()[None, None], part_lse[None, None])
+    return merged[0].to(q.dtype), merged_lse[0]
 
 
 def prefill_forward(
