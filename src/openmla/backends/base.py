@@ -63,6 +63,8 @@ class DecodeOperands(NamedTuple):
     attn_sink: torch.Tensor | None = None  # [h_q] fp32
     workspace: torch.Tensor | None = None  # [>= workspace_bytes] uint8, 256-byte aligned, contents undefined
     mods: Attached | None = None  # the tensors of Problem.mods
+    descale_q: torch.Tensor | None = None  # one fp32 number: what codes of q are multiplied by; None: 1
+    descale_k: torch.Tensor | None = None  # the same of a cache whose scale belongs to the call
 
 
 class SparseDecodeOperands(NamedTuple):
@@ -125,6 +127,7 @@ class AppendOperands(NamedTuple):
     fault_word: torch.Tensor
     rope: Rope | None = None
     positions: torch.Tensor | None = None  # [n] int64 or int32, with rope
+    descale: torch.Tensor | None = None  # one fp32 number that rows are divided by; None: 1
 
 
 class Kernel(Protocol):

@@ -97,7 +97,7 @@ def _decode(problem: DecodeProblem, seqlens_k: Sequence[int] | None, seqlens_q: 
     return Cost(
         2 * pairs * problem.h_q * (problem.d_qk + problem.d_v),
         kv_rows * problem.h_kv * problem.layout.bytes_per_token
-        + rows * _row_bytes(problem.d_qk, problem.d_v, problem.dtype.itemsize),
+        + rows * (problem.d_qk * problem.dtype.itemsize + problem.d_v * problem.out_dtype.itemsize + 4),
     )
 
 

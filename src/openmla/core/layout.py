@@ -12,6 +12,7 @@ V is all 512 columns, so no code may assume d_qk = d_latent + d_rope.
 | fp8_528 | 512 | 512 | 528 | 512 e4m3 | 4 fp32, one per 128 columns, behind the data |
 | fp8_528_mx | 512 | 512 | 528 | 512 e4m3 | 16 e8m0, one per 32 columns, behind the data |
 | fp4_288 | 512 | 512 | 288 | 512 e2m1, even column in the low nibble | 32 e4m3, one per 16 columns, behind the data |
+| fp8_576 | 576 | 512 | 576 | 576 e4m3, RoPE among them | none: one per tensor, given with each call (`descale_k`) |
 
 A cache tensor is [num_pages, page_size, h_kv, row_elements]. Where scales lie behind all rows of the page, the
 bytes of one page are still page_size * bytes_per_token contiguous bytes, but a row of that tensor is then not one
@@ -19,7 +20,7 @@ token: read pages as a whole. Pages may be padded: only the page stride says whe
 
 Sources: deepseek-ai/FlashMLA README and tests/quant.py (fp8_656, fp8_584; release of 2026-09-30 for fp8_528_mx and
 fp4_288, whose scales follow each token; the pre-release of 2026-09-10 kept them behind the page); sgl-project/FlashMLA
-(fp8_528).
+(fp8_528, and the cache of its dense FP8 decode: fp8_576).
 """
 
 from __future__ import annotations
@@ -88,6 +89,11 @@ class KVLayout:
         return quant + 2 * self.d_rope_stored
 
     @property
+    def has_call_scale(self) -> bool:
+        """True where the cache holds codes alone: their one scale belongs to the call, 1 if it names none."""
+        return self.is_quantised and self.scale_format == "none"
+
+    @property
     def scale_bytes(self) -> int:
         """Bytes per token of scales and their padding."""
         each = {"none": 0, "fp32": 4, "e8m0": 1, "e4m3": 1}[self.scale_format]
@@ -141,10 +147,12 @@ _BYTE_LAYOUTS: dict[str, KVLayout] = {
         KVLayout("fp8_528", 512, 512, "e4m3", 512, "fp32", 128),
         KVLayout("fp8_528_mx", 512, 512, "e4m3", 512, "e8m0", 32),
         KVLayout("fp4_288", 512, 512, "e2m1", 512, "e4m3", 16),
+        KVLayout("fp8_576", 576, 512, "e4m3", 576),
     )
 }  # fmt: skip
 
-BYTE_LAYOUT_NAMES: tuple[str, ...] = tuple(_BYTE_LAYOUTS)
+# Formats whose scales lie in the cache: every operation reads them. fp8_576 is dense decode's alone.
+BYTE_LAYOUT_NAMES: tuple[str, ...] = tuple(name for name, each in _BYTE_LAYOUTS.items() if not each.has_call_scale)
 _PLAIN_RULE = re.compile(r"(bf16|fp16|fp32)_([1-9][0-9]{0,3})")
 
 
@@ -160,7 +168,7 @@ def kv_layout(name: str | KVLayout) -> KVLayout:
         return _BYTE_LAYOUTS[name]
     match = _PLAIN_RULE.fullmatch(name)
     if match is None:
-        legal = ", ".join((*BYTE_LAYOUT_NAMES, "bf16_<d_qk>", "fp16_<d_qk>", "fp32_<d_qk>"))
+        legal = ", ".join((*_BYTE_LAYOUTS, "bf16_<d_qk>", "fp16_<d_qk>", "fp32_<d_qk>"))
         raise ConfigError(f"unknown KV layout {name!r}; use one of: {legal}")
     d_qk = int(match[2])
     return plain_layout(_PLAIN[match[1]], d_qk, min(d_qk, 512))

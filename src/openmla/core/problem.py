@@ -14,53 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from openmla.core.errors import ConfigError, ProblemError
+from openmla.core.errors import ConfigError
 from openmla.core.layout import KVLayout, kv_layout, plain_layout
+from openmla.core.violations import Violations as _Violations
+from openmla.core.violations import short as _short
 
 if TYPE_CHECKING:  # a layer above
     from openmla.mods import Attached, Mods, Rope
 
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class _Violations:
-    """Collects broken rules; the tests below read as a table."""
-
-    def __init__(self, op: str) -> None:
-        self.op = op
-        self.found: list[str] = []
-
-    def rule(self, holds: bool, sentence: str) -> bool:
-        if not holds:
-            self.found.append(sentence)
-        return holds
-
-    def tensor(
-        self, name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...], device: torch.device, shape: str
-    ) -> bool:
-        """Rank, dtype, device and a contiguous last dimension of one argument."""
-        if not isinstance(value, torch.Tensor):
-            self.found.append(f"{name} must be a tensor {shape}, got {type(value).__name__}")
-            return False
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        fine = self.rule(value.dim() == ndim, f"{name} must be {shape}, got shape {tuple(value.shape)}")
-        fine &= self.rule(value.dtype in dtypes, f"{name} must be {names}, got {_short(value.dtype)}; convert it first")
-        fine &= self.rule(value.device == device, f"{name} must be on {device} like the others, got {value.device}")
-        fine &= self.rule(value.layout == torch.strided, f"{name} must be a strided tensor, got {value.layout}")
-        if value.layout == torch.strided and value.dim() == ndim and ndim > 0:
-            fine &= self.rule(
-                value.shape[-1] <= 1 or value.stride(-1) == 1,
-                f"{name} must be contiguous in its last dimension, got strides {value.stride()}; call .contiguous()",
-            )
-        return fine
-
-    def raise_if_any(self) -> None:
-        if self.found:
-            raise ProblemError(self.op, self.found)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+CODES = torch.float8_e4m3fn  # of queries too, where dense decode reads a cache in layout fp8_576
 
 
 def _describe(problem: object) -> str:
@@ -145,17 +108,17 @@ def _cache(
 
 
 def _query(
-    bad: _Violations, q: object, cu_seqlens_q: object, max_seqlen_q: int | None
+    bad: _Violations, q: object, cu_seqlens_q: object, max_seqlen_q: int | None, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[int, int, int, int] | None:
     """(batch, s_q, total_q, varlen?) is not decided here: returns (leading, s_q, h_q, d_qk) or None."""
     if not isinstance(q, torch.Tensor):
         bad.found.append(f"q must be a tensor, got {type(q).__name__}")
         return None
     if cu_seqlens_q is None:
-        if not bad.tensor("q", q, 4, QUERY_DTYPES, q.device, "[batch, s_q, h_q, d_qk]"):
+        if not bad.tensor("q", q, 4, dtypes, q.device, "[batch, s_q, h_q, d_qk]"):
             return None
         return (q.shape[0], q.shape[1], q.shape[2], q.shape[3])
-    fine = bad.tensor("q", q, 3, QUERY_DTYPES, q.device, "[total_q, h_q, d_qk] when cu_seqlens_q is given")
+    fine = bad.tensor("q", q, 3, dtypes, q.device, "[total_q, h_q, d_qk] when cu_seqlens_q is given")
     fine &= bad.tensor("cu_seqlens_q", cu_seqlens_q, 1, (torch.int32,), q.device, "[batch + 1]")
     fine &= bad.rule(
         isinstance(max_seqlen_q, int) and max_seqlen_q >= 0,
@@ -182,6 +145,22 @@ def _sink(bad: _Violations, attn_sink: object, h_q: int, device: torch.device) -
     if attn_sink is not None and bad.tensor("attn_sink", attn_sink, 1, (torch.float32,), device, "[h_q]"):
         assert isinstance(attn_sink, torch.Tensor)
         bad.rule(attn_sink.shape[0] == h_q, f"attn_sink must have h_q={h_q} entries, got {attn_sink.shape[0]}")
+
+
+def _descale(
+    bad: _Violations, layout: KVLayout | None, q: torch.Tensor, descales: dict[str, object], mods: object
+) -> None:
+    """Codes of q, and the scales that belong to the call."""
+    has_codes, is_coded = q.dtype == CODES, layout is not None and layout.has_call_scale
+    bad.rule(is_coded or not has_codes, f"q in e4m3 needs kv_cache in layout fp8_576, got {layout}; convert q to bf16")
+    bad.rule(mods is None or not has_codes, "mods must be None where q is e4m3; convert q to bf16")
+    for name, each, fits in (("descale_q", "q in e4m3", has_codes), ("descale_k", "layout fp8_576", is_coded)):
+        value = descales[name]
+        if value is None:
+            continue
+        bad.rule(fits, f"{name} is for {each} alone, got q in {_short(q.dtype)} and layout {layout}; drop it")
+        if bad.tensor(name, value, getattr(value, "ndim", 0), (torch.float32,), q.device, "[1]"):
+            bad.rule(value.numel() == 1, f"{name} must be one number for the tensor, got shape {tuple(value.shape)}")  # type: ignore[attr-defined]
 
 
 def _scale(bad: _Violations, softmax_scale: object) -> None:
@@ -217,7 +196,7 @@ class DecodeProblem:
     h_kv: int
     d_qk: int
     d_v: int
-    dtype: torch.dtype  # of q and out
+    dtype: torch.dtype  # of q, and of out unless that is e4m3
     layout: KVLayout
     page_size: int
     num_pages: int
@@ -230,6 +209,11 @@ class DecodeProblem:
     is_scale_positive: bool = True  # softmax_scale > 0: the largest score belongs to the largest dot product
     is_batch_invariant: bool = False  # nothing that moves bits may depend on batch: neither the cuts nor the kernel
     mods: Mods | None = None  # functions to inline, equal by fingerprint
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Of out: that of q, bf16 for codes."""
+        return torch.bfloat16 if self.dtype == CODES else self.dtype
 
     @classmethod
     def from_tensors(
@@ -249,11 +233,14 @@ class DecodeProblem:
         softmax_scale: float | None = None,
         is_batch_invariant: bool = False,
         mods: Attached | None = None,
+        descale_q: torch.Tensor | None = None,
+        descale_k: torch.Tensor | None = None,
     ) -> DecodeProblem:
         """Raises ProblemError with every violation at once."""
         bad = _Violations("decode")
         _options(bad, whole={"d_v": d_v, "window": 1 if window is None else window}, flags={"is_causal": is_causal})
-        shape = _query(bad, q, cu_seqlens_q, max_seqlen_q)
+        dtypes = (CODES,) if getattr(q, "dtype", None) == CODES else QUERY_DTYPES
+        shape = _query(bad, q, cu_seqlens_q, max_seqlen_q, dtypes)
         _scale(bad, softmax_scale)
         bad.rule(window is None or window >= 1, f"window must be at least 1 key or None, got {window}")
         if shape is None:
@@ -278,6 +265,7 @@ class DecodeProblem:
         h_kv = kv_cache.shape[2] if isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4 else 1
         _heads(bad, h_q, h_kv)
         _sink(bad, attn_sink, h_q, device)
+        _descale(bad, found, q, {"descale_q": descale_q, "descale_k": descale_k}, mods)
         if mods is not None and table_ok and found is not None:
             bad.found += mods.violations(
                 d_rope=d_qk - d_v, capacity=block_table.shape[1] * kv_cache.shape[1], page_size=kv_cache.shape[1],
@@ -363,6 +351,9 @@ class SparseDecodeProblem:
         bad.tensor("q", q, q.dim(), QUERY_DTYPES, q.device, f"[{lead}, h_q, d_qk]")
         h_q, d_qk, rows = q.shape[-2], q.shape[-1], tuple(q.shape[:-2])
         found = _cache(bad, "kv_cache", kv_cache, layout, q.dtype, d_qk, d_v, q.device)
+        bad.rule(
+            found is None or not found.has_call_scale, f"{found} is read by dense decode alone; name another layout"
+        )
         topk = _selection(bad, "", indices, topk_length, rows, lead, q.device)
         h_kv = kv_cache.shape[2] if isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4 else 1
         bad.rule(h_kv == 1, f"sparse decode reads one KV head, got h_kv={h_kv}; call once per head")
@@ -377,6 +368,8 @@ class SparseDecodeProblem:
             extra_topk = _selection(bad, "extra_", extra_indices, extra_topk_length, rows, lead, q.device)
             heads = extra_kv_cache.shape[2] if extra_found is not None else 1
             bad.rule(heads == 1, f"sparse decode reads one KV head, got extra_kv_cache with {heads}")
+            fits = extra_found is None or not extra_found.has_call_scale
+            bad.rule(fits, f"{extra_found} is read by dense decode alone; name another extra_kv_layout")
             if extra_found is not None:
                 extra = ExtraKV(
                     extra_found, extra_kv_cache.shape[1], extra_kv_cache.shape[0], extra_topk,
@@ -571,7 +564,7 @@ class AppendProblem:
     @classmethod
     def from_tensors(
         cls, cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, *, layout: KVLayout | str | None,
-        rope: Rope | None = None, positions: torch.Tensor | None = None,
+        rope: Rope | None = None, positions: torch.Tensor | None = None, descale: torch.Tensor | None = None,
     ) -> AppendProblem:  # fmt: skip
         """Raises ProblemError with every violation at once."""
         bad = _Violations("append")
@@ -587,6 +580,11 @@ class AppendProblem:
         found = _cache(bad, "cache", cache, layout, getattr(cache, "dtype", rows.dtype), d_qk, min(d_qk, 512), device)
         if found is not None:
             bad.rule(cache.shape[2] == 1, f"cache must have one KV head, got {cache.shape[2]}; append head by head")
+        if descale is not None:
+            fits = found is not None and found.has_call_scale
+            bad.rule(fits, f"descale is for layout fp8_576 alone, got {found}; drop it")
+            if bad.tensor("descale", descale, getattr(descale, "ndim", 0), (torch.float32,), device, "[1]"):
+                bad.rule(descale.numel() == 1, f"descale must be one number, got shape {tuple(descale.shape)}")
         d_rope = 0 if rope is None else 2 * rope.cos.shape[1]
         bad.found += [] if rope is None else rope.violations(d_rope, 0, 0, device)
         bad.rule(d_rope <= d_qk, f"rope rotates {d_rope} columns, but rows have {d_qk}")

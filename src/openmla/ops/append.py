@@ -20,6 +20,7 @@ def append(
     kv_layout: KVLayout | str | None = None,
     rope: Rope | None = None,
     positions: torch.Tensor | None = None,
+    descale: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Store tokens in a paged cache, in place.
@@ -34,6 +35,8 @@ def append(
         kv_layout: layout of the cache; default: plain elements.
         rope: rotates the last 2 * cos.shape[1] columns in fp32, rounded once to the dtype of rows, before they are stored.
         positions: [n] int64|int32 with rope; one behind the tables makes the rotated columns NaN.
+        descale: [1] fp32 that rows are divided by in fp32, where the cache holds codes alone (fp8_576), which saturate at
+            448; default 1. The `descale_k` of `decode`.
         backend: auto, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
 
     Raises:
@@ -49,11 +52,13 @@ def append(
         (None, None, None) if rope is None else (*map(dispatch.signature, (rope.cos, rope.sin)), rope.is_interleaved)
     )
     prepared = dispatch.prepare(
-        ("append", *map(dispatch.signature, (cache, slots, rows, positions)), *tables, kv_layout),
-        lambda: AppendProblem.from_tensors(cache, slots, rows, layout=kv_layout, rope=rope, positions=positions),
+        ("append", *map(dispatch.signature, (cache, slots, rows, positions, descale)), *tables, kv_layout),
+        lambda: AppendProblem.from_tensors(
+            cache, slots, rows, layout=kv_layout, rope=rope, positions=positions, descale=descale
+        ),
         dispatch.device_of(cache),
         backend,
         tokens=rows.shape[0] if isinstance(rows, torch.Tensor) and rows.dim() else 0,
     )
-    operands = AppendOperands(cache, slots, rows, faults.fault_word(cache.device), rope, positions)
+    operands = AppendOperands(cache, slots, rows, faults.fault_word(cache.device), rope, positions, descale)
     dispatch.launch(prepared, operands)

@@ -144,6 +144,7 @@ def _decode(kernel: Kernel, config: Any, problem: DecodeProblem, target: Target,
     scale = (1 if problem.is_scale_positive else -1) * problem.d_qk**-0.5
     shape = (problem.total_q,) if problem.is_varlen else (problem.batch, problem.s_q)
     q = (2 * draw(*shape, problem.h_q, problem.d_qk)).to(problem.dtype)
+    descale = torch.tensor([0.75]) if problem.layout.has_call_scale else None
     cache = _cache(problem.layout, problem.num_pages, problem.page_size, problem.h_kv, draw)
     order = torch.randperm(problem.num_pages, generator=torch.Generator().manual_seed(1))
     table = order.to(torch.int32).reshape(2, problem.max_pages)
@@ -152,18 +153,18 @@ def _decode(kernel: Kernel, config: Any, problem: DecodeProblem, target: Target,
     sink = draw(problem.h_q) if problem.has_sink else None
     golden = attention.decode(
         q, cache, table, lengths, softmax_scale=scale, d_v=problem.d_v, layout=problem.layout, is_causal=problem.is_causal,
-        window=problem.window, cu_seqlens_q=cu, attn_sink=sink,
+        window=problem.window, cu_seqlens_q=cu, attn_sink=sink, descale_k=descale,
     )  # fmt: skip
     compiled = planned.compile(problem, config, target)
     policy = "batch_invariant" if problem.is_batch_invariant else "balanced"
     tables = (q.to(device), cache.to(device), table.to(device), lengths.to(device))
-    cu, sink = (None if x is None else x.to(device) for x in (cu, sink))
+    cu, sink, descale = (None if x is None else x.to(device) for x in (cu, sink, descale))
     pieces = planned.plan(compiled, problem, tables[3], policy)
     needed = planned.workspace_bytes(compiled, problem, policy)
     scratch = torch.empty(needed, dtype=torch.uint8, device=device) if needed else None
-    out = torch.full((*shape, problem.h_q, problem.d_v), torch.nan, dtype=problem.dtype, device=device)
+    out = torch.full((*shape, problem.h_q, problem.d_v), torch.nan, dtype=problem.out_dtype, device=device)
     lse = torch.full(tuple(golden.lse.shape), torch.nan, dtype=torch.float32, device=device)
-    operands = DecodeOperands(*tables, scale, out, lse, fault_word(device), cu, sink, scratch, None)
+    operands = DecodeOperands(*tables, scale, out, lse, fault_word(device), cu, sink, scratch, None, descale_k=descale)
     planned.launch(compiled, problem, operands, pieces)
     return out, lse, golden
 

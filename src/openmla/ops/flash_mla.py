@@ -50,7 +50,7 @@ _KV_FORMATS = {
     "V41_FP4": "fp4_288",
 }
 # What upstream deduces from the bytes of a row. 528 stands for two formats; upstream reads it as V4.1.
-_BY_ROW_BYTES = {656: "fp8_656", 584: "fp8_584", 528: "fp8_528_mx", 288: "fp4_288"}
+_BY_ROW_BYTES = {656: "fp8_656", 584: "fp8_584", 528: "fp8_528_mx", 288: "fp4_288", 576: "fp8_576"}
 
 
 @dataclass
@@ -140,6 +140,8 @@ def flash_mla_with_kvcache(
     extra_kv_format: str | None = None,
     enable_batch_invariant: bool = False,
     use_legacy: bool = False,
+    descale_q: torch.Tensor | None = None,
+    descale_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +150,8 @@ def flash_mla_with_kvcache(
     out[b, i, h] = softmax_j(softmax_scale * <q[b, i, h], k[b, j]>) @ v[b, j],  v = k[..., :head_dim_v]
 
     Args:
-        q: [batch, s_q, h_q, d_qk] bf16|fp16|fp32.
+        q: [batch, s_q, h_q, d_qk] bf16|fp16|fp32; e4m3 over a cache of 576 e4m3 codes per token (dense form), as
+            sgl-flash-mla has it.
         k_cache: [num_pages, page_size, h_k, d_qk], or [num_pages, page_size, 1, bytes] with is_fp8_kvcache.
         block_table: [batch, max_pages] int32; not read in the sparse form.
         cache_seqlens: [batch] int32; not read in the sparse form.
@@ -166,11 +169,12 @@ def flash_mla_with_kvcache(
             per row, as upstream does (528 is read as V41).
         enable_batch_invariant: the bits of a row do not depend on its batch mates.
         use_legacy: accepted and ignored: there is one implementation here.
+        descale_q, descale_k: [1] fp32, what the codes of q and of k_cache stand for products with; default 1.
         out: output to write into.
         backend: as in `openmla.decode`.
 
     Returns:
-        out: [batch, s_q, h_q, head_dim_v], dtype of q; 0 where a query sees no key.
+        out: [batch, s_q, h_q, head_dim_v], dtype of q, bf16 for codes; 0 where a query sees no key.
         lse: [batch, h_q, s_q] fp32, natural log; +inf where a query sees no key.
 
     Raises:
@@ -183,7 +187,8 @@ def flash_mla_with_kvcache(
         Source: signature of deepseek-ai/FlashMLA.
     """
     is_bytes = isinstance(k_cache, torch.Tensor) and k_cache.dtype.itemsize == 1
-    is_quantised = is_bytes if is_fp8_kvcache is None else bool(is_fp8_kvcache)
+    has_codes = isinstance(q, torch.Tensor) and q.dtype == torch.float8_e4m3fn
+    is_quantised = is_bytes if is_fp8_kvcache is None or has_codes else bool(is_fp8_kvcache)
     meta = _metadata(tile_scheduler_metadata, num_splits)
     layout = _layout_of(k_cache, is_quantised, kv_format, "k_cache")
     if meta is not None:
@@ -191,6 +196,8 @@ def flash_mla_with_kvcache(
     if indices is not None:
         if causal:
             raise ProblemError("flash_mla_with_kvcache", ["causal must be False with indices: they are the mask"])
+        if descale_q is not None or descale_k is not None:
+            raise ProblemError("flash_mla_with_kvcache", ["descale_q and descale_k are for the dense form; drop them"])
         has_extra = extra_k_cache is not None
         result, lse = native.sparse_decode(
             q, k_cache, indices, kv_layout=layout, d_v=head_dim_v, softmax_scale=softmax_scale,
@@ -203,7 +210,7 @@ def flash_mla_with_kvcache(
         result, lse = _dense(
             q, k_cache, block_table, cache_seqlens, head_dim_v, meta, softmax_scale, causal, layout, attn_sink,
             (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length), enable_batch_invariant, out,
-            backend,
+            backend, (descale_q, descale_k),
         )  # fmt: skip
     assert lse is not None
     return result, _border_lse(lse)
@@ -219,6 +226,7 @@ def _dense(
     head_dim_v: int, meta: FlashMLASchedMeta | None, softmax_scale: float | None, causal: bool,
     layout: KVLayout | None, attn_sink: torch.Tensor | None, sparse_only: tuple[torch.Tensor | None, ...],
     enable_batch_invariant: bool, out: torch.Tensor | None, backend: str | None,
+    descales: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     wrong = [
         f"{name} needs indices (the sparse form); drop it or pass indices"
@@ -249,6 +257,7 @@ def _dense(
     return native.decode(
         q, k_cache, block_table, cache_seqlens, d_v=head_dim_v, softmax_scale=softmax_scale, is_causal=is_causal,
         attn_sink=attn_sink, kv_layout=layout, plan=plan, policy=policy, out=out, backend=backend,
+        descale_q=descales[0], descale_k=descales[1],
     )  # fmt: skip
 
 

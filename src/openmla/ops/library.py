@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library("openmla", "DEF")
 _LIBRARY.define(
     "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, int d_v, float? softmax_scale, "
     "bool is_causal, int? window, Tensor? cu_seqlens_q, int? max_seqlen_q, Tensor? attn_sink, str? kv_layout, "
-    "str policy, str lse_base, str? backend) -> (Tensor, Tensor)"
+    "str policy, str lse_base, str? backend, Tensor? descale_q=None, Tensor? descale_k=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "sparse_decode(Tensor q, Tensor kv_cache, Tensor indices, str? kv_layout, int d_v, float? softmax_scale, "
@@ -47,12 +47,12 @@ def _run_decode(
     q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
     softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None, attn_sink: torch.Tensor | None, kv_layout: str | None, policy: Any, lse_base: Any,
-    backend: str | None,
+    backend: str | None, descale_q: torch.Tensor | None = None, descale_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     return native.decode(
         q, kv_cache, block_table, cache_seqlens, d_v=d_v, softmax_scale=softmax_scale, is_causal=is_causal,
         window=window, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, kv_layout=kv_layout,
-        policy=policy, lse_base=lse_base, backend=backend,
+        policy=policy, lse_base=lse_base, backend=backend, descale_q=descale_q, descale_k=descale_k,
     )  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def _fake_decode(
     q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, d_v: int,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return q.new_empty((*q.shape[:-1], d_v)), _heads_first(q)
+    dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    return q.new_empty((*q.shape[:-1], d_v), dtype=dtype), _heads_first(q)
 
 
 def _fake_sparse_decode(

@@ -128,6 +128,7 @@ def _prepare_decode(
     softmax_scale: float | None, is_causal: bool, window: int | None, cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None, attn_sink: torch.Tensor | None, mods: Attached | None,
     kv_layout: KVLayout | str | None, backend: str | None, policy: str, out: torch.Tensor | None = None,
+    descale_q: torch.Tensor | None = None, descale_k: torch.Tensor | None = None,
 ) -> dispatch.Prepared:  # fmt: skip
     """The checked and compiled decode of these tensors."""
 
@@ -135,9 +136,9 @@ def _prepare_decode(
         problem = DecodeProblem.from_tensors(
             q, kv_cache, block_table, cache_seqlens, d_v=d_v, layout=kv_layout, is_causal=is_causal, window=window,
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, attn_sink=attn_sink, softmax_scale=softmax_scale,
-            is_batch_invariant=policy == "batch_invariant", mods=mods,
+            is_batch_invariant=policy == "batch_invariant", mods=mods, descale_q=descale_q, descale_k=descale_k,
         )  # fmt: skip
-        dispatch.check_out("decode", out, (*q.shape[:-1], problem.d_v), q.dtype, q.device)
+        dispatch.check_out("decode", out, (*q.shape[:-1], problem.d_v), problem.out_dtype, q.device)
         return problem
 
     try:  # `dispatch.signature` of the tensors that every call has, written out: 0.8 us less
@@ -151,6 +152,8 @@ def _prepare_decode(
             cache_seqlens.data_ptr() % 16 == 0,
             None if cu_seqlens_q is None else dispatch.signature(cu_seqlens_q),
             None if attn_sink is None else dispatch.signature(attn_sink), None if out is None else dispatch.signature(out),
+            None if descale_q is None else dispatch.signature(descale_q),
+            None if descale_k is None else dispatch.signature(descale_k),
             d_v, is_causal, window, max_seqlen_q, kv_layout, policy,
             type(softmax_scale), softmax_scale == softmax_scale, _is_positive(softmax_scale),
             None if mods is None else (mods.form, *map(dispatch.signature, mods.tensors())),
@@ -190,6 +193,8 @@ def decode(
     max_seqlen_q: int | None = None,
     attn_sink: torch.Tensor | None = None,
     mods: Attachable = None,
+    descale_q: torch.Tensor | None = None,
+    descale_k: torch.Tensor | None = None,
     kv_layout: KVLayout | str | None = None,
     plan: Plan | None = None,
     policy: Policy = "balanced",
@@ -205,7 +210,8 @@ def decode(
     lse[b, h, i] = ln sum_j exp(softmax_scale * <q[b, i, h], k[b, j]>)
 
     Args:
-        q: [batch, s_q, h_q, d_qk] bf16|fp16|fp32; with cu_seqlens_q [total_q, h_q, d_qk].
+        q: [batch, s_q, h_q, d_qk] bf16|fp16|fp32, or e4m3 codes over a cache in layout fp8_576; with cu_seqlens_q
+            [total_q, h_q, d_qk].
         kv_cache: [num_pages, page_size, h_kv, d_qk] in the dtype of q, or [num_pages, page_size, 1, bytes] in a byte
             layout named by kv_layout. Page and row strides are free; h_kv must divide h_q.
         block_table: [batch, max_pages] int32. Page of each logical block; entries behind the length are never read.
@@ -219,6 +225,8 @@ def decode(
         attn_sink: [h_q] fp32 extra logit per head with value 0: out is multiplied by 1 / (1 + exp(sink - lse)).
         mods: Python functions that the kernel inlines, and RoPE of q: one or several of `openmla.mods`. With an
             activation in place of softmax, out = sum_j weight_j v_j and lse = ln sum_j weight_j.
+        descale_q: [1] fp32, what codes of q stand for a product with; default 1. Read on the device.
+        descale_k: [1] fp32, the same of a cache in layout fp8_576, for keys and values.
         kv_layout: layout of kv_cache; default: plain elements.
         plan: from `openmla.plan(...)`; default: made for this call.
         policy: `balanced` or `batch_invariant`, when no plan is given.
@@ -229,7 +237,7 @@ def decode(
         backend: auto, cute, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
 
     Returns:
-        out: [batch, s_q, h_q, d_v] ([total_q, h_q, d_v]), dtype of q; 0 where a query sees no key.
+        out: [batch, s_q, h_q, d_v] ([total_q, h_q, d_v]), dtype of q, bf16 for codes; 0 where a query sees no key.
         lse: [batch, h_q, s_q] ([h_q, total_q]) fp32; -inf where a query sees no key. Without attn_sink's share.
 
     Raises:
@@ -250,12 +258,13 @@ def decode(
     elif is_traced and out is None and plan is None and workspace is None:
         traced, traced_lse = torch.ops.openmla.decode(
             q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-            attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend,
+            attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend, descale_q, descale_k,
         )  # fmt: skip
         return traced, traced_lse if return_lse else None
     options = (d_v, softmax_scale, is_causal, window, max_seqlen_q, kv_layout, lse_base, backend)
     repeats = None  # the plan's, where this call could be one
-    if plan is not None and not is_traced and cu_seqlens_q is None and mods is None and workspace is None:
+    is_usual = not is_traced and descale_q is None and descale_k is None and mods is None and workspace is None
+    if plan is not None and is_usual and cu_seqlens_q is None:
         repeats = getattr(plan, "repeats", None)  # what is no plan is refused below
         again = repeats[0](options, q, kv_cache, block_table, cache_seqlens, attn_sink, out) if repeats else None
         if again is not None:
@@ -267,18 +276,19 @@ def decode(
     attached = None if mods is None else attach(mods)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
-        attn_sink, attached, kv_layout, backend, policy, out,
+        attn_sink, attached, kv_layout, backend, policy, out, descale_q, descale_k,
     )  # fmt: skip
     problem: DecodeProblem = prepared.problem
     tables = attached.tensors() if attached else ()
+    tables = (*tables, *(each for each in (descale_q, descale_k) if each is not None))
     inputs = (q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink, *tables)
-    result, lse = _outputs(prepared, q, out, inputs)
+    result, lse = _outputs(prepared, q, out, inputs, problem.out_dtype)
     pieces = _pieces(plan, prepared, cache_seqlens, policy)
     if workspace is not None or pieces.partials is None:
         workspace = _workspace(prepared, workspace, q.device, policy)
     operands = DecodeOperands(
         q, kv_cache, block_table, cache_seqlens, dispatch.scale_of(softmax_scale, problem.d_qk), result, lse,
-        faults.fault_word(q.device), cu_seqlens_q, attn_sink, workspace, attached,
+        faults.fault_word(q.device), cu_seqlens_q, attn_sink, workspace, attached, descale_q, descale_k,
     )  # fmt: skip
     dispatch.launch(prepared, operands, pieces)
     if plan is not None and repeats is not None and pieces is plan.pieces:
@@ -359,8 +369,9 @@ def workspace_bytes(
 
 
 def _outputs(
-    prepared: dispatch.Prepared, q: torch.Tensor, out: torch.Tensor | None, inputs: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    prepared: dispatch.Prepared, q: torch.Tensor, out: torch.Tensor | None, inputs: tuple[torch.Tensor | None, ...],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`out` (the caller's or a new one) and a new lse [batch, h_q, s_q], or [h_q, total_q] for varlen q."""
     *leading, h_q, _ = q.shape
     if out is not None:
@@ -368,7 +379,7 @@ def _outputs(
     heads_first = (leading[0], h_q, leading[1]) if len(leading) == 2 else (h_q, leading[0])
     try:
         if out is None:
-            out = torch.empty((*leading, h_q, prepared.problem.d_v), dtype=q.dtype, device=q.device)
+            out = torch.empty((*leading, h_q, prepared.problem.d_v), dtype=dtype, device=q.device)
         return out, torch.empty(heads_first, dtype=torch.float32, device=q.device)
     except torch.OutOfMemoryError as error:
         dispatch.note_memory(error, q.device)
@@ -460,7 +471,7 @@ def sparse_decode(
         backend,
     )  # fmt: skip
     problem: SparseDecodeProblem = prepared.problem
-    result, lse = _outputs(prepared, q, out, tensors)
+    result, lse = _outputs(prepared, q, out, tensors, q.dtype)
     dispatch.launch(
         prepared,
         SparseDecodeOperands(

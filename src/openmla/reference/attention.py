@@ -230,10 +230,11 @@ def _attend(
     with_bounds: bool,
     num_splits: int,
     scores: Scores = PLAIN,
+    v_scale: float = 1.0,
 ) -> Attention:
     """Rows that share their keys: q [rows, h_q, d_qk], k [n, h_kv, d_qk], v [n, h_kv, d_v], seen [rows, n].
 
-    seen may also be [h_kv, rows, n]. Results have [rows, h_q] in front.
+    seen may also be [h_kv, rows, n]. Results have [rows, h_q] in front; out is multiplied by v_scale.
     """
     rows, h_q, _ = q.shape
     h_kv = k.shape[1]
@@ -263,7 +264,7 @@ def _attend(
     if with_bounds:
         found = _bounds(q, k, v, seen, softmax_scale, top, scores)
         bounds = Bounds(**{field.name: back(getattr(found, field.name)) for field in fields(Bounds)})
-    result = Attention(back(out), back(lse), back(top), heads_first=False, bounds=bounds)
+    result = _times(Attention(back(out), back(lse), back(top), False, bounds), v_scale, abs(v_scale))
     if attn_sink is not None:
         result = _apply_sink(result, attn_sink.to(wide))
     if precision in _NARROW:
@@ -271,18 +272,20 @@ def _attend(
     return result
 
 
+def _times(result: Attention, factor: torch.Tensor | float, reach: torch.Tensor | float) -> Attention:
+    """Out times `factor`, bounds as for values that are `reach` times as large."""
+    bounds = result.bounds
+    if bounds is not None:
+        sizes = (bounds.A * reach, bounds.B * reach * reach, bounds.V1 * reach, bounds.V2 * reach * reach)
+        bounds = Bounds(*sizes, bounds.S, bounds.L, bounds.n)
+    return Attention(result.out * factor, result.lse, result.max_logits, False, bounds)
+
+
 def _apply_sink(result: Attention, attn_sink: torch.Tensor) -> Attention:
     """Out *= 1 / (1 + exp(sink - lse)); lse and max_logits stay. An empty row stays 0, also for sink -inf."""
     factor = torch.sigmoid(result.lse - attn_sink).masked_fill(result.lse == -torch.inf, 1)[..., None]
-    bounds = result.bounds
-    if bounds is not None:
-        # A kernel has the factor in fp32, where exp overflows and tiny factors vanish: tolerances stop shrinking there.
-        reach = factor.clamp_min(2.0**-96)
-        square = reach.square()
-        bounds = Bounds(
-            bounds.A * reach, bounds.B * square, bounds.V1 * reach, bounds.V2 * square, bounds.S, bounds.L, bounds.n
-        )
-    return Attention(result.out * factor, result.lse, result.max_logits, False, bounds)
+    # A kernel has the factor in fp32, where exp overflows and tiny factors vanish: tolerances stop shrinking there.
+    return _times(result, factor, factor.clamp_min(2.0**-96))
 
 
 def _join(parts: list[Attention], lead: tuple[int, ...], heads_first: bool) -> Attention:
@@ -360,6 +363,8 @@ def decode(
     cu_seqlens_q: torch.Tensor | None = None,
     attn_sink: torch.Tensor | None = None,
     mods: Attachable = None,
+    descale_q: torch.Tensor | None = None,
+    descale_k: torch.Tensor | None = None,
     precision: Precision = "fp64",
     with_bounds: bool = False,
     num_splits: int = 1,
@@ -378,6 +383,7 @@ def decode(
         cu_seqlens_q: [batch + 1] integer offsets of each request's query rows.
         attn_sink: [h_q] fp32, natural-log units.
         mods: what `openmla.mods` changes; its meaning is `openmla.mods.attached`. An activation has lse = ln sum weights.
+        descale_q, descale_k: one number each that codes of q and of the cache stand for the products with; None: 1.
         precision: see the module docstring.
         with_bounds: also return the quantities of the tolerance rule.
         num_splits: stretches of keys whose partial results are merged (bf16, fp16 only).
@@ -386,8 +392,10 @@ def decode(
         out [batch, s_q, h_q, d_v], lse and max_logits [batch, h_q, s_q]; with cu_seqlens_q out
         [total_q, h_q, d_v], lse and max_logits [h_q, total_q]. Rows that belong to no request are empty rows.
     """
-    found = _layout_of(kv_cache, layout, d_v)
-    num_pages, page_size = kv_cache.shape[:2]
+    found, (num_pages, page_size) = _layout_of(kv_cache, layout, d_v), kv_cache.shape[:2]
+    q = q.to(torch.bfloat16) if q.dtype == torch.float8_e4m3fn else q  # exact
+    of_q, v_scale = (1.0 if each is None else float(each) for each in (descale_q, descale_k))
+    softmax_scale *= of_q * v_scale
     rows = q.reshape(-1, *q.shape[-2:])
     total = rows.shape[0]
     batch = block_table.shape[0]
@@ -407,7 +415,7 @@ def decode(
         if attached is not None and s_k:
             mine, scores = scores_of(attached, mine, request, s_k, kv_cache.shape[2], d_v)
         return _attend(
-            mine, keys, keys[..., :d_v], seen, softmax_scale, attn_sink, precision, with_bounds, num_splits, scores
+            mine, keys, keys[..., :d_v], seen, softmax_scale, attn_sink, precision, with_bounds, num_splits, scores, v_scale,
         )  # fmt: skip
 
     nobody = torch.zeros(0, dtype=torch.bool, device=q.device)

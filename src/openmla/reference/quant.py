@@ -10,6 +10,9 @@ Writing e2m1 data:
     scale = e4m3(min(max(amax / 6, 2 ** -9), 448))
     code  = e2m1(x / scale)                             round to nearest even, saturating at 6; NaN becomes code 0
 
+Writing e4m3 data without scales (fp8_576): code = e4m3(x / descale), which saturates at 448; NaN and inf become NaN. The
+scale belongs to the call, so reading gives bf16(code), which is exact: whoever attends multiplies by `descale_k`.
+
 A group that holds NaN or inf gets a scale that is not finite (e4m3 and e8m0 have NaN alone), so that reading it
 gives NaN instead of a plausible number.
 
@@ -98,9 +101,18 @@ def _addresses(place: tuple[int, int, int], slots: torch.Tensor, page_size: int)
     return (slots // page_size)[:, None], begin[:, None] + torch.arange(size, device=slots.device)
 
 
+def encode_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """The e4m3 code of each element as float8_e4m3fn: nearest even, saturating at 448; NaN and inf become NaN."""
+    wide = x.to(torch.float32)
+    return wide.clamp(-E4M3_MAX, E4M3_MAX).masked_fill(~wide.isfinite(), torch.nan).to(torch.float8_e4m3fn)
+
+
 def _encode(rows: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(data, rope, scale) bytes of rows [n, d_qk], uint8 [n, size] each."""
     n = rows.shape[0]
+    if layout.has_call_scale:
+        nothing = torch.empty((n, 0), dtype=torch.uint8, device=rows.device)
+        return encode_e4m3(rows).view(torch.uint8), nothing, nothing
     groups = rows[:, : layout.d_quant].to(torch.float32).reshape(n, layout.num_scales, layout.scale_group)
     amax = groups.abs().amax(-1) if n else groups.new_zeros(n, layout.num_scales)
     if layout.data_format == "e2m1":
@@ -127,6 +139,8 @@ def _encode(rows: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, torch.T
 def _decode(data: torch.Tensor, rope: torch.Tensor, scale: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     """The bf16 rows [n, d_qk] behind those bytes."""
     n = data.shape[0]
+    if layout.has_call_scale:
+        return data.view(torch.float8_e4m3fn).to(torch.bfloat16)
     if layout.data_format == "e2m1":
         values = decode_e2m1(torch.stack([data & 15, data >> 4], -1))
         factor = scale.view(torch.float8_e4m3fn).to(torch.float32)
@@ -154,7 +168,13 @@ def _check_slots(op: str, cache: torch.Tensor, slots: torch.Tensor) -> None:
         )
 
 
-def write_rows(cache: torch.Tensor, layout: KVLayout | str, slots: torch.Tensor, rows: torch.Tensor) -> None:
+def write_rows(
+    cache: torch.Tensor,
+    layout: KVLayout | str,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    descale: torch.Tensor | None = None,
+) -> None:
     """Store tokens in a paged cache, in place.
 
     Args:
@@ -162,14 +182,21 @@ def write_rows(cache: torch.Tensor, layout: KVLayout | str, slots: torch.Tensor,
         layout: byte format, or a plain layout.
         slots: [n] int64, page * page_size + offset; -1 skips the row. Distinct, else one of the rows wins.
         rows: [n, d_qk] bf16|fp16|fp32.
+        descale: one fp32 number that rows are divided by, in fp32, where the scale belongs to the call (fp8_576); None: 1.
 
     Raises:
-        ProblemError: a slot is below -1 or beyond the cache.
+        ProblemError: a slot is below -1 or beyond the cache, or a descale for a layout with scales of its own.
     """
     layout = kv_layout(layout)
     _check_slots("write_rows", cache, slots)
     keep = slots >= 0
     slots, rows = slots[keep].to(torch.int64), rows[keep]
+    if descale is not None:
+        if not layout.has_call_scale:
+            raise ProblemError(
+                "write_rows", [f"descale must be None for {layout}, whose scales lie in the cache; drop it"]
+            )
+        rows = rows.to(torch.float32) / descale.reshape(()).to(rows.device)
     page_size = cache.shape[1]
     if not layout.is_quantised:
         cache[slots // page_size, slots % page_size, 0] = rows.to(cache.dtype)

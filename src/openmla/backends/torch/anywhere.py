@@ -44,6 +44,8 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
         operands.cache_seqlens, capacity, word, Fault.LENGTH_NEGATIVE, Fault.LENGTH_OVER_CAPACITY
     )  # fmt: skip
     q = operands.q.reshape(problem.total_q, problem.h_q, problem.d_qk)
+    for each in (operands.descale_q, operands.descale_k):
+        q = q if each is None else q.to(torch.float32) * each
     tokens = torch.arange(problem.total_q, device=q.device)
     if operands.cu_seqlens_q is None:
         request = tokens // max(problem.s_q, 1)
@@ -71,6 +73,7 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
         q, problem.h_kv, problem.d_v, operands.softmax_scale, capacity if batch else 0,
         lambda head: _paged_keys(problem, operands, request, begin, end, head), modded,
     )  # fmt: skip
+    out = out if operands.descale_k is None else out * operands.descale_k
     out = apply_sink(out, lse, operands.attn_sink)
     _store(operands.out, operands.lse, out, lse)
 

@@ -46,6 +46,10 @@ def dequantise(
 ) -> None:  # fmt: skip
     """Writes rows to out [n, d_qk] bf16|fp32; codes, scales and rope are uint8 [..., size] with n rows in all."""
     n, d_quant = out.shape[0], layout.d_quant
+    if layout.has_call_scale:
+        out.copy_(_e4m3_as_half(codes, "codes", scratch).view(n, d_quant)).mul_(_E4M3_BIAS)
+        _restore_nan(out, codes, scratch)
+        return
     factor, bias = _factors(scales, layout, scratch)
     if layout.data_format == "e2m1":
         half = _e2m1_as_half(codes, scratch)

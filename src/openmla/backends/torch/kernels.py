@@ -94,7 +94,7 @@ class _AppendKernel(_TorchKernel):
         with torch.no_grad():
             if operands.rope is not None:
                 rows = operands.rope.rotated(rows[:, None], problem.d_qk - problem.d_rope, operands.positions)[:, 0]
-            quant.write_rows(operands.out, problem.layout, operands.slots, rows)
+            quant.write_rows(operands.out, problem.layout, operands.slots, rows, operands.descale)
 
 
 DECODE = _DecodeKernel("decode", "decode_tiled")

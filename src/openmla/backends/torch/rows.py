@@ -1,6 +1,6 @@
 """Rows of a KV cache: from slot numbers to dequantised rows, on any device, without a host sync.
 
-A slot is page * page_size + offset. Byte layouts read as bf16(fp32(code) * fp32(scale)); see
+A slot is page * page_size + offset. Byte layouts read as bf16(fp32(code) * fp32(scale)), without a scale where it belongs to the call; see
 `openmla.core.layout` for where the bytes lie.
 """
 
@@ -54,6 +54,8 @@ def _parts(cache: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, torch.T
 def _dequantise(data: torch.Tensor, scales: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     """Bytes of n rows, as `_parts` cuts them, to bf16 [n, d_qk]."""
     n = data.shape[0]
+    if layout.has_call_scale:
+        return data.contiguous().view(torch.float8_e4m3fn).to(torch.bfloat16)
     if layout.data_format == "e2m1":
         # Two codes per byte, even column in the low nibble. The nibble's bits become those of an fp16 that is
         # 2^14 times too small; see `dequant`.

@@ -91,13 +91,15 @@ def _reach(sight: Sight | None, s_k: int) -> tuple[int, int]:
 
 
 def _writer(
-    out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor | None, top: torch.Tensor | None = None
-) -> Write:
-    """Writes rows to out [tokens, group, d_v] and lse, top [tokens, group], views of the results."""
+    out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor | None, top: torch.Tensor | None = None,
+    factor: float = 1.0,
+) -> Write:  # fmt: skip
+    """Writes rows, times a factor, to out [tokens, group, d_v] and lse, top [tokens, group], views of the results."""
     tokens, group, d_v = out.shape
 
     def write(rows: torch.Tensor, row_lse: torch.Tensor, row_top: torch.Tensor) -> None:
         shaped = row_lse.view(tokens, group)
+        rows = rows if factor == 1.0 else rows * factor
         if attn_sink is not None:
             # An empty row is 0 already, and would be NaN for a sink of -inf.
             share = torch.sigmoid(shaped - attn_sink).masked_fill_(shaped == -torch.inf, 1)
@@ -113,8 +115,10 @@ def _writer(
 def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
     """Dense decode; see `DecodeOperands`."""
     found, group, size = _Found(), problem.h_q // problem.h_kv, problem.page_size
-    arithmetic = arithmetic_for(problem.dtype, problem.d_qk, problem.d_v)
+    arithmetic = arithmetic_for(problem.out_dtype, problem.d_qk, problem.d_v)
     q, out, lse = operands.q, operands.out, operands.lse
+    q = q.to(problem.out_dtype)  # codes are exact in bf16
+    of_q, of_k = (1.0 if each is None else each.item() for each in (operands.descale_q, operands.descale_k))
     if operands.cu_seqlens_q is None:
         spans = [(request, 0, problem.s_q) for request in range(problem.batch)]
     else:
@@ -142,7 +146,7 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
             q[row, tokens, heads].reshape(-1, problem.d_qk),
             tile_spans(*_reach(sight, s_k), step),
             _read_pages(operands.block_table[request], size, readers[head], found),
-            _writer(out[row, tokens, heads], lse[row, heads, tokens].t(), sink),
+            _writer(out[row, tokens, heads], lse[row, heads, tokens].t(), sink, factor=of_k),
             sight,
             None
             if operands.mods is None
@@ -156,7 +160,7 @@ def decode(problem: DecodeProblem, operands: DecodeOperands) -> None:
             step = arithmetic.tile_keys((last - first) * group)
             for head in range(problem.h_kv):
                 tasks.append(Pending(-(-seen // step), partial(make, request, head, first, last, step)))
-    Attention(arithmetic.products, problem.d_v, operands.softmax_scale).run(tasks)
+    Attention(arithmetic.products, problem.d_v, operands.softmax_scale * of_q * of_k).run(tasks)
     found.report(operands.fault_word)
 
 

@@ -358,7 +358,7 @@ def append(layout: KVLayout, operands: AppendOperands, tokens: int, num_warps: i
         tokens: per program, a power of two.
         num_warps: per program.
     """
-    cache, slots, rows, fault_word, rope, positions = operands
+    cache, slots, rows, fault_word, rope, positions, _ = operands
     if slots.numel() == 0 or cache.numel() == 0:
         return
     page_size = cache.shape[1]

@@ -226,6 +226,10 @@ def supports(problem: AnyProblem, target: Target) -> Verdict:
             not isinstance(problem, DecodeProblem) or problem.batch < MAX_BATCH,
             f"takes fewer than {MAX_BATCH} requests (one axis of a grid), got batch={getattr(problem, 'batch', 0)}",
         ),
+        (
+            not any(layout.has_call_scale for layout in layouts(problem)),
+            f"reads no {getattr(problem, 'layout', '')}, a cache of codes whose scale belongs to the call",
+        ),
         (latent + rope <= MAX_PADDED, f"holds at most {MAX_PADDED} key columns, got {latent} + {rope} after padding"),
     )
     if not found:

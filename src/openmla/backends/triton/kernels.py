@@ -106,7 +106,10 @@ class _AppendKernel:
 
     def supports(self, problem: AppendProblem, target: Target) -> Verdict:
         """Every reason against, without importing Triton. Nothing is multiplied, so the interpreter may have bf16."""
-        found = require((choice.is_installed(), "triton is not installed: pip install openmla[triton]"))
+        found = require(
+            (choice.is_installed(), "triton is not installed: pip install openmla[triton]"),
+            (not problem.layout.has_call_scale, f"writes no {problem.layout}, a cache of codes without scales"),
+        )
         return choice.machine_verdict(torch.float32, target) if found else found
 
     def configs(self, problem: AppendProblem, target: Target) -> Sequence[tuple[int, int]]:
