@@ -4,9 +4,11 @@ limits of shared memory and registers. Also what `supports` says, which needs ne
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -447,6 +449,22 @@ def test_every_tile_of_the_tables_fits_some_machine():
     problem, _ = decode_call()
     for name in ("a100_sxm", "l40s", "h100_sxm", "b200", "mi300x"):
         assert config.candidates(problem, Target.preset(name)), name
+
+
+def test_tiles_say_where_they_are_known_from():
+    """Every list ends in one for any number of rows; what is called measured has a file of rows on that machine."""
+    root = Path(__file__).resolve().parents[2]
+    entries = tomllib.loads((root / "src/openmla/backends/triton/tiles.toml").read_text())["tiles"]
+    for entry in entries:
+        kind, _, where = entry["source"].partition(": ")
+        assert kind in ("measured", "reasoned") and where, entry
+        if kind == "measured":
+            rows = [json.loads(line) for line in (root / where.partition(",")[0]).read_text().splitlines()]
+            assert any("H100" in str(row) and "triton" in str(row) for row in rows), entry
+    for key, listed in config.table().items():
+        assert [most for most, _ in listed] == sorted({most for most, _ in listed}), key
+        assert listed[-1][0] > 128 * 4096, key
+    assert {key[0] for key in config.table()} == {"hopper", "blackwell", "ampere", "cdna3"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ per item, so `--jobs` of them share the items (`times` has one). Correctness is 
 oracle (append: equal bytes; gradients: autograd in fp64). `docs` takes the first mod of docs/mods.md from that page and
 runs it in all three backends. `kernels` draws hostile cases for the Triton kernels. `cute` runs mods in the Hopper
 kernels; it, `docs` and `times` need CuTe DSL or a bundle that holds them: `bundle DIR` makes one, anywhere. `times` has
-what the suite `portable` cannot say; `figures` runs both, and holds them against the bars of issue 5. One JSON line per
+what the suite `portable` cannot say; `figures` runs both, behind a rehearsal that compiles all kernels side by side, and
+holds them against the bars of issue 5. One JSON line per
 item; exit status 0 when all passed.
 """
 
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from portable_mods import CUTE_MODS, decode_arguments, mod_of_the_page, to
-from portable_times import BARS, Item, section_times
+from portable_times import BARS, REHEARSAL, Item, section_times
 
 import openmla
 from openmla.core.errors import UnsupportedError
@@ -325,6 +326,7 @@ def main() -> int:
 
 def figures(args: argparse.Namespace) -> int:
     """The suite `portable`, then the section `times`; rows of both beside `--out`, and each bar with what was measured."""
+    run_processes("times", args, rehearse=True)
     suite_rows = args.out.with_suffix(".suite.jsonl") if args.out else None
     suite = [sys.executable, "-m", "openmla", "bench", "--suite", "portable", "--backend", "triton", "--seconds", "0.6"]
     status = subprocess.run([*suite, *(["--out", str(suite_rows)] if suite_rows else [])], check=False).returncode
@@ -341,13 +343,17 @@ def figures(args: argparse.Namespace) -> int:
     return int(status or not is_fine)
 
 
-def run_processes(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:
+def run_processes(
+    name: str, args: argparse.Namespace, *, rehearse: bool = False
+) -> tuple[list[dict[str, Any]], list[str], bool]:
     """(rows, what processes that broke off said, whether none did) of one section."""
-    jobs = 1 if name == "times" else args.jobs
+    jobs = 1 if name == "times" and not rehearse else args.jobs
     own = [sys.executable, __file__, name, "--device", args.device, "--jobs", str(jobs), "--here"]
     deadline = time.monotonic() + args.seconds
     # The oracle's threads of all processes together, no more than there are cores.
     environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))}
+    if rehearse:
+        environment[REHEARSAL] = "1"
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * jobs)]
         running = [

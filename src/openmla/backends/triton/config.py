@@ -2,13 +2,16 @@
 
 A tile is (BLOCK_M query rows, BLOCK_N keys). BLOCK_M rows share each load of a KV tile, so more rows mean less traffic,
 and the accumulator [BLOCK_M, d_v] in fp32 lives in registers, so they are bounded: 64 x 512 takes 128 registers of
-each of 256 threads. The tables below hold what to try, best first, per family of machines; a tile whose shared memory
-does not fit the target is passed over. Their order is reasoned, see docs/kernels/triton.md, not measured.
+each of 256 threads. `tiles.toml` holds what to try, best first, per family of machines, and where that is known from; a
+tile whose shared memory does not fit the target is passed over. Reasons: docs/kernels/triton.md.
 """
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -42,44 +45,16 @@ class Config:
     ctas_per_sm: int = 1  # programs that are resident together
 
 
-# (family, kind of cache) -> (most rows per request and KV head, configs to try in order). The last row has no limit.
-_TABLE: dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]] = {
-    ("hopper", "plain"): (
-        (16, (Config(16, 32, 4, 3, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
-        (32, (Config(32, 64, 8, 3), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
-        (_ANY, (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
-    ),
-    ("hopper", "bytes"): (
-        (16, (Config(16, 32, 8, 1),)),
-        (_ANY, (Config(64, 32, 8, 1), Config(32, 16, 8, 1))),
-    ),
-    ("blackwell", "plain"): (
-        (16, (Config(16, 32, 4, 3, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
-        (32, (Config(32, 64, 8, 3), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
-        (_ANY, (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 4, 2))),
-    ),
-    ("blackwell", "bytes"): (
-        (16, (Config(16, 32, 8, 1),)),
-        (_ANY, (Config(64, 32, 8, 1), Config(32, 16, 8, 1))),
-    ),
-    ("ampere", "plain"): (
-        (16, (Config(16, 32, 4, 3), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
-        (32, (Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
-        (_ANY, (Config(64, 16, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2))),
-    ),
-    ("ampere", "bytes"): (
-        (16, (Config(16, 32, 8, 1), Config(16, 16, 8, 1))),
-        (_ANY, (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1))),
-    ),
-    ("cdna3", "plain"): (
-        (16, (Config(16, 32, 4, 1), Config(16, 16, 4, 1))),
-        (_ANY, (Config(64, 16, 4, 1), Config(32, 16, 4, 1), Config(16, 16, 4, 1))),
-    ),
-    ("cdna3", "bytes"): (
-        (16, (Config(16, 16, 4, 1),)),
-        (_ANY, (Config(32, 16, 4, 1), Config(16, 16, 4, 1))),
-    ),
-}
+@cache
+def table() -> dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]]:
+    """(family, kind of cache) -> (most rows per request and KV head, configs to try in order), narrowest first."""
+    found: dict[tuple[str, str], list[tuple[int, tuple[Config, ...]]]] = {}
+    for entry in tomllib.loads((Path(__file__).parent / "tiles.toml").read_text())["tiles"]:
+        configs = tuple(Config(*numbers) for numbers in entry["try"])
+        found.setdefault((entry["family"], entry["cache"]), []).append((entry.get("rows", _ANY), configs))
+    return {key: tuple(sorted(entries, key=lambda entry: entry[0])) for key, entries in found.items()}
+
+
 _LATE = {"hopper": 0, "blackwell": 2}  # tiles kept beyond the stages where products of 64 rows run on their own
 _INTERPRETED = (Config(16, 16, 1, 1),)
 # fp32 dot products run on the ordinary cores (exact, no tf32): small tiles, since neither operand nor sum is narrow.
@@ -210,8 +185,8 @@ def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:
         return _INTERPRETED
     listed: tuple[Config, ...] = _WIDE
     if not is_wide(problem):
-        table = _TABLE[name, "bytes" if has_bytes(problem) else "plain"]
-        listed = next(configs for most, configs in table if rows(problem) <= most)
+        kind = "bytes" if has_bytes(problem) else "plain"
+        listed = next(configs for most, configs in table()[name, kind] if rows(problem) <= most)
     fits = target.smem_bytes or 1 << 31
     return tuple(each for each in listed if shared_bytes(each, problem, target) <= fits)
 
