@@ -81,10 +81,14 @@ def of_the_bundle(kernel: str) -> list[dict[int, str]]:
     """The instructions of a kernel's binaries in OPENMLA_AOT_DIR; nothing where there is no bundle."""
     from openmla.backends.cute.toolchain import disassemble
 
-    library = Path(os.environ.get("OPENMLA_AOT_DIR", ""), f"{kernel}.so")
+    # A kernel in a folder of another one's ("decode_sparsepair") lies in that one's library.
+    libraries = [
+        each for each in Path(os.environ.get("OPENMLA_AOT_DIR", "none")).glob("*.so") if kernel.startswith(each.stem)
+    ]
+    library = max(libraries, key=lambda each: len(each.stem), default=None)
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for binary in device_binaries(library.read_bytes()) if library.is_file() else ():
+        for binary in device_binaries(library.read_bytes()) if library is not None else ():
             path = Path(folder, "kernel.cubin")
             path.write_bytes(binary)
             lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_]+)", disassemble(path), re.M)
