@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ((128, 4, 4096), (128, 64, 4096), (128, 1, 4096), (16, 1, 4096), (16, 64, 4096))  # h_q, batch, keys
-COPIES, ROUNDS = 4, 250
+COPIES, ROUNDS = 4, 200
 # Patterns, and what stands there instead; every pattern must be found.
 NEVER = r"\1if const_expr(False):"
 GUARDS = {

@@ -24,7 +24,7 @@ UNTIL = "2027-01-31"
 WAIVED = {
     ("decode_sparse", "STS", "LDS"): (12, _BY_A_WARP),
     ("prefill_sparse", "STS", "LDS"): (12, _BY_A_WARP),
-    ("prefill_sparse", "LDGSTS", "LDSM"): (64, _BY_A_COPY),
+    ("prefill_sparse", "LDGSTS", "LDSM"): (128, _BY_A_COPY),
 }
 
 Place = tuple[str, int, int]  # kernel, where it writes, where it reads

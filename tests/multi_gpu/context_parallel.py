@@ -286,9 +286,9 @@ def main() -> None:
         runs = ((27, 131072, True), (8, 131072, False), (27, 524288, True), (0, 131072, True))
         for layers, s_k, is_planned in () if options.untimed else runs:
             write(measure(ranks, device, options.small, layers, s_k, is_planned), ranks, options.out)
-    write({"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}, ranks, options.out)
     if options.mixed:
         write({"what": "mixed_up", "said": mixed_up(device)}, ranks, options.out)
+    write({"what": "context_parallel_checks", "cases": check(ranks, device, dtype)}, ranks, options.out)
     if options.stall:
         ranks.timeout_s = 5
         write({"what": "dead_rank", "message": stall(ranks, device)}, ranks, options.out)
