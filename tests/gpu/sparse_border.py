@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ import torch
 
 import openmla
 from openmla import flash_mla
+from openmla.core.errors import UnsupportedError
 from openmla.core.layout import kv_layout
 from openmla.reference import attention, quant
 from openmla.testing import budget
 
 SECTIONS = ("hostile", "shapes")
-SECONDS = 60.0  # of one process
+SECONDS = 120.0  # of one process
+SHARE = 24  # shapes of one process
 TOKENS, VICTIM, TOPK, HEADS = 6, 2, 200, 72  # neither whole tiles nor whole blocks of heads
 PAGES, PAGE_SIZE = 7, 61
 SLOTS = PAGES * PAGE_SIZE
@@ -64,92 +66,145 @@ def wrong_places(where: int) -> torch.Tensor:
     )[where]  # fmt: skip
 
 
-def calls(device: str, backend: str) -> Iterator[tuple[str, torch.Tensor, Any, Any]]:
-    """(name, indices, call of them, oracle of them): every operation and layout, made from fixed seeds."""
-    picks = torch.Generator().manual_seed(1)
-    good = torch.randint(0, SLOTS, (TOKENS, TOPK), generator=picks, dtype=torch.int32)
+def good_indices() -> torch.Tensor:
+    """Lists that name slots, the same in every process."""
+    return torch.randint(0, SLOTS, (TOKENS, TOPK), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+
+
+def calls() -> Iterator[tuple[str, tuple[torch.Tensor, ...], Any, Any]]:
+    """(name, tensors, call of tensors and indices on a backend, oracle of indices): every operation and layout."""
+    picks = torch.Generator().manual_seed(2)
     for name in DECODED:
         layout = kv_layout(name)
         content = torch.randn(PAGES, PAGE_SIZE, 1, layout.d_qk, generator=picks).bfloat16()
         cache = layout.empty_cache(PAGES, PAGE_SIZE)
         quant.write_rows(cache, layout, torch.arange(SLOTS), content.flatten(0, 2))
-        there = layout.empty_cache(PAGES, PAGE_SIZE, device=device)
-        there.copy_(cache)
         q = torch.randn(TOKENS, 1, HEADS, layout.d_qk, generator=picks).bfloat16()
-        q_there = q.to(device)
 
-        def decode(indices, q=q_there, cache=there, name=name):
-            return openmla.sparse_decode(
-                q, cache, indices[:, None], kv_layout=name, softmax_scale=0.05, backend=backend
-            )
+        def decode(q, cache, indices, backend, layout=layout):
+            there = layout.empty_cache(PAGES, PAGE_SIZE, device=q.device)
+            there.copy_(cache)
+            given = {"kv_layout": layout.name, "softmax_scale": 0.05, "backend": backend}
+            return openmla.sparse_decode(q, there, indices[:, None], **given)
 
         def golden(indices, q=q, cache=cache, name=name):
             return attention.sparse_decode(
                 q, cache, indices[:, None], softmax_scale=0.05, d_v=512, layout=name, with_bounds=True
             )
 
-        yield f"sparse_decode {name}", good, decode, golden
+        yield f"sparse_decode {name}", (q, cache), decode, golden
     for d_qk in (576, 512):
         kv = torch.randn(SLOTS, 1, d_qk, generator=picks).bfloat16()
         q = torch.randn(TOKENS, HEADS, d_qk, generator=picks).bfloat16()
-        q_there, kv_there = q.to(device), kv.to(device)
 
-        def prefill(indices, q=q_there, kv=kv_there):
+        def prefill(q, kv, indices, backend):
             out, _, lse = openmla.sparse_prefill(q, kv, indices[:, None], softmax_scale=0.05, backend=backend)
             return out, lse
 
         def expected(indices, q=q, kv=kv):
             return attention.sparse_prefill(q, kv, indices[:, None], softmax_scale=0.05, d_v=512, with_bounds=True)
 
-        yield f"sparse_prefill {d_qk}", good, prefill, expected
+        yield f"sparse_prefill {d_qk}", (q, kv), prefill, expected
 
 
-def attack(pattern: int, device: str, backend: str) -> dict[str, Any]:
+def made() -> list[tuple[str, tuple[torch.Tensor, ...], Any, list[attention.Attention]]]:
+    """`calls` with what the oracle says for each set of places: computed once, inherited by the processes."""
+    absent = []
+    for where in range(8):
+        absent.append(good_indices())
+        absent[where][VICTIM, wrong_places(where)] = -1
+    return [(name, tensors, call, [golden(each) for each in absent]) for name, tensors, call, golden in calls()]
+
+
+def attack(pattern: int, device: str, backend: str, prepared: list[Any]) -> dict[str, Any]:
     """One pattern in every operation and layout; raises where a promise is broken."""
     ran = []
-    for name, good, call, golden in calls(device, backend):
+    for name, tensors, call, goldens in prepared:
         places = wrong_places(pattern // 8)
+        good = good_indices()
         bad = good.clone()
         bad[VICTIM, places] = wrong_values(pattern % 8, len(places))
+        there = [each.to(device) for each in tensors]
         try:
-            before, _ = call(good.to(device))
-        except openmla.UnsupportedError as error:
+            before, _ = call(*there, good.to(device), backend)
+        except UnsupportedError as error:
             ran.append(f"{name} refused: {next(iter(error.reasons.values()), '')}")
             continue
         assert openmla.check_errors() == (), name
         before = before.cpu()
-        out, lse = call(bad.to(device))
+        out, lse = call(*there, bad.to(device), backend)
         faults = openmla.check_errors()
         assert [fault.name for fault in faults] == ["INDEX_OUT_OF_RANGE"], f"{name}: {faults}"
         out = out.cpu()
         others = torch.arange(TOKENS) != VICTIM
         assert torch.equal(before[others].view(torch.int16), out[others].view(torch.int16)), f"{name}: other rows"
-        absent = bad.masked_fill((bad < 0) | (bad >= SLOTS), -1)
-        budget.check(out, lse.cpu(), golden(absent), dtype=torch.bfloat16).require()
+        budget.check(out, lse.cpu(), goldens[pattern // 8], dtype=torch.bfloat16).require()
         ran.append(name)
     assert sum("refused" not in each for each in ran), ran
     return {"ran": ran}
 
 
+def in_a_process(work: Callable[[], list[dict[str, Any]]], seconds: float) -> tuple[int | None, list[dict[str, Any]]]:
+    """(exit status, None where it was killed; its rows) of work in a process of its own, a fork of this one.
+
+    This process has imported everything and never touches the device, so that a fork may: an import would take longer than
+    all of the work.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            theirs.send(work())
+        except Exception as error:
+            theirs.send([{"passed": False, "error": f"{type(error).__name__}: {error}"[-800:]}])
+            os._exit(1)
+        os._exit(0)  # what this process inherited from threads of its parent is not its to end
+
+    process = context.Process(target=run)
+    process.start()
+    theirs.close()
+    rows: list[dict[str, Any]] = []
+    try:
+        if ours.poll(seconds):
+            rows = ours.recv()
+    except EOFError:  # it died without a word
+        pass
+    process.join(10.0 if rows else 0.5)
+    status = process.exitcode
+    if status is None:
+        process.kill()
+        process.join()
+    return status, rows
+
+
 def hostile(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The patterns, a process each."""
+    prepared = made()
 
     def one(pattern: int) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--pattern", str(pattern), "--device", given.device]
         begin = time.time()
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-            status, text = found.returncode, found.stderr + found.stdout
-        except subprocess.TimeoutExpired as error:
-            status, text = -1, f"no end after {SECONDS} s: {error.stdout!r}"[-500:]
-        row = {"section": "hostile", "item": f"pattern {pattern}", "passed": status == 0, "status": status}
-        last = text.strip().splitlines()[-1:] or [""]
-        shown = json.loads(last[0]) if status == 0 else {"error": text[-800:]}
-        return row | shown | {"seconds": round(time.time() - begin, 1)}
+        status, found = in_a_process(
+            lambda: [attack(pattern, given.device, backend_of(given.device), prepared) | device_name(given.device)],
+            SECONDS,
+        )
+        row = {
+            "section": "hostile",
+            "item": f"pattern {pattern}",
+            "passed": status == 0 and bool(found),
+            "status": status,
+        }
+        row |= found[0] if found else {"error": "killed after its time" if status is None else "died without a word"}
+        return row | {"seconds": round(time.time() - begin, 1)}
 
     patterns = range(64) if not given.quick else (0, 63)
     with ThreadPoolExecutor(given.jobs) as pool:
         yield from pool.map(one, patterns)
+
+
+def device_name(device: str) -> dict[str, str]:
+    """For a row; asked in the process that uses the device."""
+    return {"gpu": torch.cuda.get_device_name() if device != "cpu" else "cpu"}
 
 
 # ---------------------------------------------------------------------- the shapes of upstream's tests
@@ -254,19 +309,35 @@ def judge_prefill(shape: dict[str, Any], device: str, backend: str) -> None:
 
 
 def shapes(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every shape, one after the other."""
+    """Every shape; each process takes every eighth batch of them and says what became of each."""
     backend = backend_of(given.device)
-    for op, judge, wanted in (
-        ("sparse_decode", judge_decode, decode_shapes), ("sparse_prefill", judge_prefill, prefill_shapes),
-    ):  # fmt: skip
-        for shape in wanted(given.quick):
-            row = {"section": "shapes", "item": op, "shape": shape, "passed": True}
+    every = [("sparse_decode", shape) for shape in decode_shapes(given.quick)]
+    every += [("sparse_prefill", shape) for shape in prefill_shapes(given.quick)]
+
+    def judged(share: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        rows = []
+        for op, shape in share:
+            row: dict[str, Any] = {"section": "shapes", "item": op, "shape": shape, "passed": True}
             try:
-                judge(shape, given.device, backend)
+                (judge_decode if op == "sparse_decode" else judge_prefill)(shape, given.device, backend)
                 assert openmla.check_errors() == ()
             except Exception as error:  # each shape says for itself whether it passed
                 row |= {"passed": False, "error": f"{type(error).__name__}: {error}"[:400]}
-            yield row
+            rows.append(row | device_name(given.device))
+        return rows
+
+    def one(share: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        status, rows = in_a_process(lambda: judged(share), SECONDS)
+        lost = [
+            {"section": "shapes", "item": op, "shape": s, "passed": False, "error": f"status {status}"}
+            for op, s in share
+        ]
+        return rows if len(rows) == len(share) else lost
+
+    shares = [every[first : first + SHARE] for first in range(0, len(every), SHARE)]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for rows in pool.map(one, shares):
+            yield from rows
 
 
 def backend_of(device: str) -> str:
@@ -282,16 +353,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few items of each section")
-    parser.add_argument("--pattern", type=int, help="one pattern, here: what `hostile` starts")
     given = parser.parse_args()
-    if given.pattern is not None:
-        print(json.dumps(attack(given.pattern, given.device, backend_of(given.device))))
-        return 0
+    torch.set_num_threads(1)  # many processes; and a pool of threads does not survive a fork
     all_passed = True
     for section in given.sections or SECTIONS:
         passed = total = 0
         for row in {"hostile": hostile, "shapes": shapes}[section](given):
-            row["gpu"] = torch.cuda.get_device_name() if given.device != "cpu" else "cpu"
             passed, total = passed + row["passed"], total + 1
             if not row["passed"]:
                 print("FAIL", json.dumps(row)[:1500], flush=True)

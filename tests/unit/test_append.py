@@ -68,11 +68,13 @@ def test_every_violation_is_named_at_once():
 def test_the_table_knows_who_writes():
     asked = backends.typical_problem("append")
     found = backends.explain(asked, target="h100_sxm")
-    assert [row.backend for row in found.candidates] == ["triton", "torch"]
+    assert [row.backend for row in found.candidates] == ["cute", "triton", "torch"]
     assert isinstance(asked, AppendProblem)
     assert cost(asked, seqlens_k=[2, 3]).bytes == 5 * (576 * 2 + 656)
-    other = replace(asked, layout=kv_layout("fp4_288"), d_qk=512)
+    other = replace(
+        asked, layout=kv_layout("fp4_288"), d_qk=512, dtype=torch.float16
+    )  # which the Hopper one does not take
     assert backends.select(other, Target.preset("h100_sxm")).kernel.backend == "triton"
     assert backends.select(other, Target.preset("cpu")).kernel.backend == "torch"
-    with pytest.raises(UnsupportedError):
-        backends.select(asked, Target.preset("h100_sxm"), "cute")
+    with pytest.raises(UnsupportedError, match="sm_90a"):
+        backends.select(asked, Target.preset("a100_sxm"), "cute")

@@ -79,6 +79,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
         Slot("openmla.backends.torch", "PREFILL"),
     ),
     "append": (
+        Slot("openmla.backends.cute.append", "APPEND"),
         Slot("openmla.backends.triton", "APPEND"),
         Slot("openmla.backends.torch", "APPEND"),
     ),

@@ -560,6 +560,7 @@ class AppendProblem:
     page_size: int
     num_pages: int
     d_rope: int = 0  # last columns of a row that are rotated on their way; 0: none
+    is_aligned: bool = True  # rows, pages, tables start at and step by multiples of 16 bytes
 
     @classmethod
     def from_tensors(
@@ -590,7 +591,8 @@ class AppendProblem:
         bad.rule(d_rope <= d_qk, f"rope rotates {d_rope} columns, but rows have {d_qk}")
         bad.raise_if_any()
         assert found is not None
-        return cls(d_qk, rows.dtype, found, cache.shape[1], cache.shape[0], d_rope)
+        read = [rows, cache[:, 0, 0] if found.is_quantised else cache[:, :, 0], *([rope.cos, rope.sin] if rope else [])]
+        return cls(d_qk, rows.dtype, found, cache.shape[1], cache.shape[0], d_rope, all(map(_is_aligned, read)))
 
     __str__ = _describe
 

@@ -37,7 +37,7 @@ def append(
         positions: [n] int64|int32 with rope; one behind the tables makes the rotated columns NaN.
         descale: [1] fp32 that rows are divided by in fp32, where the cache holds codes alone (fp8_576), which saturate at
             448; default 1. The `descale_k` of `decode`.
-        backend: auto, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
+        backend: auto, cute, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
 
     Raises:
         ProblemError: shapes, dtypes, devices or strides contradict each other; lists all violations. Backend torch also
@@ -45,7 +45,7 @@ def append(
         UnsupportedError: no permitted backend; lists every reason.
 
     Notes:
-        Backend triton does not wait for the device: a bad slot stores nothing and is reported by `openmla.check_errors`.
+        Backends cute and triton do not wait for the device: a bad slot stores nothing and is reported by `openmla.check_errors`.
         CUDA graphs: safe after one warm call. Deterministic where slots are distinct.
     """
     tables = (

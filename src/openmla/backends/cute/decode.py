@@ -19,6 +19,7 @@ import torch
 
 from openmla.backends.base import DecodeOperands, DecodePlan, Repeatable, Verdict, require
 from openmla.backends.cute import bundle
+from openmla.backends.cute.append import build_writer
 from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense.launch import launch_merge
@@ -29,6 +30,7 @@ from openmla.backends.cute.gathered import build_gather
 from openmla.backends.cute.inline import inlined, refusals
 from openmla.backends.cute.prefill_sparse import config as gather
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
+from openmla.backends.cute.writers import config as writers
 from openmla.core.errors import UnsupportedError
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
@@ -126,6 +128,7 @@ FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]
     large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
     sparse.FAMILY: (sparse.VARIANTS, build_sparse),
     gather.FAMILY: (gather.VARIANTS, build_gather),
+    writers.FAMILY: (writers.VARIANTS, build_writer),
 }
 
 
