@@ -191,9 +191,8 @@ def attend_range(
         seen = present[None, :]
         if MIXED:
             seen = seen & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
-        peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED, APART, MODS, DIMS,
-            MAY_BE_LAZY=True,
+        peak, mass, acc, _ = fold_tile(
+            q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, (), site, place, MIXED, APART, MODS, DIMS
         )  # fmt: skip
     return peak, mass, acc, strays
 

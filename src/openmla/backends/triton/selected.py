@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 
 from openmla.backends.triton.rows import load_latent, load_rope, wanted_columns
-from openmla.backends.triton.softmax import LN_2, finish, fold_tile, load_queries, no_mass, sink_share
+from openmla.backends.triton.softmax import (
+    LN_2,
+    LOWEST,
+    finish,
+    fold_tile,
+    load_queries,
+    no_mass,
+    sink_share,
+    whole_top,
+)
 
 # Bits of openmla.core.faults.Fault.
 INDEX_OUT_OF_RANGE = tl.constexpr(8)
@@ -40,7 +49,7 @@ def selection_length(length_ptr, topk, fault_ptr, is_reporter, HAS_LENGTH: tl.co
 @triton.jit
 def attend_selection(
     q_latent, q_rope, kv_ptr, indices, topk, length, split, num_slots, kv_page_stride, sign, scale2,
-    peak, mass, acc, strays, KV_ROW_STRIDE: tl.constexpr, APART: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    peak, mass, acc, tops, strays, KV_ROW_STRIDE: tl.constexpr, APART: tl.constexpr, SPLITS: tl.constexpr, LAYOUT: tl.constexpr, DIMS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A split's stretch of one index list (pointer `indices`); returns state and strays."""
@@ -70,11 +79,11 @@ def attend_selection(
         rope = latent
         if DIMS[3] > 0:
             rope = load_rope(pages, offset, present, q_latent.dtype, LAYOUT, DIMS)
-        peak, mass, acc = fold_tile(
-            q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, (), place, False, APART,
-            None, DIMS,
+        peak, mass, acc, tops = fold_tile(
+            q_latent, q_rope, latent, rope, present[None, :], sign, scale2, peak, mass, acc, tops, (), place, False,
+            APART, None, DIMS,
         )  # fmt: skip
-    return peak, mass, acc, strays
+    return peak, mass, acc, tops, strays
 
 
 @triton.jit
@@ -141,8 +150,11 @@ def selected_kernel(
     query = q_ptr + batch * q_batch_stride + place * q_token_stride + head * q_head_stride
     q_latent, q_rope = load_queries(query, valid, DIMS)
     q_latent, q_rope = q_latent.to(COMPUTE), q_rope.to(COMPUTE)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     mass = no_mass(BLOCK_M, APART)
+    tops = ()
+    if HAS_MAX:  # the peak may stay below it
+        tops = (no_mass(BLOCK_M, APART) + float("-inf"),)
     D_LATENT: tl.constexpr = DIMS[2]
     acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)
     strays = tl.zeros((BLOCK_N,), tl.int32)
@@ -150,9 +162,10 @@ def selected_kernel(
         length_ptr + batch * length_batch_stride + place * length_token_stride, topk, fault_ptr, is_reporter, HAS_LENGTH
     )  # fmt: skip
     indices = indices_ptr + batch * indices_batch_stride + place * indices_token_stride + lead * indices_head_stride
-    peak, mass, acc, strays = attend_selection(
+    peak, mass, acc, tops, strays = attend_selection(
         q_latent, q_rope, kv_ptr + lead * kv_head_stride, indices, topk, length, split, num_slots, kv_page_stride,
-        sign, scale2, peak, mass, acc, strays, KV_ROW_STRIDE, APART, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N, STAGES,
+        sign, scale2, peak, mass, acc, tops, strays, KV_ROW_STRIDE, APART, SPLITS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_N,
+        STAGES,
     )  # fmt: skip
     if EXTRA_LAYOUT is not None:
         length = selection_length(
@@ -160,9 +173,9 @@ def selected_kernel(
             fault_ptr, is_reporter, EXTRA_HAS_LENGTH,
         )  # fmt: skip
         indices = extra_indices_ptr + batch * extra_indices_batch_stride + place * extra_indices_token_stride
-        peak, mass, acc, strays = attend_selection(
+        peak, mass, acc, tops, strays = attend_selection(
             q_latent, q_rope, extra_kv_ptr, indices, extra_topk, length, split, extra_num_slots, extra_page_stride,
-            sign, scale2, peak, mass, acc, strays, EXTRA_ROW_STRIDE, APART, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
+            sign, scale2, peak, mass, acc, tops, strays, EXTRA_ROW_STRIDE, APART, SPLITS, EXTRA_LAYOUT, DIMS, EXTRA_PAGE_SIZE,
             BLOCK_N, STAGES,
         )  # fmt: skip
     stray = tl.max(strays, 0)
@@ -170,9 +183,10 @@ def selected_kernel(
 
     out, lse2 = finish(peak, mass, acc, scale2)
     if HAS_MAX:
-        largest = tl.where(peak == float("-inf"), peak, peak * scale)
+        top = whole_top(tops)
+        largest = tl.where(top == float("-inf"), top, top * scale)
         # A NaN score made lse NaN, and a maximum may pass over NaN; a score of +inf stays what it is.
-        largest = tl.where((lse2 != lse2) & (peak < float("inf")), lse2, largest)
+        largest = tl.where((lse2 != lse2) & (top < float("inf")), lse2, largest)
         tl.store(max_ptr + place * (H_KV * GROUP) + head, largest, mask=valid)
     if SPLITS == 1:
         store_rows(

@@ -62,6 +62,29 @@ def share(weights, APART: tl.constexpr):
 
 
 @triton.jit
+def largest_of(tops, scores, seen, sign, APART: tl.constexpr):
+    """The largest scores so far: () where nobody asks, else (maxima,) per row or, with all APART, as `share` has sums."""
+    if len(tops) > 0:
+        scores = tl.where(seen, scores * sign, float("-inf"))
+        if APART == "all":
+            BLOCK_M: tl.constexpr = scores.shape[0]
+            parts = tl.reshape(scores, (BLOCK_M, 2, scores.shape[1] // 16, 4, 2))
+            tops = (tl.maximum(tops[0], tl.max(tl.max(parts, 4), 2)),)
+        else:
+            tops = (tl.maximum(tops[0], tl.max(scores, 1)),)
+    return tops
+
+
+@triton.jit
+def whole_top(tops):
+    """[BLOCK_M] of either form of `largest_of`."""
+    top = tops[0]
+    if len(top.shape) == 3:
+        top = tl.max(tl.max(top, 2), 1)
+    return top
+
+
+@triton.jit
 def add_mass(mass, rescale, weights, APART: tl.constexpr):
     """The sum after a tile: mass * rescale + `share` of its weights."""
     if APART == "all":
@@ -137,14 +160,14 @@ def unused_tile(peak, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def fold_tile(
-    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, site, place, MIXED: tl.constexpr,
-    APART: tl.constexpr, MODS: tl.constexpr, DIMS: tl.constexpr, MAY_BE_LAZY: tl.constexpr = False,
+    q_latent, q_rope, latent, rope, seen, sign, scale2, peak, mass, acc, tops, site, place, MIXED: tl.constexpr,
+    APART: tl.constexpr, MODS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: latent [BLOCK_N, D_LATENT] is read once and used as k and as v. Returns the new state.
 
     seen: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all rows see the same keys. MIXED: rows differ in what they see, so
     a key may be NaN for one row's sake only; its v must not reach the others as 0 * NaN. Who sees it has a NaN weight.
-    site, place, MODS: see `openmla.backends.triton.inline`; place [BLOCK_N] is the position of each key.
+    tops: see `largest_of`; without mods only. site, place, MODS: see `openmla.backends.triton.inline`; place [BLOCK_N] is the position of each key.
 
     APART hides products from the compiler in conditions that always hold: "", "scores" or "all" of them. Seeing that the
     product with v needs the scores, it gives both of Hopper's warpgroups the same rows, and each of them computes all
@@ -152,12 +175,12 @@ def fold_tile(
     the next tile behind them: with room for two tiles nothing would then be on its way while a tile is multiplied.
     Inside conditions, and with two uses of each operand, loads come first and two buffers do. Never so where a tile also
     goes through registers, as values of a MIXED one do: Triton 3.6 then keeps one buffer, and the next tile arrives in it
-    while the scores read this one. MAY_BE_LAZY: such tiles may leave the peak where it is (`weigh_lazily`).
+    while the scores read this one. With all APART the peak may stay where it is (`weigh_lazily`).
     """
     # "ieee" matters for fp32 alone, which would otherwise be rounded to tf32.
     BLOCK_N: tl.constexpr = latent.shape[0]
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
-    IS_LAZY: tl.constexpr = MAY_BE_LAZY and APART == "all" and not MIXED and not HAS_ACTIVATION
+    IS_LAZY: tl.constexpr = APART == "all" and not MIXED and not HAS_ACTIVATION
     if APART != "":
         higher, rescale = peak, peak
         if scale2 > 0:
@@ -175,6 +198,7 @@ def fold_tile(
                 higher, mass, rescale, weights = weigh(
                     scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
                 )  # fmt: skip
+            tops = largest_of(tops, scores, seen, sign, APART)
         elif APART == "all" and not MIXED and DIMS[3] > 0:  # the second use of rope
             weights = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision="ieee").to(latent.dtype)
         else:
@@ -186,6 +210,7 @@ def fold_tile(
         higher, mass, rescale, weights = weigh(
             scores, seen, sign, scale2, peak, mass, site, place, APART, MODS, latent.dtype
         )  # fmt: skip
+        tops = largest_of(tops, scores, seen, sign, APART)
     values = latent
     if MIXED:
         values = tl.where(tl.abs(latent) < float("inf"), latent, 0.0)
@@ -196,7 +221,7 @@ def fold_tile(
             acc = tl.dot(weights, values, acc=acc, input_precision="ieee")
     else:
         acc = tl.dot(weights, values, acc=acc, input_precision="ieee")
-    return higher, mass, acc
+    return higher, mass, acc, tops
 
 
 @triton.jit
@@ -206,7 +231,8 @@ def finish(peak, mass, acc, scale2):
     is_empty = mass == 0.0
     divisor = tl.where(is_empty, 1.0, mass)
     lse2 = tl.where(is_empty, float("-inf"), peak * scale2 + tl.log2(divisor))
-    return acc / divisor[:, None], lse2
+    # One division per row: 128 per thread would hold the special function units for 2,000 cycles of a program.
+    return acc * (1.0 / divisor)[:, None], lse2
 
 
 @triton.jit
