@@ -63,7 +63,8 @@ class Cta:
 
 
 class Machine:
-    def __init__(self, pieces: list[int], cluster: int, seed: int) -> None:
+    def __init__(self, pieces: list[int], cluster: int, seed: int, is_capped: bool = False) -> None:
+        self.is_capped = is_capped  # a soft cap stores P while it computes, so its place is waited for before the gates
         self.pieces, self.random = pieces, random.Random(seed)
         self.ctas = [Cta(rank, cluster) for rank in range(cluster)]
         self.copies: list[tuple[Cta, str, int, object, int]] = []  # in flight
@@ -215,6 +216,8 @@ class Machine:
                     if e == 2:
                         yield c.q_full, piece & 1
                         assert c.q == piece
+                if self.is_capped:
+                    yield c.p_empty[(tile + 1) & 1], (tile + 1 >> 1 & 1) ^ 1
                 gates(tile)
                 self.release("rope_empty")
                 if j == tiles - 1:
@@ -269,10 +272,11 @@ class Machine:
 
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("seed", range(25))
-def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: int) -> None:
+@pytest.mark.parametrize("is_capped", [False, True], ids=["plain", "soft cap"])
+def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: int, is_capped: bool) -> None:
     dice = random.Random(seed)
     pieces = [dice.choice([1, 1, 2, 3, 5, 9]) for _ in range(dice.randrange(0, 9))]
-    machine = Machine(pieces, cluster, seed)
+    machine = Machine(pieces, cluster, seed, is_capped)
     machine.run()
     for cta in machine.ctas:
         assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))

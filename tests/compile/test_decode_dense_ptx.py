@@ -5,6 +5,7 @@ One row block per CTA (no cluster): the emulator has one CTA's shared memory at 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from ptx_program import Memory, Program, TensorMap, describe, parse
 
 from openmla.backends.cute.decode_dense import config as dense
 from openmla.backends.cute.decode_dense.launch import LOG2_E, NO_WINDOW, build
+from openmla.mods import soft_cap
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget
@@ -27,8 +29,8 @@ NAN = float("nan")
 
 
 @cache
-def compiled() -> tuple[Program, int]:
-    config = dense.variant("bf16", 576, 64, 64, 1)
+def compiled(cap: float) -> tuple[Program, int]:
+    config = replace(dense.variant("bf16", 576, 64, 64, 1), mods=(soft_cap(cap),) if cap else ())
     with TemporaryDirectory() as folder:
         smem = build(config, Path(folder)).resources.dynamic_smem_bytes
         return parse((Path(folder) / f"{config.name}.ptx").read_text()), smem
@@ -37,7 +39,7 @@ def compiled() -> tuple[Program, int]:
 class Call:
     """One problem with everything in it that must not matter poisoned, and a launch of it that merges."""
 
-    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False) -> None:
+    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0) -> None:
         gen = torch.Generator().manual_seed(0)
         used, batch = [-(-length // 64) for length in lengths], len(lengths)
         pages = sum(used) + 2
@@ -50,7 +52,8 @@ class Call:
                 self.kv[self.table[b, count - 1].long(), lengths[b] % 64 :] = NAN
         self.kv[order[sum(used) :].long()] = NAN
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
-        self.q = torch.randn(batch, s_q, h_q, 576, generator=gen).bfloat16()
+        self.q = (times * torch.randn(batch, s_q, h_q, 576, generator=gen)).bfloat16()
+        self.cap = cap
         self.sink = torch.randn(h_q, generator=gen) if sink else None
         plan = plan_decode(lengths, parts, overhead_blocks=1)
         self.metadata = plan.tile_scheduler_metadata().view(plan.ranges, parts, 8)
@@ -64,7 +67,7 @@ class Call:
 
     def run(self, seed: int, grid=None) -> None:
         """One launch. `grid`: the CTAs (row block, part) that take part."""
-        program, smem = compiled()
+        program, smem = compiled(self.cap)
         for poisoned in (self.out, self.lse, self.out_accum, self.lse2_accum):
             poisoned.fill_(NAN)
         memory, unread, kv, q = Memory(), torch.zeros(1), self.kv, self.q
@@ -90,7 +93,7 @@ class Call:
             free(self.fault, (0,), (0,)),
             # s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window
             *map(ints, (q.shape[1], 0, 1, 0, 0, self.sink is not None, NO_WINDOW)),
-            np.float32(576**-0.5 * LOG2_E).tobytes(),
+            np.float32(576**-0.5 * (1.0 if self.cap else LOG2_E)).tobytes(),
             *map(ints, (heads, len(kv), 1, self.table.shape[1] * 64)),
         ]  # fmt: skip
         everyone = [(block, part) for part in range(self.parts) for block in range(self.blocks)]
@@ -103,7 +106,7 @@ class Call:
         """out, lse, faults, and the counts as the next launch needs them."""
         golden = attention.decode(
             self.q, self.kv, self.table, self.lengths, softmax_scale=576**-0.5, d_v=512, attn_sink=self.sink,
-            with_bounds=True,
+            mods=[soft_cap(self.cap)] if self.cap else None, with_bounds=True,
         )  # fmt: skip
         budget.check(self.out, self.lse, golden, dtype=torch.bfloat16).require()
         assert not self.arrivals.any()
@@ -134,3 +137,10 @@ def test_a_part_that_does_not_come_is_waited_for():
     call = Call((200,), parts=2)
     with pytest.raises(Deadlock):
         call.run(1, grid=[(0, 1)])
+
+
+@pytest.mark.parametrize("times", [1.0, 40.0], ids=["by the polynomial", "by the function"])
+def test_a_soft_cap_in_its_own_form(times):
+    call = Call((100, 70), h_q=16, parts=2, sink=True, cap=30.0, times=times)
+    call.run(1)
+    call.check()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from openmla import backends, mods
 from openmla.backends.cute import toolchain
 from openmla.backends.cute.decode_dense import config as dense
-from openmla.backends.cute.inline import inlined, refusals
+from openmla.backends.cute.inline import inlined, refusals, soft_cap_of
 from openmla.core.target import Target
 from openmla.mods import Mod, Rope, m, mask_mod, score_mod
 from openmla.mods.attached import form_of
@@ -23,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from openmla.backends.cute import mod_math
+from openmla.backends.cute.decode_dense import soft_cap as capped
 
 WIDTH = 64
 
@@ -77,9 +80,9 @@ def test_the_same_source_compiles(name, tmp_path):
 
 
 def test_every_function_of_m_is_there():
-    from openmla.mods import math
+    from openmla.mods.math import NAMES
 
-    assert all(hasattr(mod_math, name) for name in math.NAMES)
+    assert all(hasattr(mod_math, name) for name in NAMES)
 
 
 @score_mod
@@ -163,3 +166,76 @@ def test_few_rows_leave_mods_to_the_other_kernel():
     problem, where = asked(mods.soft_cap(30.0), h_q=16), Target.preset("h100_sxm")
     assert "inlines no mods, decode_dense does: soft_cap" in str(few.supports(problem, where).reasons)
     assert not any("mod" in each for each in many.supports(problem, where).reasons)
+
+
+@score_mod
+def written_otherwise(score, b, h, q_idx, kv_idx):
+    small = score / 50.0
+    return m.tanh(small) * 50.0
+
+
+@score_mod
+def by_head(score, b, h, q_idx, kv_idx):
+    return 30.0 * m.tanh(score / (30.0 + h))
+
+
+@score_mod
+def lifted(score, b, h, q_idx, kv_idx):
+    return 1.0 + 30.0 * m.tanh(score / 30.0)
+
+
+@score_mod
+def twice(score, b, h, q_idx, kv_idx):
+    return 30.0 * m.tanh(m.tanh(score / 30.0))
+
+
+def test_a_soft_cap_is_known_by_what_it_says():
+    assert soft_cap_of(mods.soft_cap(30.0)) == pytest.approx((30.0, 1 / 30.0))
+    assert soft_cap_of(written_otherwise) == pytest.approx((50.0, 1 / 50.0))
+    others = (by_head, lifted, twice, fading, every_third, mods.alibi(torch.ones(4)), mods.sink_tokens(4, 512))
+    assert not any(soft_cap_of(each) for each in others)
+
+
+def test_a_soft_cap_has_its_own_form_where_its_probabilities_need_no_reference():
+    plain = dense.VARIANTS[0]
+    assert replace(plain, mods=(mods.soft_cap(30.0),)).cap == pytest.approx((30.0, 1 / 30.0))
+    for given in (
+        replace(plain, mods=(mods.soft_cap(30.0),), dtype="fp16"),  # which ends at 65504
+        replace(plain, mods=(mods.soft_cap(60.0),)),
+        replace(plain, mods=(mods.soft_cap(5.0),)),
+        replace(plain, mods=(mods.soft_cap(30.0), every_third)),
+        replace(plain, mods=(mods.soft_cap(30.0), fading)),
+        plain,
+    ):
+        assert given.cap is None
+
+
+def polynomial(x: np.ndarray) -> np.ndarray:
+    """The device's in fp32, but for the rounding of products that it fuses with a sum."""
+    with np.errstate(over="ignore"):
+        z = x * x
+        return x * (z * (z * np.float32(capped.C2) + np.float32(capped.C1)) + np.float32(capped.C0))
+
+
+def test_the_polynomial_is_tanh_below_its_limit_and_rises_beyond():
+    near = np.linspace(0, capped.NEAR, 1 << 20, dtype=np.float32)
+    off = np.abs(polynomial(near).astype(np.float64) - np.tanh(near.astype(np.float64)))
+    assert off.max() < 2.2e-7, "1.85e-7 and the rounding of fp32"
+    every = np.arange(0, 0x7F800000, 4099, dtype=np.uint32).view(np.float32)  # of every exponent 2,000 numbers
+    rises = np.maximum.accumulate(polynomial(every))
+    assert np.all(polynomial(every) >= rises * np.float32(1 - 2e-7)), "for whatever is larger than its limit, too"
+    assert polynomial(np.float32(-np.inf)) == -np.inf, "hidden keys weigh nothing"
+
+
+@pytest.mark.parametrize("cap", [20.0, 30.0, 50.0])
+def test_what_low_scores_lack_is_within_the_limits(cap):
+    """Every probability below the polynomial's limit, however low, against the least that a row must add up to."""
+    most, least = capped.limits(cap)
+    x = np.linspace(-capped.NEAR, -8.0, 1 << 18)
+    z = x * x
+    found = np.exp(cap * x * (capped.C0 + z * (capped.C1 + z * capped.C2)))
+    assert 16 * np.abs(found - np.exp(cap * np.tanh(x))).max() <= 1.01 * capped.LOSS * least
+    assert math.log(most) == pytest.approx(cap * math.tanh(capped.NEAR))
+    lowest, highest = (sign * cap * math.log2(math.e) - capped.reference(cap) for sign in (-1, 1))
+    assert highest <= capped.HIGHEST + 0.01 or capped.reference(cap) == 0.0
+    assert lowest >= -110 and highest <= 44, "of what fp32 and bf16 hold, 2^-126 to 2^128"

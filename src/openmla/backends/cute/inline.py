@@ -7,6 +7,8 @@ own.
 
 from __future__ import annotations
 
+from typing import Any
+
 from openmla.mods import Mod, Mods, sliding_window
 
 
@@ -38,3 +40,44 @@ def refusals(form: Mods | None) -> tuple[str, ...]:
     if form.rope is not None:
         found.append(f"does not rotate q, got {form.rope}; apply RoPE to q before the call")
     return tuple(found)
+
+
+class _Line:
+    """factor * score, as a function of the user's makes it."""
+
+    def __init__(self, factor: float, amplitude: float | None = None) -> None:
+        self.factor, self.amplitude = factor, amplitude  # amplitude * tanh(factor * score), where there is one
+
+    def __mul__(self, number: Any) -> _Line:
+        if not isinstance(number, int | float):
+            raise TypeError
+        if self.amplitude is None:
+            return _Line(self.factor * number)
+        return _Line(self.factor, self.amplitude * number)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, number: Any) -> _Line:
+        return self * (1.0 / number)
+
+
+class _Tanh:
+    """`m`, of which this knows one function."""
+
+    @staticmethod
+    def tanh(x: _Line) -> _Line:
+        """Of a line."""
+        if x.amplitude is not None:
+            raise TypeError
+        return _Line(x.factor, 1.0)
+
+
+def soft_cap_of(mod: Mod) -> tuple[float, float] | None:
+    """(a, b) of a score_mod that says a * tanh(b * score) and nothing else, however it is written; else None."""
+    if mod.kind != "score_mod" or mod.tables:
+        return None
+    try:
+        found = mod.rebound(_Tanh)(_Line(1.0), None, None, None, None)
+    except (TypeError, AttributeError, ZeroDivisionError):
+        return None
+    return (found.amplitude, found.factor) if isinstance(found, _Line) and found.amplitude is not None else None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from openmla.backends.base import Verdict, require
-from openmla.backends.cute.inline import inlined
+from openmla.backends.cute.inline import inlined, soft_cap_of
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.mods import Mod
@@ -28,6 +28,9 @@ MAX_BATCH = 4096  # what the device plan keeps in shared memory
 SLICE = 64  # columns of one 128-byte swizzled box
 D_V = 512
 SMEM_LIMIT = 232_448
+# Caps whose probabilities need no reference of a row, see `soft_cap`: above, bf16 does not hold those of the lowest scores;
+# below, these are not small enough to be left to a polynomial.
+LEAST_CAP, MOST_CAP = 20.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ class Config:
     def mask_mods(self) -> tuple[Mod, ...]:
         """Those that hide keys."""
         return tuple(each for each in self.mods if each.kind == "mask_mod")
+
+    @property
+    def cap(self) -> tuple[float, float] | None:
+        """(a, b) where the one mod is a * tanh(b * score), which has a form of its own; see `soft_cap`."""
+        found = soft_cap_of(self.mods[0]) if len(self.mods) == 1 and self.dtype == "bf16" else None
+        return found if found and LEAST_CAP <= found[0] <= MOST_CAP and found[1] > 0 else None
 
     @property
     def boxes(self) -> int:

@@ -77,6 +77,7 @@ from cutlass.memory import SmemAllocator
 
 from openmla.backends.cute import mod_math
 from openmla.backends.cute.decode_dense.config import Config
+from openmla.backends.cute.decode_dense.soft_cap import SoftCap, reference
 
 THREADS = 512
 REGS_SCORES, REGS_VALUES, REGS_LOADS = 152, 160, 40  # x 128 threads = 65,536
@@ -119,7 +120,7 @@ class Scope:
         self.__dict__.update(names)
 
 
-class DecodeDense:
+class DecodeDense(SoftCap):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
     def __init__(self, config: Config) -> None:
@@ -754,6 +755,8 @@ class DecodeDense:
             for j in cutlass.range(tiles, unroll=1):
                 slot, phase, m0, m1, l0, l1 = self.step(c, s, acc, slot, phase, count, piece, tiles, j, m0, m1, l0, l1)
                 count += 1
+            if const_expr(cfg.cap is not None):
+                m0, m1 = (Float32(reference(cfg.cap[0])) for _ in range(2))
             self.sums(c, s, piece, m0, m1, l0, l1)
             piece += 1
             cute.arch.mbarrier_wait(c.piece_full + (piece & PIECES - 1), (piece >> PIECES_LOG2) & 1)
@@ -814,6 +817,8 @@ class DecodeDense:
             self.arrive(c.go + buf)
         if const_expr(cfg.gate_right == -1):
             self.arrive(c.go + 2 + buf)
+        if const_expr(cfg.cap is not None):  # `capped` stores as it goes
+            cute.arch.mbarrier_wait(c.p_empty + (buf ^ 1), (((count + 1) >> 1) & 1) ^ 1)
         warpgroup.wait_group(0)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -827,16 +832,22 @@ class DecodeDense:
                     cute.arch.mbarrier_arrive(c.rope_empty, c.rank ^ other)
         if j + 1 == tiles:
             self.arrive(c.q_empty)
-        if const_expr(len(cfg.mods) > 0):
+        if const_expr(len(cfg.mods) > 0 and cfg.cap is None):
             self.modify(c, acc, piece, j, count + 1)
         if valid != FULL:
             self.mask(c, s, acc, piece, j, valid, slot)
-        m0, m1, l0, l1, f0, f1, need = self.probabilities(c, s, acc, m0, m1, l0, l1)
         buf = buf ^ 1
-        cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
-        for k in cutlass.range_constexpr(4):
-            cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
-        self.publish(c, s, buf, f0, f1, need)
+        if const_expr(cfg.cap is not None):
+            hidden0, hidden1 = Int32(m0 > Float32(HIDDEN)), Int32(m1 > Float32(HIDDEN))
+            l0, l1 = self.capped(c, s, acc, piece, j, count + 1, buf, hidden0, hidden1, l0, l1)
+            cute.arch.fence_view_async_shared()
+            self.arrive(c.p_full + buf)
+        else:
+            m0, m1, l0, l1, f0, f1, need = self.probabilities(c, s, acc, m0, m1, l0, l1)
+            cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
+            for k in cutlass.range_constexpr(4):
+                cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
+            self.publish(c, s, buf, f0, f1, need)
         return slot, phase, m0, m1, l0, l1
 
     @cute.jit
@@ -1077,15 +1088,8 @@ class DecodeDense:
                 slot1 = slot + 1 if slot + 1 < cfg.slots else Int32(0)
                 buf, phase = (turn >> 3) & 1, (turn >> 4) & 1
                 cute.arch.mbarrier_wait(c.p_full + buf, phase)
-                if c.need[c.warp, buf] != 0:
-                    row0 = self.first_row(c)
-                    f0, f1 = c.factor[row0, buf], c.factor[row0 + 8, buf]
-                    for acc in accs:
-                        for i in cutlass.range_constexpr(16):
-                            acc[i * 4 + 0] = acc[i * 4 + 0] * f0
-                            acc[i * 4 + 1] = acc[i * 4 + 1] * f0
-                            acc[i * 4 + 2] = acc[i * 4 + 2] * f1
-                            acc[i * 4 + 3] = acc[i * 4 + 3] * f1
+                if const_expr(cfg.cap is None):
+                    self.rescale(c, accs, buf)
                 if c.valid[slot] != FULL:
                     self.clear_unseen(c, slot, slot1, half)
                 if const_expr(len(cfg.mask_mods) > 0):
@@ -1127,6 +1131,19 @@ class DecodeDense:
             turn = turn & -8 | turn + 1 & 7
             cute.arch.mbarrier_wait(c.piece_full + (turn & PIECES - 1), (turn >> PIECES_LOG2) & 1)
             tiles = cute.arch.make_warp_uniform(c.piece[TILES, turn & PIECES - 1])
+
+    @cute.jit
+    def rescale(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, buf: Int32):
+        """O by the factors of rows whose reference has moved."""
+        if c.need[c.warp, buf] != 0:
+            row0 = self.first_row(c)
+            f0, f1 = c.factor[row0, buf], c.factor[row0 + 8, buf]
+            for acc in accs:
+                for i in cutlass.range_constexpr(16):
+                    acc[i * 4 + 0] = acc[i * 4 + 0] * f0
+                    acc[i * 4 + 1] = acc[i * 4 + 1] * f0
+                    acc[i * 4 + 2] = acc[i * 4 + 2] * f1
+                    acc[i * 4 + 3] = acc[i * 4 + 3] * f1
 
     @cute.jit
     def first_row(self, c: cutlass.Constexpr):
