@@ -58,7 +58,7 @@ class _Line:
     __rmul__ = __mul__
 
     def __truediv__(self, number: Any) -> _Line:
-        return self * (1.0 / number)
+        return self.__mul__(1.0 / number)
 
 
 class _Tanh:

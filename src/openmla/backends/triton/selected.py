@@ -154,7 +154,7 @@ def selected_kernel(
     mass = no_mass(BLOCK_M, APART)
     tops = ()
     if HAS_MAX:  # the peak may stay below it
-        tops = (no_mass(BLOCK_M, APART) + float("-inf"),)
+        tops = (no_mass(BLOCK_M, APART) + float("-inf"),)  # type: ignore[assignment]
     D_LATENT: tl.constexpr = DIMS[2]
     acc = tl.zeros((BLOCK_M, D_LATENT), tl.float32)
     strays = tl.zeros((BLOCK_N,), tl.int32)
