@@ -146,6 +146,14 @@ def section_cute(device: str) -> Iterator[Item]:
             if is_one_block and name in ("fading", "every_third", "several"):
                 continue  # one variant of a user's mod is enough for a bundle to hold
             yield f"{name} h_q={h_q} s_q={s_q}", lambda a=case, b=given: judge_decode(a, b, device, "cute")
+    for scale, h_q in itertools.product(
+        (0.02, 1.0, 20.0), (128, 16)
+    ):  # within the polynomial's range, around it, beyond
+        case = Case(
+            op="decode", seed=5, family="unit", dtype=torch.bfloat16, h_q=h_q, h_kv=1, d_qk=576, d_v=512,
+            softmax_scale=scale, seqlens_q=(1,) * 3, seqlens_k=(900, 0, 133), page_size=64, has_sink=True,
+        )  # fmt: skip
+        yield f"soft_cap h_q={h_q} scale={scale}", lambda a=case: judge_decode(a, CUTE_MODS["soft_cap"], device, "cute")
     for name in ("sink_tokens", "every_third", "several"):
         yield f"{name}, hidden NaN", lambda a=CUTE_MODS[name]: judge_hidden(a, device)
 
