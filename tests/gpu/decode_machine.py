@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from sparse_sections import plain
 
 import openmla
 from openmla.core.errors import UnsupportedError
+from openmla.core.layout import kv_layout
 from openmla.ops import dispatch
+from openmla.ops.append import append
 from openmla.testing import coverage
 from openmla.testing.cases import Case, native_arguments
 
@@ -110,12 +113,16 @@ def smallest(setup: Setup) -> Made:
         dense((700,), 16), dense((-1, 70, 2**31 - 1), 16, invalid_share=0.3),
         replace(plain("sparse_decode", "fp8_656", 0, 64), **few), replace(plain("sparse_decode", "fp8_584", 65, 64), **few),
         replace(plain("sparse_decode", "", 0, 64), **few), replace(plain("sparse_prefill", "", 0, 64), **few),
+        replace(plain("sparse_decode", "fp8_656", 0, 16), **few),
     ]  # fmt: skip
+    codes = kv_layout("fp8_656")
+    problems.append(replace(dense((0, 65, 1), 16), layout=codes.name, softmax_scale=codes.d_qk**-0.5))
 
     def check(case: Case) -> Callable[[Setup], dict[str, Any]]:
         return lambda setup: _once(setup, case)
 
-    return [(f"{case.op} {case.layout} h_q {case.h_q} {case.seqlens_k}", check(case)) for case in problems]
+    made = [(f"{case.op} {case.layout} h_q {case.h_q} {case.seqlens_k}", check(case)) for case in problems]
+    return [*made, *((f"append {name}", partial(_write, layout=name)) for name in ("bf16_576", "fp8_656"))]
 
 
 def _once(setup: Setup, case: Case) -> dict[str, Any]:
@@ -123,6 +130,17 @@ def _once(setup: Setup, case: Case) -> dict[str, Any]:
     getattr(openmla, case.op)(**given, backend=setup.backend)
     if setup.is_cuda:
         torch.cuda.synchronize()
+    return {}
+
+
+def _write(setup: Setup, layout: str) -> dict[str, Any]:
+    """70 tokens, of which one goes nowhere and one, where that is masked and does not raise, to a slot that is not there."""
+    cache = torch.zeros_like(kv_layout(layout).empty_cache(2, 64)).to(setup.device)
+    slots = torch.randperm(128)[:70]
+    slots[3], slots[5] = -1, 2**40 if setup.is_cuda else -1
+    rows = torch.randn(70, 576).bfloat16()
+    append(cache, slots.to(setup.device), rows.to(setup.device), kv_layout=layout, backend=setup.backend)
+    openmla.check_errors()
     return {}
 
 

@@ -15,8 +15,8 @@ A warp writes words of shared memory, another waits on an mbarrier and loads the
     matrix   the same, read by ldmatrix
     reused   as `every`, twice; in between the readers meet, one of them says that all have read, and every writer waits for it
 
-All print the right words. racecheck reports hazards in `elected`: it takes a lane's stores as released only by that lane's
-own arrival. What it says of the last two is in docs/reliability.md.
+All print the right words. racecheck reports hazards in `elected` and `reused` alone: it takes a lane's stores, and its reads,
+as released only by that lane's own arrival. It sees what copies arrive for.
 """
 
 import re
