@@ -404,10 +404,12 @@ def launch(
         Deadlock: no warp of any CTA can go on.
     """
     named = dict(zip(program.params, params, strict=False))
-    ctas, chance, idle = [], random.Random(seed), 0
+    ctas, chance, idle, blocks = [], random.Random(seed), 0, list(blocks)
+    everywhere = {f"%nctaid.{axis}": 1 + max(block[i] for block in blocks) for i, axis in enumerate("xyz")}
     for index, block in enumerate(blocks):
         cta = GridCta(program, memory, named, threads, shared_bytes)
         cta.begin(block, seed + index)
+        cta.block |= {**everywhere, "%globaltimer": 0}  # time stands still
         cta.code = [cta.compile(*statement) for statement in program.statements]
         ctas.append(cta)
     with np.errstate(all="ignore"):

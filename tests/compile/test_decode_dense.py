@@ -28,7 +28,7 @@ def problem(**changes):
     return replace(base, **changes)
 
 
-@pytest.mark.parametrize("config", dense.VARIANTS, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [*dense.VARIANTS, *dense.EXCHANGED], ids=lambda config: config.name)
 def test_variant_compiles_within_budget(config, tmp_path):
     pytest.importorskip("cutlass")
     from openmla.backends.cute.decode_dense.launch import build
@@ -76,7 +76,7 @@ def test_ring_holds_what_two_pieces_need(config):
 
 
 def test_names_tell_variants_apart():
-    names = [config.name for config in dense.VARIANTS]
+    names = [config.name for config in (*dense.VARIANTS, *dense.EXCHANGED)]
     assert len(set(names)) == len(names)
     assert dense.Config(gate_left=19).name != dense.Config().name
 

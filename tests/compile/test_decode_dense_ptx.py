@@ -6,7 +6,7 @@ One row block per CTA (no cluster): the emulator has one CTA's shared memory at 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,9 +18,11 @@ from ptx_machine import Deadlock
 from ptx_program import Memory, Program, TensorMap, describe, parse
 
 from openmla.backends.cute.decode_dense import config as dense
+from openmla.backends.cute.decode_dense import exchange
 from openmla.backends.cute.decode_dense.launch import LOG2_E, NO_WINDOW, build
 from openmla.mods import soft_cap
 from openmla.reference import attention
+from openmla.split import combine
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget
 
@@ -29,9 +31,11 @@ NAN = float("nan")
 
 
 @cache
-def compiled(cap: float) -> tuple[Program, int]:
-    config = replace(dense.variant("bf16", 576, 64, 64, 1), mods=(soft_cap(cap),) if cap else ())
-    with TemporaryDirectory() as folder:
+def compiled(cap: float = 0.0, is_exchanged: bool = False, polls: int = exchange.POLLS) -> tuple[Program, int]:
+    mods = (soft_cap(cap),) if cap else ()
+    config = replace(dense.variant("bf16", 576, 64, 64, 1), is_exchanged=is_exchanged, mods=mods)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "POLLS", polls)
         smem = build(config, Path(folder)).resources.dynamic_smem_bytes
         return parse((Path(folder) / f"{config.name}.ptx").read_text()), smem
 
@@ -70,6 +74,10 @@ class Call:
         program, smem = compiled(self.cap)
         for poisoned in (self.out, self.lse, self.out_accum, self.lse2_accum):
             poisoned.fill_(NAN)
+        self.launch(program, smem, seed, grid)
+
+    def launch(self, program: Program, smem: int, seed: int, grid=None, mail=(), merged=None) -> None:
+        """`mail`: fields, of which tensors stand for their addresses."""
         memory, unread, kv, q = Memory(), torch.zeros(1), self.kv, self.q
         rows, heads = q.shape[1] * q.shape[2], q.shape[2]
 
@@ -77,6 +85,9 @@ class Call:
             return describe(
                 memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
             )
+
+        fields = [memory.place(each) if isinstance(each, torch.Tensor) else each for each in mail or (0,)]
+        addresses = torch.tensor(fields, dtype=torch.int64)
 
         def ints(*values):
             return np.array(values, np.int32).tobytes()
@@ -90,7 +101,7 @@ class Call:
             free(self.num_splits, (), (0,)), free(self.metadata, (2,), (1, 2)), free(self.num_splits, (), (0,)),
             free(self.out, (3,), (3,)), free(self.lse), free(self.out_accum, (2,), (2,)), free(self.lse2_accum, (), (1,)),
             free(self.arrivals, (), (1,)), free(unread if self.sink is None else self.sink, (), (0,)),
-            free(self.fault, (0,), (0,)),
+            free(self.fault, (0,), (0,)), free(addresses, (), (0,)), free(self.num_splits if merged is None else merged, (), (0,)),
             # s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window
             *map(ints, (q.shape[1], 0, 1, 0, 0, self.sink is not None, NO_WINDOW)),
             np.float32(576**-0.5 * (1.0 if self.cap else LOG2_E)).tobytes(),
@@ -139,8 +150,80 @@ def test_a_part_that_does_not_come_is_waited_for():
         call.run(1, grid=[(0, 1)])
 
 
-@pytest.mark.parametrize("times", [1.0, 40.0], ids=["by the polynomial", "by the function"])
-def test_a_soft_cap_in_its_own_form(times):
-    call = Call((100, 70), h_q=16, parts=2, sink=True, cap=30.0, times=times)
-    call.run(1)
-    call.check()
+class Mailboxes:
+    """Of two ranks, as this one sees them; its own holds what the other has written."""
+
+    def __init__(self, call: Call, capacity: int) -> None:
+        self.call, self.capacity, rows = call, capacity, call.out.shape[0] * call.out.shape[1] * call.out.shape[2]
+        empty = partial(torch.full, fill_value=-1, dtype=torch.int32)
+        self.boxes = [empty((4 * capacity * 257,)) for _ in range(2)]
+        self.turns, self.lost = torch.zeros(capacity, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        staged = empty((capacity * 257,))
+        call.out = staged[: rows * 256].view(torch.bfloat16).view(call.out.shape)
+        call.lse = staged[capacity * 256 :][:rows].view(torch.float32).view(call.lse.shape)
+        self.staged, self.rows = staged, rows
+
+    def row_of(self, box: torch.Tensor, turn: int, source: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and lse of a source."""
+        words, lses = box.split([4 * self.capacity * 256, 4 * self.capacity])
+        return words.view(2, 2, -1, 256)[turn % 2, source, : self.rows], lses.view(2, 2, -1)[
+            turn % 2, source, : self.rows
+        ]
+
+    def put(self, box: torch.Tensor, turn: int, source: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """What a source would have written."""
+        words, lses = self.row_of(box, turn, source)
+        words.copy_(out.contiguous().view(torch.int32).view(-1, 256))
+        lses.copy_(lse.transpose(1, 2).reshape(-1).view(torch.int32))
+
+    def run(
+        self, rank: int, seed: int, limit_ns: int = 1 << 62, polls: int = exchange.POLLS
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        program, smem = compiled(is_exchanged=True, polls=polls)
+        merged = torch.zeros(self.rows * 257, dtype=torch.int32)
+        for poisoned in (self.call.out_accum, self.call.lse2_accum):
+            poisoned.fill_(NAN)
+        mail = (rank, 2, self.capacity, limit_ns, self.turns, self.lost, *self.boxes)
+        self.call.launch(program, smem, seed, mail=mail, merged=merged)
+        out, lse = merged.split([self.rows * 256, self.rows])
+        return out.view(torch.bfloat16).view(self.call.out.shape), lse.view(torch.float32).view(self.call.lse.shape)
+
+
+@pytest.mark.parametrize(("rank", "turns"), [(0, 2), (1, 1)])
+def test_rows_are_exchanged_with_another_rank_in_both_turns(rank, turns):
+    call, alone = (Call((130, 60), h_q=40, parts=3) for _ in range(2))
+    assert sorted(call.num_splits.diff().tolist())[0] == 1, "one request is not split"
+    alone.run(1)
+    mailboxes, other = Mailboxes(call, capacity=160), 1 - rank
+    gen = torch.Generator().manual_seed(5)
+    for turn in range(turns):
+        out = torch.randn(call.out.shape, generator=gen).bfloat16()
+        lse = torch.randn(call.lse.shape, generator=gen) + alone.lse
+        out[0, 0, 3], lse[0, 3, 0] = NAN, -torch.inf  # a share without keys, which holds what must not count
+        lse[0, 4, 0] = 100 + lse[0, 4, 0]
+        mailboxes.put(mailboxes.boxes[rank], turn, other, out, lse)
+        found, found_lse = mailboxes.run(rank, seed=turn)
+        pair = [(alone.out, alone.lse), (out, lse)] if rank == 0 else [(out, lse), (alone.out, alone.lse)]
+        want, want_lse = combine.merge(*(torch.stack([x.float() for x in each]) for each in (
+            [o for o, _ in pair], [s.transpose(1, 2) for _, s in pair])))  # fmt: skip
+        torch.testing.assert_close(found.float(), want.bfloat16().float(), rtol=8e-3, atol=1e-3)
+        torch.testing.assert_close(found_lse, want_lse.transpose(1, 2), rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[0, 0, 3], alone.out[0, 0, 3])
+        sent, sent_lse = mailboxes.row_of(mailboxes.boxes[other], turn, rank)
+        assert torch.equal(sent.reshape(-1).view(torch.bfloat16).view(alone.out.shape), alone.out)
+        assert torch.equal(sent_lse.view(torch.float32), alone.lse.transpose(1, 2).reshape(-1))
+        for empty in (sent, sent_lse):
+            empty.fill_(-1)  # the other rank has read it
+        for empty in (mailboxes.staged, *mailboxes.boxes):
+            assert torch.all(empty == -1), "every word is unwritten again"
+    assert mailboxes.turns.tolist() == [turns] * mailboxes.rows + [0] * (160 - mailboxes.rows)
+    assert not mailboxes.lost.any()
+    assert not call.arrivals.any()
+
+
+def test_a_rank_that_does_not_write_ends_in_nan_and_a_flag():
+    mailboxes = Mailboxes(Call((40,), h_q=8, parts=1), capacity=8)
+    found, found_lse = mailboxes.run(0, seed=1, limit_ns=-1, polls=4)
+    assert found.isnan().all()
+    assert found_lse.isnan().all()
+    assert mailboxes.lost.item() == 1

@@ -36,6 +36,7 @@ def compiled() -> tuple[Program, int]:
     [
         pytest.param("even", [1000, 0, 64, 3000], 5, 20, 0, id="even-cuts"),
         pytest.param("one each", [1000, 0, 64, 3000], 19, 20, 0, id="a-piece-per-part"),
+        pytest.param("one each", [4160, 4160], 17, 20, 0, id="even-cuts-would-merge-twice"),
         pytest.param("whole", VARYING, 20, 20, 0, id="whole-requests-dealt"),
         pytest.param("cut", VARYING, 50, 3, 0, id="long-requests-cut"),
         pytest.param("cut", [5000, 70, 0, 9000, -5], 2, 20, 8, id="fixed-chunks"),

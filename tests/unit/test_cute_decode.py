@@ -25,7 +25,9 @@ from openmla.core.faults import fault_word
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.distributed.mailbox import Mailbox
 from openmla.ops import canary, dispatch, native, observers
+from openmla.ops.shares import decode_exchanged
 from openmla.reference import attention
 from openmla.split.schedule import plan_decode
 from openmla.testing import budget
@@ -72,8 +74,8 @@ def _few_rows_function(
 def _many_rows_function(
     q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, cu_seqlens_q: torch.Tensor,
     metadata: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor,
-    lse2_accum: torch.Tensor, arrivals: torch.Tensor, sink: torch.Tensor, faults: torch.Tensor, s_q: int,
-    chunk_blocks: int, is_merged: int, is_causal: int, is_varlen: int, has_sink: int, window: int, scale_log2: float,
+    lse2_accum: torch.Tensor, arrivals: torch.Tensor, sink: torch.Tensor, faults: torch.Tensor, mail: torch.Tensor,
+    merged: torch.Tensor, s_q: int, chunk_blocks: int, is_merged: int, is_causal: int, is_varlen: int, has_sink: int, window: int, scale_log2: float,
 ) -> None:  # fmt: skip
     rows = s_q * q.shape[2]
     assert int(num_splits[-1]) <= out_accum.shape[0] == lse2_accum.shape[0], "a slot for every piece"
@@ -101,6 +103,18 @@ def _many_rows_function(
         # (in the order of rows, not of the accumulators: kernel and merge are stand-ins both)
         out_accum.view(-1, -(-rows // 64) * 64, 512)[first, :rows] = golden.out[request].flatten(0, 1).float()
         lse2_accum[first, :rows] = golden.lse[request].T.flatten() * LOG2_E
+
+
+def _exchanged_function(*arguments: Any) -> None:
+    """Of a rank whose fellows have no keys: its own rows are the result, and all words are unwritten again."""
+    out, lse, mail, merged = arguments[7], arguments[8], arguments[14], arguments[15]
+    staged = (out.view(torch.int32), lse.view(torch.int32))
+    assert all(bool((words == -1).all()) for words in staged)
+    assert mail.tolist()[:4] == [1, 2, 512, 3_000_000_000]
+    _many_rows_function(*arguments)
+    merged.copy_(torch.cat([words.flatten() for words in staged]))
+    for words in staged:
+        words.fill_(-1)
 
 
 def _merge_function(
@@ -134,7 +148,12 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> decode.FewRows:
         "schedule": _plan_function,
         "decode_dense_merge": _merge_function,
     }
-    monkeypatch.setattr(bundle, "serve", lambda family, config, build: _Served(functions[family]))
+
+    def serve(family: str, config: Any, build: Any) -> _Served:
+        is_exchanged = getattr(config, "is_exchanged", False)
+        return _Served(_exchanged_function if is_exchanged else functions[family])
+
+    monkeypatch.setattr(bundle, "serve", serve)
     monkeypatch.setattr(bundle, "availability", lambda family, config: decode.Verdict())
     return decode.FEW_ROWS
 
@@ -482,3 +501,74 @@ def test_checks_that_watch_every_call_are_not_passed_by(calls: list[str], monkey
         monkeypatch.setenv("OPENMLA_CHECKS", mode)
         openmla.decode(**tensors, plan=plan, backend="cute")
         assert calls.count("usual") == ways + 1
+
+
+def _mailbox(rows: int = 512) -> Mailbox:
+    counts = torch.zeros(rows + 1, dtype=torch.int32)
+    boxes, content = torch.tensor([64, 128]), torch.full((4 * rows * 257,), -1, dtype=torch.int32)
+    staged = torch.full((rows * 257,), -1, dtype=torch.int32)
+    return Mailbox(rows, content, boxes, counts[:rows], counts[rows:], 1, staged, None)
+
+
+def _long(h_q: int) -> dict[str, torch.Tensor]:
+    """Tables so wide that the kernel for few rows does not take many heads."""
+    tensors = _tensors(h_q)
+    return {**tensors, "block_table": tensors["block_table"].repeat(1, 6)}
+
+
+def _exchanged(tensors: dict[str, torch.Tensor], box: Mailbox, **options: Any) -> Any:
+    q = tensors["q"]
+    staged_out, staged_lse = box.stage((*q.shape[:3], 512), q.dtype)
+    given = {"plan": None, "policy": "balanced", "backend": None, "kv_layout": None} | options
+    return decode_exchanged(
+        **tensors,
+        mail=box.mail(3.0),
+        staged_out=staged_out,
+        staged_lse=staged_lse,
+        d_v=512,
+        softmax_scale=0.05,
+        **given,
+    )
+
+
+def test_a_rank_s_rows_are_staged_in_its_mailbox_and_the_kernel_exchanges_them(calls: list[str]) -> None:
+    tensors, box = _long(128), _mailbox()
+    golden = attention.decode(*tensors.values(), softmax_scale=0.05, d_v=512)
+    plan = openmla.plan(**tensors)
+    for given in (plan, None, plan):
+        out, lse = _exchanged(tensors, box, plan=given)
+        assert torch.equal(out, golden.out.bfloat16())
+        assert torch.equal(lse, golden.lse.float())
+        assert bool((box.staged == -1).all())
+    assert box.mail(3.0) is box.mail(3.0)
+    with pytest.raises(PlanMismatchError):
+        _exchanged(_long(64), box, plan=plan)
+
+
+def test_where_no_kernel_exchanges_nothing_is_launched(calls: list[str]) -> None:
+    tensors, box, monkeypatch = _long(128), _mailbox(), pytest.MonkeyPatch()
+    assert _exchanged(_tensors(16), box) is None, "the kernel for few rows"
+    assert _exchanged(tensors, box, policy="batch_invariant") is None, "a second launch merges"
+    assert _exchanged(tensors, box, backend="torch") is None
+    monkeypatch.setattr(large, "EXCHANGED_ROWS", 3 * 128 - 1)
+    assert _exchanged(tensors, box) is None, "more rows than warps"
+    monkeypatch.undo()
+    half = {name: x.half() if x.is_floating_point() else x for name, x in tensors.items()}
+    assert _exchanged(half, box) is None, "exchanged rows are bf16"
+    monkeypatch.setattr(
+        bundle, "availability", lambda family, config: decode.Verdict(("none",) * getattr(config, "is_exchanged", 0))
+    )
+    assert _exchanged(tensors, box) is None, "not in this bundle"
+    monkeypatch.undo()
+    assert bool((box.staged == -1).all())
+
+
+def test_a_refused_launch_is_no_other_kernel_s(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kernel would leave rows that nobody sends."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("kernel launch failed with CUDA error 98: invalid device function")
+
+    monkeypatch.setattr(decode, "launch_large", refuse)
+    with pytest.raises(RuntimeError, match="error 98"):
+        _exchanged(_long(128), _mailbox())

@@ -1,4 +1,4 @@
-"""Dense prefill by cuDNN: which problems it takes, and what it makes of cuDNN's result (here the oracle's, by hand)."""
+"""Dense prefill by cuDNN and FlashAttention 3: which problems they take, and what is made of their results (here by hand)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,6 @@ def test_rows_that_do_not_lie_in_one_piece_are_copied(by_hand) -> None:
 
 def test_refusals(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(fused, "IS_PROVED", True)
     right = replace(problem(operands(2, 4, 4), True, 4, 4), h_q=16, h_kv=16, d_qk=192, d_v=128)
     assert KERNEL.supports(right, HOPPER)
     for changes, reason in (
@@ -97,3 +96,67 @@ def test_refusals(monkeypatch) -> None:
         verdict = KERNEL.supports(replace(right, **changes), HOPPER)
         assert any(reason in each for each in verdict.reasons), (changes, verdict)
     assert "sm_90a alone" in str(KERNEL.supports(right, Target.preset("cpu")))
+
+
+FLASH3 = torch_backend.PREFILL_FLASH3
+
+
+@pytest.fixture
+def flash3_by_hand(monkeypatch):
+    """FlashAttention 3 as it is: it believes its offsets, and leaves rows that no request owns as they were."""
+
+    def attend(q, k, v, starts_q, starts_k, max_q, max_k, is_causal, scale):
+        assert scale > 0
+        assert starts_q.dtype == starts_k.dtype == torch.int32
+        for starts, total, longest in ((starts_q, len(q), max_q), (starts_k, len(k), max_k)):
+            assert (starts.diff() >= 0).all()
+            assert 0 <= starts[0] <= starts[-1] <= total
+            assert starts.diff().max() <= longest
+        found = attention.prefill(q, k, v, starts_q, starts_k, softmax_scale=scale, is_causal=is_causal)
+        out, lse = found.out.to(q.dtype), found.lse.float()
+        for left in (slice(None, int(starts_q[0])), slice(int(starts_q[-1]), None)):
+            out[left], lse[:, left] = torch.nan, torch.nan
+        return out, lse
+
+    monkeypatch.setattr(fused, "attend_flash3", attend)
+
+
+@pytest.mark.parametrize(
+    ("starts_q", "starts_k", "fault"),
+    [
+        ([0, 4, 10], [0, 4, 10], 0),
+        ([0, 7, 10], [0, 1, 9], 0),  # more queries than keys: some see none
+        ([0, 0, 10], [0, 5, 5], 0),
+        ([2, 4, 9], [1, 4, 9], 0),  # rows of nobody
+        ([0, 7, 3], [-5, 99, 4], Fault.CU_SEQLENS_NOT_MONOTONE),
+    ],
+)
+@pytest.mark.parametrize("scale", [0.07, -0.1])
+def test_flash3_writes_every_row_whatever_offsets_say(flash3_by_hand, starts_q, starts_k, fault, scale) -> None:
+    o = operands(1, 10, 10, scale)
+    offsets = [torch.tensor(x, dtype=torch.int32) for x in (starts_q, starts_k)]
+    o = o._replace(cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[0] if starts_q == starts_k else offsets[1])
+    for is_causal in (True, False):
+        asked = PrefillProblem.from_tensors(*o[:5], 3, 3, is_causal=is_causal)  # announced too short
+        golden = attention.prefill(
+            o.q, o.k, o.v, *offsets, softmax_scale=scale, is_causal=is_causal, with_bounds=True
+        )  # fmt: skip
+        FLASH3.launch(None, asked, o, None)
+        budget.check(o.out, o.lse, golden, dtype=torch.bfloat16).require(f"{starts_q} {starts_k} {is_causal}")
+        assert int(o.fault_word) == int(fault)
+
+
+def test_flash3_serves_where_it_is_installed_and_says_what_it_does_not_take(monkeypatch) -> None:
+    right = replace(problem(operands(2, 4, 4), True, 4, 4), h_q=16, h_kv=16, d_qk=192, d_v=128)
+    monkeypatch.setattr(fused, "FLASH3", "not_installed_here")
+    assert "pip install --no-deps fa3-fwd" in str(FLASH3.supports(right, HOPPER))
+    monkeypatch.setattr(fused, "FLASH3", "json")
+    monkeypatch.setattr(fused, "IS_PROVED", True)
+    assert FLASH3.supports(right, HOPPER)
+    assert FLASH3.supports(replace(right, h_kv=4, total_k=7), HOPPER)
+    for changes, reason in (
+        ({"needs_grad": True}, "no backward"), ({"dtype": torch.float32}, "bf16 and fp16"), ({"d_v": 64}, "192/128"),
+        ({"total_k": 0}, "at least one"),
+    ):  # fmt: skip
+        assert reason in str(FLASH3.supports(replace(right, **changes), HOPPER)), changes
+    assert "sm_90a alone" in str(FLASH3.supports(right, Target.preset("cpu")))

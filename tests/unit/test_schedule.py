@@ -275,3 +275,10 @@ def test_all_violations_at_once():
     with pytest.raises(ProblemError) as caught:
         plan_decode([64], 0, block_tokens=0, overhead_blocks=-1)
     assert len(caught.value.violations) == 3
+
+
+@pytest.mark.parametrize(("merge", "pieces"), [(20, 64), (5, 68)])
+def test_few_requests_leave_parts_idle_rather_than_merge_twice_in_one(merge, pieces):
+    """Context parallelism's share; only where partials are large, which is what `merge_blocks` above the overhead says."""
+    plan = plan_decode([65536] * 4, 66, overhead_blocks=5, merge_blocks=merge, ranges=2)
+    assert plan.num_pieces == pieces

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmla.split.schedule import plan_decode, ranges_needed
+from openmla.split.schedule import TWICE_BLOCKS, plan_decode, ranges_needed
 
 THREADS, LANES = 512, 32
 
@@ -95,7 +95,8 @@ def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts):
     merging = merge if batch > num_parts else overhead
     each = max(most // (2 * num_parts), 1)
     share = (carry + num_parts - 1) // num_parts
-    least = ((carry - overhead + cuts - 1) // cuts + overhead + merging) * most
+    twice = TWICE_BLOCKS if 2 * batch < num_parts and merge > overhead else 0
+    least = ((carry - overhead + cuts - 1) // cuts + overhead + merging + twice) * most
     for attempt in range(2):
         tried = max(blocks) if attempt == 0 else share * 43 // (40 * each) - overhead
         if attempt == 1 and 2 * batch < num_parts:

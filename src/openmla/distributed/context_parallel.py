@@ -35,9 +35,8 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,13 +44,13 @@ import torch.distributed as dist
 from openmla.core import env, incidents
 from openmla.core.errors import OpenMLAError, ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
+from openmla.distributed.link import Exchange, Heads, Link
 from openmla.distributed.mailbox import Mailbox, host_number
 from openmla.distributed.message import Message
 from openmla.ops import native, parts
+from openmla.ops.shares import decode_exchanged
 from openmla.split.schedule import Policy
 
-Exchange = Literal["auto", "direct", "all_gather", "all_to_all"]
-Heads = Literal["all", "own"]
 Call = tuple[tuple[str, Any], ...]  # what every rank must pass alike, by name
 
 DIRECT_BYTES = 16 << 20  # of one share; mailboxes hold 2 * world of them
@@ -74,31 +73,6 @@ class DeadRankError(OpenMLAError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.ranks, self.what, self.timeout_s, self.cause))
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a collective costs: latency_s + bytes received / bytes_per_s. One model for all ranks of a group.
-
-    The defaults of `of` are orders of magnitude, not measurements; `ContextParallel.measure` measures.
-    """
-
-    latency_s: float
-    bytes_per_s: float
-
-    @classmethod
-    def of(cls, backend: str) -> Link:
-        """A first guess: 20 us and 150 GB/s where GPUs talk through NCCL, 200 us and 1 GB/s for CPUs."""
-        return cls(20e-6, 150e9) if "nccl" in backend else cls(200e-6, 1e9)
-
-    def choose(self, rows: int, row_bytes: int, merged_bytes: int, world: int, heads: Heads) -> Exchange:
-        """The cheaper exchange of `rows` rows: row_bytes each as a share (out and lse), merged_bytes once merged."""
-        gather = self.latency_s + (world - 1) * rows * row_bytes / self.bytes_per_s
-        share = (world - 1) / world * rows / self.bytes_per_s
-        scatter = self.latency_s + share * row_bytes
-        if heads == "all":
-            scatter += self.latency_s + share * merged_bytes
-        return "all_gather" if gather <= scatter else "all_to_all"
 
 
 class ContextParallel:
@@ -237,16 +211,17 @@ class ContextParallel:
         # Every rank gets every share: the kernel writes straight into what travels.
         share = Message.empty((batch, s_q, h_q, d_v), q, self._number) if chosen == "all_gather" else None
         scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
-        out, lse = native.decode(
-            rows, kv_cache, table, lengths, d_v=d_v, softmax_scale=scale, kv_layout=kv_layout, plan=plan,
-            policy=policy, backend=backend, out=None if share is None else share.out[0].view(*rows.shape[:3], d_v),
-        )  # fmt: skip
-        assert lse is not None, "asked for by default"
-        lse = lse.view(batch, h_q, s_q) if rows is q else lse.view(batch, s_q, h_q).transpose(1, 2)
+        options: dict[str, Any] = {
+            "d_v": d_v, "softmax_scale": scale, "kv_layout": kv_layout, "plan": plan, "policy": policy, "backend": backend,
+        }  # fmt: skip
         own = self._slice(h_q) if heads == "own" or share is None else slice(None)
         if chosen == "direct":
-            merged, merged_lse = self._exchange_directly(out.view(batch, s_q, h_q, d_v), lse, attn_sink)
-            return (merged, merged_lse) if heads == "all" else (merged[:, :, own].contiguous(), merged_lse[:, own])
+            found = self._decode_directly((batch, s_q, h_q, d_v), (rows, kv_cache, table, lengths), attn_sink, options)
+            return found if heads == "all" else (found[0][:, :, own].contiguous(), found[1][:, own])
+        into = None if share is None else share.out[0].view(*rows.shape[:3], d_v)
+        out, lse = native.decode(rows, kv_cache, table, lengths, out=into, **options)
+        assert lse is not None, "asked for by default"
+        lse = _each_token(lse, batch, s_q)
         if share is not None:
             share.lse[0].copy_(lse)
             shares = self._all_shares(share)
@@ -348,14 +323,27 @@ class ContextParallel:
         found: list[int] = numbers.flatten().tolist()
         return found
 
-    def _exchange_directly(
-        self, out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everybody's shares of all heads, merged, by one launch."""
+    def _decode_directly(
+        self, shape: tuple[int, int, int, int], operands: tuple[torch.Tensor, ...], attn_sink: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Everybody's shares of all heads, merged: by the decode kernel where it can, else by one launch behind it."""
         if self._lost is not None:
             raise self._lost
-        box = self._boxes[out.shape[3] * out.element_size() // 4, self._at[1:]]
-        return box.exchange(out.contiguous(), lse, attn_sink, self.timeout_s)
+        (batch, s_q, _, d_v), q = shape, operands[0]
+        box = self._boxes[d_v * q.element_size() // 4, self._at[1:]]
+        if attn_sink is None:
+            staged_out, staged_lse = box.stage((*q.shape[:3], d_v), q.dtype)
+            found = decode_exchanged(
+                *operands, mail=box.mail(self.timeout_s), staged_out=staged_out, staged_lse=staged_lse, **options
+            )
+            if found is not None:
+                return found[0].view(shape), _each_token(found[1], batch, s_q)
+        out, lse = native.decode(*operands, **options)
+        assert lse is not None, "asked for by default"
+        return box.exchange(
+            out.view(shape).contiguous(), _each_token(lse, batch, s_q), attn_sink, self.timeout_s
+        )  # fmt: skip
 
     def _check(self, q: torch.Tensor, cache_seqlens: torch.Tensor, heads: str, exchange: str) -> None:
         wrong = []
@@ -558,6 +546,11 @@ class ContextParallel:
         received = (self.world - 1) * (1 << 22)
         self.link = Link(slowest[0], max(received, 1) / max(slowest[1] - slowest[0], 1e-9))
         return self.link
+
+
+def _each_token(lse: torch.Tensor, batch: int, s_q: int) -> torch.Tensor:
+    """[batch, h_q, s_q] from an lse whose query tokens may each have been a request of their own."""
+    return lse if lse.shape[0] == batch else lse.view(batch, s_q, -1).transpose(1, 2)
 
 
 def _each_query(

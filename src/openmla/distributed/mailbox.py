@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class Mailbox:
     turns: torch.Tensor  # int32 [capacity]: exchanges of each row so far
     lost: torch.Tensor  # int32 [1]: a share was not written within the limit
     rank: int
+    staged: torch.Tensor  # int32 [capacity * (words of a row + 1)]: this rank's share, where the decode kernel sends it
     handle: Any  # keeps the mappings
+    _mail: dict[float, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, device: torch.device, rows: int, words: int) -> Mailbox | str:
@@ -53,7 +55,25 @@ class Mailbox:
         content.fill_(-1)  # the kernel's UNWRITTEN
         counts = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
         boxes = torch.tensor(addresses, dtype=torch.int64, device=device)
-        return cls(capacity, content, boxes, counts[:capacity], counts[capacity:], group.rank(), handle)
+        staged = torch.full((capacity * (words + 1),), -1, dtype=torch.int32, device=device)
+        return cls(capacity, content, boxes, counts[:capacity], counts[capacity:], group.rank(), staged, handle)
+
+    def mail(self, limit_s: float) -> torch.Tensor:
+        """What a decode kernel that exchanges its rows itself needs to know: see `backends.cute.decode_dense.exchange`."""
+        if limit_s not in self._mail:
+            fields = (
+                self.rank, self.boxes.numel(), self.capacity, int(limit_s * 1e9), self.turns.data_ptr(),
+                self.lost.data_ptr(), *self.boxes.tolist(),
+            )  # fmt: skip
+            self._mail[limit_s] = torch.tensor(fields, dtype=torch.int64, device=self.boxes.device)
+        return self._mail[limit_s]
+
+    def stage(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unwritten rows [batch, s_q, h_q, d_v] and lse [batch, h_q, s_q] of this rank."""
+        batch, s_q, h_q, d_v = shape
+        words, rows = d_v * dtype.itemsize // 4, batch * s_q * h_q
+        out, lse = self.staged[: rows * words], self.staged[self.capacity * words :][:rows]
+        return out.view(dtype).view(shape), lse.view(torch.float32).view(batch, h_q, s_q)
 
     def exchange(
         self, out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor | None, limit_s: float

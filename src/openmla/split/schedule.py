@@ -69,6 +69,9 @@ from openmla.core.errors import ProblemError
 
 Policy = Literal["balanced", "batch_invariant"]
 POLICIES: tuple[str, ...] = get_args(Policy)
+# Even cuts of few requests give parts an end of one and a beginning of the next, whose rows they merge one after the other:
+# 140.8 us in 68 pieces, 137.1 in 64, of four requests of 65536 (context_parallel.jsonl, look).
+TWICE_BLOCKS = 2
 LONGEST_SORTED = 2**19 - 1  # blocks; longer pieces count as equal, so that a length and a request fit 32 bits
 
 
@@ -212,8 +215,9 @@ def _balanced_ranges(
     cuts = min(num_parts, max(line // min_share, 1))
     # Costs are in units of 1 / pieces of a block; even cuts make batch + num_parts - 1 pieces and pay for all.
     most = batch + num_parts
+    twice = TWICE_BLOCKS if 2 * batch < num_parts and merge > overhead else 0
     merge = merge if batch > num_parts else overhead
-    least, chosen = (-(-line // cuts) + overhead + merge) * most, 0
+    least, chosen = (-(-line // cuts) + overhead + merge + twice) * most, 0
     for chunk in _chunks_to_try(blocks, ends[-1], num_parts, overhead):
         whole = [max(count - 1, 0) // chunk for count in blocks]
         if batch + sum(whole) > min(most, ranges * num_parts):

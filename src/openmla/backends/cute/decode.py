@@ -124,7 +124,7 @@ FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]
     "schedule": (SCHEDULE_VARIANTS, build_schedule),
     "combine": (COMBINE_VARIANTS, build_combine),
     small.FAMILY: (small.VARIANTS, build_few_rows),
-    large.FAMILY: (large.VARIANTS, build_many_rows),
+    large.FAMILY: ((*large.VARIANTS, *large.EXCHANGED), build_many_rows),
     large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
     sparse.FAMILY: (sparse.VARIANTS, build_sparse),
     gather.FAMILY: (gather.VARIANTS, build_gather),
@@ -143,7 +143,7 @@ def families(mods: Sequence[Mods] = ()) -> dict[str, tuple[Sequence[Any], Callab
     for form in mods:
         if why := refusals(form):
             raise UnsupportedError(f"{form} cannot be compiled into a bundle", {large.FAMILY: why}, str(form))
-        variants += [replace(each, mods=inlined(form)) for each in plain]
+        variants += [replace(each, mods=inlined(form)) for each in plain if each not in large.EXCHANGED]
     return found | {large.FAMILY: (tuple(dict.fromkeys(variants)), build)}
 
 
@@ -338,6 +338,42 @@ class ManyRows:
     ) -> Repeatable | None:
         """One launch, where the kernel merges."""
         return None if plan.arrivals is None else repeated(self, compiled, problem, operands, plan)
+
+    def exchanging(
+        self, compiled: Compiled, plan: DecodePlan, mail: torch.Tensor, merged: torch.Tensor
+    ) -> ExchangedRows | None:
+        """The same kernel, with the exchange of rows between ranks at its end; None where no variant has it."""
+        config = replace(compiled.config, is_exchanged=True)
+        is_one_each = merged.numel() <= large.EXCHANGED_ROWS * (large.D_V // 2 + 1)
+        if config not in large.EXCHANGED or plan.arrivals is None or not is_one_each:
+            return None
+        if not bundle.availability(large.FAMILY, config):
+            return None
+        return ExchangedRows(config, mail, merged)
+
+
+@dataclass(frozen=True)
+class ExchangedRows:
+    """One launch of `decode_dense` that ends by exchanging its rows with other ranks (`decode_dense.exchange`).
+
+    `out` and `lse` of the operands are this rank's staged rows; results go to `merged`.
+    """
+
+    config: large.Config
+    mail: torch.Tensor
+    merged: torch.Tensor
+    op: str = field(default="decode", init=False)
+    backend: str = field(default="cute", init=False)
+    name: str = field(default=large.FAMILY, init=False)
+
+    def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
+        """As `ManyRows.launch` of a plan whose pieces the kernel merges."""
+        assert plan.partials is not None
+        launch_large(
+            _serve(large.FAMILY, self.config), operands, plan.tile_scheduler_metadata, plan.num_splits, *plan.partials,
+            s_q=problem.s_q, chunk_blocks=0, is_causal=problem.is_causal, window=problem.window, arrivals=plan.arrivals,
+            mail=self.mail, merged=self.merged,
+        )  # fmt: skip
 
 
 def repeated(

@@ -26,6 +26,7 @@ THREADS = 512
 WARPS = THREADS // 32
 MAX_BATCH, BATCH_LOG2 = 4096, 12  # three int32 arrays of it in shared memory; a key of the sort holds a request
 LONGEST_SORTED = 2**19 - 1  # as in the Python function
+TWICE_BLOCKS = 2  # likewise
 
 LENGTH_NEGATIVE = 2
 LENGTH_OVER_CAPACITY = 4
@@ -309,7 +310,8 @@ class DecodePlan:
             each = most // (2 * num_parts)
             each = each if each > 1 else Int32(1)
             share = (carry + num_parts - 1) // num_parts
-            least = Int64((line + cuts - 1) // cuts + overhead + merging) * Int64(most)
+            twice = Int32(TWICE_BLOCKS) if (2 * batch < num_parts) & (merge > overhead) else Int32(0)
+            least = Int64((line + cuts - 1) // cuts + overhead + merging + twice) * Int64(most)
             room = most if most < ranges * num_parts else ranges * num_parts
             for attempt in cutlass.range(2, unroll=1):
                 tried = longest

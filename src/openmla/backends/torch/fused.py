@@ -1,34 +1,121 @@
-"""Dense prefill by cuDNN's fused attention, through PyTorch: what is fastest on Hopper at 192/128 and needs no package more.
+"""Dense prefill by kept libraries: FlashAttention 3 where it is installed, else cuDNN through PyTorch.
 
-It takes batches whose requests are all of one length, which the numbers of a problem say without a look at the device:
-batch * max_seqlen = total, and no request is longer than max_seqlen. Uneven batches are Triton's: cuDNN's form for them
-builds a graph at every call (76 ms), and FlashAttention 2, which PyTorch also has, reaches 0.43 of cuDNN's rate
-(bench/results/model_speed.jsonl, prefill).
+Both compute out and lse, forward only: that is all that a backward pass here needs, and Triton's takes them. Which one is
+faster was measured (bench/results/model_speed.jsonl, dense_prefill).
+
+FlashAttention 3 (package fa3-fwd) takes uneven batches. Its offsets are made safe on the device first, and get a request
+without keys before the first and behind the last one, so that every row of out is written whatever they say.
+
+cuDNN takes batches whose requests are all of one length, which the numbers of a problem say without a look at the device:
+batch * max_seqlen = total, and no request is longer than max_seqlen. Uneven batches are Triton's without FlashAttention 3:
+cuDNN's form for them builds a graph at every call (76 ms), and FlashAttention 2, which PyTorch also has, reaches 0.43 of
+cuDNN's rate.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from openmla.backends.base import PrefillOperands, Verdict, require
 from openmla.backends.torch.batched import note
+from openmla.core import env
 from openmla.core.faults import Fault
 from openmla.core.problem import PrefillProblem
 from openmla.core.target import Target
 
 MAX_COLUMNS = 256
-# Whether this file has run on a GPU as it is, against the oracle (tests/gpu/model_speed.py --section prefill). cuDNN's call
-# alone has: 613 TFLOPS on an H200, errors of bf16.
+
+
+FLASH3 = "fa3_fwd_interface"
+# Whether PrefillFlash3 has run on a GPU as it is, against the oracle (tests/gpu/model_speed.py --section prefill_gate).
 IS_PROVED = False
 
 
 @dataclass(frozen=True)
+class PrefillFlash3:
+    """FlashAttention 3, any batch.
+
+    A row that sees a NaN has NaN in out, as everywhere, but lse -inf: FlashAttention does not tell it from an empty row.
+    """
+
+    op: str = "prefill"
+    name: str = "prefill_flash3"
+    backend: str = "torch"
+
+    def supports(self, problem: PrefillProblem, target: Target) -> Verdict:
+        """Where it is installed: bf16 and fp16, 192 columns of q and k, 128 of v, on Hopper."""
+        return require(
+            (env.is_importable(FLASH3), "FlashAttention 3 is not installed: pip install --no-deps fa3-fwd"),
+            (IS_PROVED, "has not run on a GPU as it is"),
+            (target.arch == "sm_90a", f"was measured on sm_90a alone, the target is {target.arch}"),
+            (problem.dtype in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, got {problem.dtype}"),
+            (not problem.needs_grad, "fa3-fwd has no backward pass"),
+            (problem.total_q > 0 and problem.total_k > 0, "needs at least one query and one key"),
+            ((problem.d_qk, problem.d_v) == (192, 128), f"takes 192/128 columns, got {problem.d_qk}/{problem.d_v}"),
+        )
+
+    def configs(self, problem: PrefillProblem, target: Target) -> Sequence[None]:
+        """Which kernel runs is for the library to say."""
+        return (None,)
+
+    def compile(self, problem: PrefillProblem, config: None, target: Target) -> None:
+        """Nothing before the first launch."""
+
+    def launch(self, compiled: None, problem: PrefillProblem, operands: PrefillOperands, plan: Any) -> None:
+        """Out and lse take over the memory of the library's results."""
+        o = operands
+        safe_q = _safe(o.cu_seqlens_q, problem.total_q, o.fault_word)
+        is_same = o.cu_seqlens_k is o.cu_seqlens_q and problem.total_k == problem.total_q
+        safe_k = safe_q if is_same else _safe(o.cu_seqlens_k, problem.total_k, o.fault_word)
+        # Rows that no request owns belong to one without keys, before the first and behind the last.
+        starts_q = pad(pad(safe_q, (1, 0), value=0), (0, 1), value=problem.total_q)
+        starts_k = torch.cat([safe_k[:1], safe_k, safe_k[-1:]])
+        q, scale = _positive(o.q, o.softmax_scale)
+        q, k, v = map(_whole_rows, (q, o.k, o.v))
+        # Grids are sized by the totals: a max_seqlen that is too small must not leave rows out.
+        longest = (problem.total_q, problem.total_k)
+        out, lse = attend_flash3(q, k, v, starts_q, starts_k, *longest, problem.is_causal, scale)
+        _take_over(o.out, out)
+        _take_over(o.lse, lse)
+
+
+def attend_flash3(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts_q: torch.Tensor, starts_k: torch.Tensor, max_q: int,
+    max_k: int, is_causal: bool, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """[total_q, h_q, d_v] and lse [h_q, total_q] of offsets that are right."""
+    varlen = importlib.import_module(FLASH3).flash_attn_varlen_func
+    with torch.no_grad():
+        found: tuple[torch.Tensor, torch.Tensor] = varlen(
+            q, k, v, starts_q, starts_k, max_q, max_k, softmax_scale=scale, causal=is_causal, return_attn_probs=True
+        )[:2]
+    return found
+
+
+def _safe(offsets: torch.Tensor, total: int, fault_word: torch.Tensor) -> torch.Tensor:
+    """Offsets that never fall and stay in [0, total]; a bit for those that were not so."""
+    safe = offsets.clamp(0, total).cummax(0).values
+    note(fault_word, safe != offsets, Fault.CU_SEQLENS_NOT_MONOTONE)
+    return safe
+
+
+def _take_over(target: torch.Tensor, found: torch.Tensor) -> None:
+    """`target` becomes `found`: a copy would be one more pass over it."""
+    if found.is_contiguous() and target.is_contiguous():
+        target.set_(found)  # type: ignore[call-overload]
+    else:
+        target.copy_(found)
+
+
+@dataclass(frozen=True)
 class PrefillCuDNN:
-    """Forward only: out and lse are what every backward pass here needs, and Triton's takes them."""
+    """cuDNN's, even batches."""
 
     op: str = "prefill"
     name: str = "prefill_cudnn"
@@ -38,7 +125,6 @@ class PrefillCuDNN:
         """Even batches of bf16 and fp16 on Hopper."""
         even = (problem.batch * problem.max_seqlen_q, problem.batch * problem.max_seqlen_k)
         return require(
-            (IS_PROVED, "has not run on a GPU as it is"),
             (target.arch == "sm_90a", f"was measured on sm_90a alone, the target is {target.arch}"),
             (problem.dtype in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, got {problem.dtype}"),
             (not problem.needs_grad, "has no backward pass with the same bits at every run"),
@@ -78,11 +164,7 @@ class PrefillCuDNN:
         q, k, v = (_whole_rows(x).unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, o.k, o.v))
         out, lse = attend(q, k, v, problem.is_causal, scale)
         o.lse.view(problem.h_q, batch, -1).copy_(lse.view(batch, problem.h_q, -1).transpose(0, 1))
-        found = out.transpose(1, 2).flatten(0, 1)
-        if found.is_contiguous() and o.out.is_contiguous():
-            o.out.set_(found)  # type: ignore[call-overload]
-        else:
-            o.out.copy_(found)
+        _take_over(o.out, out.transpose(1, 2).flatten(0, 1))
 
 
 def attend(

@@ -53,6 +53,7 @@ class Config:
         prefetch: tiles ahead of the ring that are fetched into L2 where a tile has one reader; at most 16, 0 for none.
             15 % at one reader and 16,384 keys; with two readers they lose each other and HBM is read 1.5 times.
         prefetch_from: the first of a tile's quarters that is fetched ahead; RoPE always is.
+        is_exchanged: the kernel ends by exchanging its rows with other ranks (`exchange.py`).
         mods: functions called for each score, every score_mod before every mask_mod.
     """
 
@@ -67,6 +68,7 @@ class Config:
     gate_right: int = -2
     prefetch: int = 2
     prefetch_from: int = 0
+    is_exchanged: bool = False
     mods: tuple[Mod, ...] = ()
 
     @property
@@ -141,6 +143,11 @@ DTYPES: tuple[Literal["bf16", "fp16"], ...] = ("bf16", "fp16")
 
 VARIANTS: tuple[Config, ...] = tuple(variant(dtype, d_qk, *p) for dtype in DTYPES for d_qk in (576, 512) for p in PAGES)
 """What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
+
+EXCHANGED: tuple[Config, ...] = tuple(replace(variant("bf16", 576, 64, 64, n), is_exchanged=True) for n in (2, 1))
+"""And those that end by exchanging rows with other ranks."""
+
+EXCHANGED_ROWS = 1024  # a row for each of the 8 value warps of 128 and more CTAs; further ones would wait for them
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ from cutlass.memory import SmemAllocator
 
 from openmla.backends.cute import mod_math
 from openmla.backends.cute.decode_dense.config import Config
+from openmla.backends.cute.decode_dense.exchange import Exchange
 from openmla.backends.cute.decode_dense.soft_cap import SoftCap, reference
 
 THREADS = 512
@@ -120,7 +121,7 @@ class Scope:
         self.__dict__.update(names)
 
 
-class DecodeDense(SoftCap):
+class DecodeDense(SoftCap, Exchange):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
     def __init__(self, config: Config) -> None:
@@ -145,6 +146,8 @@ class DecodeDense(SoftCap):
         arrivals: cute.Tensor,  # int32 [slots, h_kv * row blocks], 0 before and after; read only with is_merged
         attn_sink: cute.Tensor,  # fp32 [h_q], natural log; read only with has_sink
         fault_word: cute.Tensor,  # int32 [1]
+        mail: cute.Tensor,  # int64, of ranks that exchange shares: see `exchange`, also for `merged`
+        merged: cute.Tensor,
         s_q: Int32,  # tokens per request, the longest with is_varlen; rows = s_q * heads
         chunk_blocks: Int32,  # 0, or the piece length of batch_invariant
         is_merged: Int32,  # whether this kernel merges; else it leaves partials
@@ -227,7 +230,7 @@ class DecodeDense(SoftCap):
         m_blocks = cute.ceil_div(m_blocks, cfg.cluster) * cfg.cluster
         self.kernel(
             tma_kv, t_kv, tma_q, t_q, block_table, cache_seqlens, cu_seqlens_q, metadata, num_splits, out, lse,
-            out_accum, lse2_accum, arrivals, attn_sink, fault_word, s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window,
+            out_accum, lse2_accum, arrivals, attn_sink, fault_word, mail, merged, s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window,
             scale_log2, Int32(heads), Int32(kv.shape[0]), Int32(kv.shape[1] // cfg.box_rows),
             Int32(block_table.shape[1] * kv.shape[1]), qk_first, qk_rs, qk_ss, pv,
             ring_layout, rope_layout, q_layout, p_layout,
@@ -260,6 +263,8 @@ class DecodeDense(SoftCap):
         arrivals: cute.Tensor,
         attn_sink: cute.Tensor,
         fault_word: cute.Tensor,
+        mail: cute.Tensor,
+        merged: cute.Tensor,
         s_q: Int32,
         chunk_blocks: Int32,
         is_merged: Int32,
@@ -312,7 +317,7 @@ class DecodeDense(SoftCap):
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
             tma_kv=tma_kv, t_kv=t_kv, tma_q=tma_q, t_q=t_q, block_table=block_table, cache_seqlens=cache_seqlens,
             cu_seqlens_q=cu_seqlens_q, metadata=metadata, num_splits=num_splits, out=out, lse=lse,
-            out_accum=out_accum, lse2_accum=lse2_accum, arrivals=arrivals, attn_sink=attn_sink, fault_word=fault_word, s_q_max=s_q,
+            out_accum=out_accum, lse2_accum=lse2_accum, arrivals=arrivals, attn_sink=attn_sink, fault_word=fault_word, mail=mail, merged=merged, s_q_max=s_q,
             chunk_blocks=chunk_blocks, is_merged=is_merged, is_causal=is_causal, is_varlen=is_varlen, has_sink=has_sink, window=window,
             scale_log2=scale_log2, row_blocks=cute.arch.grid_dim()[0], heads=heads, num_pages=num_pages, boxes_per_page=boxes_per_page, capacity=capacity, qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
             is_sole_reader=is_sole_reader, m_block=m_block, kv_head=kv_head, part=part, rank=m_block & cfg.cluster - 1,
@@ -368,7 +373,11 @@ class DecodeDense(SoftCap):
         elif warp_idx < 12:
             cute.arch.setmaxregister_increase(REGS_VALUES)
             self.values(c)
+            if const_expr(cfg.is_exchanged):
+                prepared = self.prepare_exchange(c)
             self.merge(c)
+            if const_expr(cfg.is_exchanged):
+                self.exchange(c, prepared)
         else:
             cute.arch.setmaxregister_decrease(REGS_LOADS)
             if warp_idx == 12:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
     """What `compile_kernel` needs to know about the arguments: ranks, fixed extents, alignments. Needs the DSL."""
     import cutlass
     import cutlass.cute as cute
-    from cutlass import Float32, Int32
+    from cutlass import Float32, Int32, Int64
 
     element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
 
@@ -49,6 +50,8 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Int32, (None, None), stride=(None, 1), align=4),  # arrivals
         fake_tensor(Float32, (None,), align=4),  # attn_sink
         ints(1),  # fault_word
+        fake_tensor(Int64, (None,), align=8),  # mail
+        ints(None),  # merged
         # s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window, scale_log2
         Int32(1), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(1), Float32(1.0),
         fake_stream(),
@@ -108,6 +111,8 @@ def launch(
     window: int = 0,
     arrivals: torch.Tensor | None = None,
     is_natural: bool = False,
+    mail: torch.Tensor | None = None,
+    merged: torch.Tensor | None = None,
 ) -> None:
     """Write out and lse of requests with one piece, out_accum and lse2_accum of the pieces of the others.
 
@@ -133,10 +138,17 @@ def launch(
         q, operands.kv_cache, operands.block_table, operands.cache_seqlens,
         cu_seqlens_q if is_varlen else num_splits, metadata, num_splits, out, lse, out_accum, lse2_accum,
         num_splits[None] if arrivals is None else arrivals, no_sink(q.device) if sink is None else sink,
-        operands.fault_word, s_q, chunk_blocks, int(arrivals is not None), int(is_causal or window > 0), int(is_varlen),
+        operands.fault_word, no_mail(q.device) if mail is None else mail, num_splits if merged is None else merged, s_q, chunk_blocks, int(arrivals is not None), int(is_causal or window > 0), int(is_varlen),
         int(sink is not None), window or NO_WINDOW,
         operands.softmax_scale * (1.0 if is_natural else LOG2_E),
     )  # fmt: skip
+
+
+@cache
+def no_mail(device: torch.device) -> torch.Tensor:
+    """Stands where the addresses of mailboxes would, and is not read."""
+    with torch.inference_mode(False):  # it outlives the mode
+        return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def query_rows(q: torch.Tensor, h_kv: int) -> torch.Tensor:
