@@ -12,6 +12,7 @@ import openmla
 from openmla.core.faults import Fault
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
 from openmla.reference import attention
+from openmla.reference.quant import quantise
 from openmla.testing import budget
 from openmla.testing.cases import Case, draw, native_arguments
 
@@ -50,6 +51,25 @@ def test_every_layout(layout, machine, judged):
             d_qk=found.d_qk, d_v=found.d_v, layout=name, dtype=dtype, seqlens_k=(50, 7), seqlens_q=(1, 1), page_size=16
         )
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("descale", [0.02, -0.02, None])
+@pytest.mark.parametrize("page_size", [16, 5])
+def test_codes_whose_scale_belongs_to_the_call(dtype, descale, page_size, machine):
+    machine(5)
+    generator = torch.Generator().manual_seed(3)
+    pages = -(-64 // page_size)
+    cache = quantise(50 * torch.randn(3 * pages, page_size, 1, 576, generator=generator), "fp8_576")
+    q = torch.randn(3, 2, 4, 576, generator=generator).to(dtype)
+    table = torch.randperm(3 * pages, generator=generator).int().view(3, pages)
+    lengths = torch.tensor([50, 64, 7], dtype=torch.int32)
+    scales = {} if descale is None else {"descale_k": torch.tensor([descale])}
+    options = {"softmax_scale": 0.001 if descale is None else 0.05, "is_causal": True, **scales}
+    out, lse = openmla.decode(q, cache, table, lengths, kv_layout="fp8_576", backend="triton", **options)
+    golden = attention.decode(q, cache, table, lengths, d_v=512, layout="fp8_576", with_bounds=True, **options)
+    report = budget.check(out, lse, golden, dtype=dtype)
+    assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("changes", [{}, {"d_qk": 32}, {"softmax_scale": 0.0, "h_kv": 2}, {"layout": "fp8_656"}])

@@ -9,7 +9,7 @@ import openmla
 from openmla import flash_mla
 from openmla.backends.base import DecodeOperands
 from openmla.backends.torch import anywhere
-from openmla.core.errors import ProblemError, UnsupportedError
+from openmla.core.errors import ProblemError
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.ops.append import append
@@ -87,7 +87,7 @@ def test_decode_is_the_definition(page_size, is_coded):
     )
     assert out.dtype == torch.bfloat16
     report = budget.check(out, lse, golden, dtype=torch.bfloat16)
-    assert report, str(report)
+    assert report.passed, str(report)
 
 
 def test_the_path_of_other_devices_agrees():
@@ -107,7 +107,7 @@ def test_the_path_of_other_devices_agrees():
         with_bounds=True, **scales,
     )  # fmt: skip
     report = budget.check(out, lse, golden, dtype=torch.bfloat16)
-    assert report, str(report)
+    assert report.passed, str(report)
 
 
 def test_without_scales_codes_count_as_they_are():
@@ -176,5 +176,50 @@ def test_what_contradicts_itself_is_refused():
             q.bfloat16(), other, None, None, 512, flash_mla.get_mla_metadata()[0], is_fp8_kvcache=True,
             indices=torch.zeros(4, 2, 3, dtype=torch.int32), descale_k=descale_k,
         )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="scale belongs to the call"):
-        openmla.decode(q, cache, table, lengths, kv_layout="fp8_576", backend="triton")
+
+
+def two_terms(weights):
+    """Weights as FP8 tensor cores are given them: 2^8 p in e4m3, and what that leaves over in e4m3."""
+    scaled = 256 * weights / weights.amax(-1, keepdim=True)
+    first = encode_e4m3(scaled).double()
+    return first + encode_e4m3(scaled - first).double(), scaled.sum(-1, keepdim=True)
+
+
+def test_the_rule_for_fp8_tensor_cores():
+    """Two terms keep it, with sums that lose 2^-12; 16 lost keys of 250, or a twentieth of the output, breaks it."""
+    draw = torch.Generator().manual_seed(2)
+    cache = quantise(torch.randn(4, 64, 1, 576, generator=draw) + 1, "fp8_576")
+    q = encode_e4m3(torch.randn(1, 1, 16, 576, generator=draw))
+    table, lengths = torch.arange(4, dtype=torch.int32)[None], torch.tensor([250], dtype=torch.int32)
+    golden = attention.decode(
+        q, cache, table, lengths, softmax_scale=0.001, d_v=512, layout="fp8_576", with_bounds=True
+    )
+    keys = dequantise(cache, "fp8_576", torch.float64).view(-1, 576)[:250]
+    weights, total = two_terms(torch.exp(0.001 * q[0, 0].double() @ keys.T))
+
+    def report(weights, kept=1.0):
+        out = weights @ keys[:, :512] / total * kept
+        return budget.check(out[None, None].bfloat16(), golden.lse.float(), golden, dtype=torch.float8_e4m3fn)
+
+    good = report(weights, 1 - 2.0**-12)
+    assert good.passed, str(good)
+    assert "HARD" in report(weights, 0.95).broken
+    assert "HARD" in report(weights.index_fill(1, torch.arange(16), 0)).broken
+
+
+def test_a_suite_measures_it():
+    from openmla.core.target import Target
+    from openmla.lab import gate, peers, workload
+    from openmla.lab.suite import Case
+
+    case = Case(batch=2, s_k=100, h_q=4, dtype="e4m3", layout="fp8_576")
+    inputs = workload.decode_inputs(case, torch.device("cpu"))
+    assert inputs.q.dtype == torch.float8_e4m3fn and inputs.kv_cache.shape[-1] == 576
+    assert workload.problem(case).out_dtype == torch.bfloat16
+    ours = peers.backend(case, [inputs], Target.preset("cpu"), "torch")
+    verdict = gate.check(case, inputs, *ours.call(0))
+    assert verdict.is_green, verdict.text
+    other = peers.peer(case, [inputs], Target.preset("h100_sxm"), "flash_mla")
+    assert "cannot be imported" in other.reason
+    wrong = Case(batch=2, s_k=100, h_q=4, dtype="e4m3", layout="fp8_656")
+    assert "has the layout fp8_656" in peers.peer(wrong, [inputs], Target.preset("h100_sxm"), "flash_mla").reason

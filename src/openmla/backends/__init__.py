@@ -53,6 +53,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
     "decode": (
         Slot("openmla.backends.cute.decode", "FEW_ROWS"),
         Slot("openmla.backends.cute.decode", "MANY_ROWS"),
+        Slot("openmla.backends.cute.decode", "CODED_ROWS"),
         Slot("openmla.backends.triton", "DECODE"),
         Slot("openmla.backends.torch", "DECODE"),
     ),

@@ -84,7 +84,8 @@ def backend(case: Case, sets: Sets, target: Target, name: str) -> Contender | Re
         for each in sets
     ]  # fmt: skip
     # NaN until written: an element that the kernel leaves out cannot pass the gate.
-    outs = [each.q.new_full((*each.q.shape[:-1], case.d_v), torch.nan) for each in sets]
+    dtype = problem_of(case, sets[0]).out_dtype
+    outs = [each.q.new_full((*each.q.shape[:-1], case.d_v), torch.nan, dtype=dtype) for each in sets]
 
     def call(i: int) -> Result:
         x = sets[i]
@@ -253,7 +254,11 @@ def _gemm(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
 def _flash_mla(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
     rules = (
         (target.arch == "sm_90a", f"its dense decode is for sm_90a, this is {target.arch}"),
-        (case.dtype in ("bf16", "fp16"), f"it takes bf16 and fp16, the case is {case.dtype}"),
+        (
+            (case.dtype in ("bf16", "fp16") and case.layout == "plain")
+            or (case.dtype, case.layout) == ("e4m3", "fp8_576"),
+            f"it takes bf16, fp16, and e4m3 over fp8_576, the case is {case.dtype} over {case.layout}",
+        ),
         (case.page_size == 64, f"it takes pages of 64, the case has {case.page_size}"),
         ((case.d_qk, case.d_v) == (576, 512), f"it takes 576/512, the case is {case.d_qk}/{case.d_v}"),
     )
@@ -272,6 +277,8 @@ def _flash_mla(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
     if "use_legacy" in inspect.signature(run).parameters:
         options["use_legacy"] = True  # SGLang's fork keeps the Hopper kernels behind this name
     rows = case.s_q * case.h_q // case.h_kv
+    if case.dtype == "e4m3":
+        return _flash_mla_codes(module, case, sets, rows)
     metadata = [module.get_mla_metadata(x.cache_seqlens, rows, case.h_kv) for x in sets]
 
     def call(i: int) -> Result:
@@ -284,6 +291,31 @@ def _flash_mla(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
 
     version = version_of("sgl-flash-mla") or version_of("flash-mla") or "from source"
     return Contender("flash_mla", "peer", "flash_mla_with_kvcache", version, call)
+
+
+def _flash_mla_codes(module: Any, case: Case, sets: Sets, rows: int) -> Contender | Refusal:
+    """Its dense FP8 decode, a kernel of SGLang's fork: metadata of its own, a scale per tensor."""
+    if "descale_k" not in inspect.signature(module.flash_mla_with_kvcache).parameters:
+        return Refusal("flash_mla", "this build has no dense FP8 decode; pip install --no-deps sgl-flash-mla")
+    one, metadata = torch.ones(1, device=sets[0].device), []
+    for x in sets:
+        filled, _ = module.get_mla_metadata()
+        filled.tile_scheduler_metadata, filled.num_splits = module.get_mla_decoding_metadata(
+            x.cache_seqlens, rows, case.h_kv, is_fp8_kvcache=True, use_legacy=True
+        )
+        metadata.append(filled)
+
+    def call(i: int) -> Result:
+        x = sets[i]
+        out, lse = module.flash_mla_with_kvcache(
+            x.q, x.kv_cache.view(torch.float8_e4m3fn), x.block_table, x.cache_seqlens, case.d_v, metadata[i],
+            softmax_scale=x.softmax_scale, causal=case.is_causal, is_fp8_kvcache=True, use_legacy=True, descale_q=one,
+            descale_k=one,
+        )  # fmt: skip
+        return out, lse
+
+    version = version_of("sgl-flash-mla") or version_of("flash-mla") or "from source"
+    return Contender("flash_mla", "peer", "flash_mla_with_kvcache, e4m3", version, call)
 
 
 # FlexAttention's compiled form wants a CUDA device or a C++ compiler, and its first call compiles for seconds.
@@ -460,7 +492,8 @@ def peer(case: Case, sets: Sets, target: Target, name: str) -> Contender | Refus
     """The peer of that name, ready, or its reason. Raises ConfigError for a name that nobody has."""
     if name not in PEERS:
         raise ConfigError(f"unknown peer {name!r}; use one of: {', '.join(PEERS)}")
-    if case.layout != "plain" and name != "gemm":
+    reads = ("plain", "fp8_576") if name == "flash_mla" else ("plain",)
+    if case.layout not in reads and name != "gemm":
         return Refusal(name, f"reads plain caches here, the case has the layout {case.layout}")
     try:
         return PEERS[name](case, sets, target)

@@ -35,7 +35,9 @@ import torch
 from openmla.core.errors import ConfigError
 from openmla.core.layout import BYTE_LAYOUT_NAMES, kv_layout
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "e4m3": torch.float8_e4m3fn,
+}  # fmt: skip
 
 # key -> legal values; a range stands for every int in it. 2^21 keys is twice the longest context in use (1 M tokens).
 _RULES: dict[str, tuple[object, ...] | range | type] = {
@@ -50,7 +52,7 @@ _RULES: dict[str, tuple[object, ...] | range | type] = {
     "dtype": tuple(DTYPES),
     "topk": range(0, (1 << 17) + 1),
     "extra_topk": range(0, (1 << 17) + 1),
-    "layout": ("plain", *BYTE_LAYOUT_NAMES),
+    "layout": ("plain", *BYTE_LAYOUT_NAMES, "fp8_576"),
     "page_size": range(1, 65_537),
     "lengths": ("fixed", "varlen"),
     "is_causal": bool,
@@ -114,7 +116,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of q and out, and of a plain KV cache."""
+        """The dtype of q, of out (bf16 where q is e4m3), and of a plain KV cache."""
         return DTYPES[self.dtype]
 
     def draw_lengths(self) -> list[int]:
@@ -270,7 +272,7 @@ def sweep(choices: Mapping[str, Any], peers: tuple[str, ...] = ()) -> Suite:
 _NAME = re.compile(
     r"(?P<op>decode|append|sparse_prefill|sparse_decode)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
     r"(-hkv(?P<h_kv>\d+))?(-d(?P<d_qk>\d+)x(?P<d_v>\d+))?"
-    rf"(-(?P<layout>{'|'.join(sorted(BYTE_LAYOUT_NAMES, key=len, reverse=True))}))?"
+    rf"(-(?P<layout>{'|'.join(sorted((*BYTE_LAYOUT_NAMES, 'fp8_576'), key=len, reverse=True))}))?"
     r"(-p(?P<page_size>\d+))?(-(?P<lengths>varlen))?(?P<is_causal>-causal)?(-(?P<policy>batch_invariant))?"
     r"(-(?P<cache>warm))?(-seed(?P<seed>\d+))?(-topk(?P<topk>\d+))?(-extra(?P<extra_topk>\d+))?"
 )

@@ -42,8 +42,8 @@ class DecodeInputs:
 def problem(case: Case) -> DecodeProblem:
     """The Problem that a case asks, without making a tensor."""
     pages = [-(-length // case.page_size) for length in case.draw_lengths()]
-    plain = plain_layout(case.torch_dtype, case.d_qk, case.d_v)
-    layout = plain if case.kv_layout is None else kv_layout(case.kv_layout)
+    is_plain = case.kv_layout is None
+    layout = plain_layout(case.torch_dtype, case.d_qk, case.d_v) if is_plain else kv_layout(case.layout)
     rows = (layout.bytes_per_token, case.d_qk * case.torch_dtype.itemsize)
     return DecodeProblem(
         batch=case.batch, s_q=case.s_q, total_q=case.batch * case.s_q, h_q=case.h_q, h_kv=case.h_kv, d_qk=case.d_qk,
@@ -59,7 +59,8 @@ def decode_inputs(case: Case, device: torch.device, index: int = 0) -> DecodeInp
     lengths = tuple(case.draw_lengths())
     pages = [-(-length // case.page_size) for length in lengths]
     num_pages, max_pages = sum(pages), max(pages)
-    dtype = case.torch_dtype
+    is_coded = case.dtype == "e4m3"
+    dtype = torch.bfloat16 if is_coded else case.torch_dtype
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(0.1)
@@ -73,7 +74,7 @@ def decode_inputs(case: Case, device: torch.device, index: int = 0) -> DecodeInp
     q = randn(case.batch, case.s_q, case.h_q, case.d_qk)
     kv_cache = randn(num_pages, case.page_size, case.h_kv, case.d_qk)
     return DecodeInputs(
-        q=q,
+        q=quant.encode_e4m3(q) if is_coded else q,
         kv_cache=kv_cache if case.kv_layout is None else quant.quantise(kv_cache, case.kv_layout),
         block_table=table,
         cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=device),

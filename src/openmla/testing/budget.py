@@ -17,6 +17,12 @@ For a row over n keys with logits s_j = softmax_scale * <q, k_j>, weights p = so
 HARD is derived: rounding of the output, of the weights, error of a logit. RMS sees what is too even for HARD: a long
 flat row has B about n times smaller than A^2. LSE never sees a rounded weight, so it is the sharpest of all.
 
+Queries in e4m3 (`dtype=torch.float8_e4m3fn`; out is bf16) are multiplied by FP8 tensor cores, which cut each product off some
+13 bits below the largest number of a sum of 32, and keep the sum so. Then
+    delta = 2^-7 S + 2^-20     18 sums of 32 columns; 0.8 of it seen on an H200, with products of one sign
+    U     = 2^-8               weights are two e4m3 numbers: 2^-4 of what the first leaves over, which is 2^-4
+    HARD and RMS               + (2^-18 V1 / L): the smallest step of a weight, and + 2^-11 A: sums of 64 keys, cut off
+
 An fp32 kernel rounds no weights, so the error of its sums is all there is: its U is 64 units of 2^-24. A key that is
 listed a hundred times adds the same number a hundred times, and every addition rounds the same way: 98 units seen.
 """
@@ -37,11 +43,23 @@ RULES = ("CONTRACT", "NONFINITE", "HARD", "RMS", "LSE", "MAXL")
 # on one side: 41 units seen on an H100 (512 products, fp16 operands, a query that points along its key).
 _LOGIT_UNITS = 64
 
-# Unit roundoff, and half of the smallest subnormal.
-_ROUNDING: dict[torch.dtype, tuple[float, float]] = {
-    torch.bfloat16: (2.0**-8, 2.0**-134),
-    torch.float16: (2.0**-11, 2.0**-25),
-    torch.float32: (2.0**-18, 2.0**-150),
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What the arithmetic for queries of a dtype may do."""
+
+    unit: float  # roundoff of out and weights
+    eta: float  # half of the smallest subnormal of out
+    logit: float = _LOGIT_UNITS * 2.0**-24  # of S
+    step: float = 0.0  # half of the smallest step of a weight, of the row's largest
+    sums: float = 0.0  # of A: what tensor cores cut off
+
+
+_ROUNDING: dict[torch.dtype, _Rounding] = {
+    torch.bfloat16: _Rounding(2.0**-8, 2.0**-134),
+    torch.float16: _Rounding(2.0**-11, 2.0**-25),
+    torch.float32: _Rounding(2.0**-18, 2.0**-150),
+    torch.float8_e4m3fn: _Rounding(2.0**-8, 2.0**-134, logit=2.0**-7, step=2.0**-18, sums=2.0**-11),
 }
 
 
@@ -114,16 +132,17 @@ def check(
     if golden.bounds is None:
         raise ProblemError("check", ["golden must carry bounds; compute it with precision='fp64', with_bounds=True"])
     if dtype not in _ROUNDING:
-        raise ProblemError("check", [f"dtype must be bf16, fp16 or fp32, got {dtype}"])
-    broken = list(_contract(out, lse, golden, dtype, max_logits))
+        raise ProblemError("check", [f"dtype must be bf16, fp16, fp32 or e4m3, got {dtype}"])
+    wanted = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+    broken = list(_contract(out, lse, golden, wanted, max_logits))
     if broken:
         return Report((Finding("CONTRACT", torch.inf, "; ".join(broken)),))
     findings = [Finding("CONTRACT", 0.0, "shapes and dtypes as promised")]
     findings.append(_nonfinite(out, lse, golden, max_logits))
-    bounds = golden.bounds
-    delta = _LOGIT_UNITS * 2.0**-24 * bounds.S + 2.0**-20
-    findings.append(_hard(out.double(), golden, bounds, delta, *_ROUNDING[dtype]))
-    findings.append(_rms(out.double(), golden, bounds, delta, *_ROUNDING[dtype]))
+    bounds, rounding = golden.bounds, _ROUNDING[dtype]
+    delta = rounding.logit * bounds.S + 2.0**-20
+    findings.append(_hard(out.double(), golden, bounds, delta, rounding))
+    findings.append(_rms(out.double(), golden, bounds, delta, rounding))
     if lse is not None:
         limit = delta + 2.0**-22 * golden.lse.abs() + 2.0**-20
         findings.append(_compare("LSE", "lse", lse.double(), golden.lse, limit))
@@ -170,21 +189,27 @@ def _nonfinite(
     return Finding("NONFINITE", torch.inf if wrong else 0.0, "; ".join(wrong) or "at the same places")
 
 
-def _hard(
-    out: torch.Tensor, golden: Attention, bounds: Bounds, delta: torch.Tensor, unit: float, eta: float
-) -> Finding:
+def _hard(out: torch.Tensor, golden: Attention, bounds: Bounds, delta: torch.Tensor, rounding: _Rounding) -> Finding:
+    unit, eta = rounding.unit, rounding.eta
     total = golden.rows(bounds.L)[..., None]
     spread = bounds.V1 / total.masked_fill(total == 0, 1)
-    per_weight = 1.02 * unit + 2 * golden.rows(delta)[..., None] + golden.rows(bounds.n)[..., None].sqrt() * 2.0**-22
-    limit = 1.01 * unit * golden.out.abs() + per_weight * bounds.A + 2 * eta * (1 + spread)
+    per_weight = (
+        1.02 * unit
+        + rounding.sums
+        + 2 * golden.rows(delta)[..., None]
+        + golden.rows(bounds.n)[..., None].sqrt() * 2.0**-22
+    )
+    limit = 1.01 * unit * golden.out.abs() + per_weight * bounds.A + 2 * eta * (1 + spread) + rounding.step * spread
     return _compare("HARD", "out", out, golden.out, limit)
 
 
-def _rms(out: torch.Tensor, golden: Attention, bounds: Bounds, delta: torch.Tensor, unit: float, eta: float) -> Finding:
+def _rms(out: torch.Tensor, golden: Attention, bounds: Bounds, delta: torch.Tensor, rounding: _Rounding) -> Finding:
+    unit, eta, step = rounding.unit, rounding.eta, rounding.step
     total = golden.rows(bounds.L)
     spread = bounds.V2 / total.masked_fill(total == 0, 1).square()[..., None]
-    variance = unit**2 * (golden.out.square() + bounds.B) + eta**2 * (1 + spread)
-    limit = 1.5 * (variance.mean(-1).sqrt() + 2 * golden.rows(delta) * bounds.A.square().mean(-1).sqrt())
+    variance = unit**2 * (golden.out.square() + bounds.B) + eta**2 * (1 + spread) + step**2 * spread
+    shift = 2 * golden.rows(delta) + rounding.sums
+    limit = 1.5 * (variance.mean(-1).sqrt() + shift * bounds.A.square().mean(-1).sqrt())
     # A row with a non-finite element is judged by NONFINITE and HARD.
     error = (out - golden.out).square().mean(-1).sqrt()
     return _compare("RMS", "row of out", error, torch.zeros_like(error), limit)

@@ -25,6 +25,8 @@ from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense.launch import launch_merge
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
+from openmla.backends.cute.decode_fp8 import config as coded
+from openmla.backends.cute.decode_fp8.launch import launch as launch_coded
 from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.backends.cute.gathered import build_gather
 from openmla.backends.cute.inline import inlined, refusals
@@ -105,6 +107,13 @@ def build_many_rows(config: large.Config, folder: Path) -> CompiledObject:
     return build(config, folder)
 
 
+def build_coded(config: coded.Config, folder: Path) -> CompiledObject:
+    """Compile one variant of decode_fp8. Needs the DSL, no GPU."""
+    from openmla.backends.cute.decode_fp8.launch import build
+
+    return build(config, folder)
+
+
 def build_sparse(config: sparse.Config, folder: Path) -> CompiledObject:
     """Compile one variant of decode_sparse. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_sparse.launch import build
@@ -126,6 +135,7 @@ FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]
     small.FAMILY: (small.VARIANTS, build_few_rows),
     large.FAMILY: ((*large.VARIANTS, *large.EXCHANGED), build_many_rows),
     large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
+    coded.FAMILY: (coded.VARIANTS, build_coded),
     sparse.FAMILY: (sparse.VARIANTS, build_sparse),
     gather.FAMILY: (gather.VARIANTS, build_gather),
     writers.FAMILY: (writers.VARIANTS, build_writer),
@@ -376,6 +386,62 @@ class ExchangedRows:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class CodedRows(ManyRows):
+    """`decode_fp8`: e4m3 queries over e4m3 keys, in blocks of 64 rows; plan, partials and merge of `decode_dense`."""
+
+    name: str = field(default=coded.FAMILY, init=False)
+
+    def supports(self, problem: DecodeProblem, target: Target) -> Verdict:
+        """The family's own rules, then those of bulk copies, then whether its code can be had here."""
+        own, copies = coded.supports(problem, target), supports_bulk_copies(problem)
+        if not own or not copies:
+            return Verdict((*own.reasons, *copies.reasons))
+        return _available(
+            (coded.FAMILY, coded.configs(problem, target)[0]),
+            ("schedule", ScheduleVariant()),
+            (large.MERGE_FAMILY, self._merge(problem)),
+        )
+
+    def configs(self, problem: DecodeProblem, target: Target) -> Sequence[Any]:
+        """Variants, best first."""
+        return coded.configs(problem, target)
+
+    def compile(self, problem: DecodeProblem, config: Any, target: Target) -> Compiled:
+        """Load the three functions, compiling what neither bundle nor cache has."""
+        parts, splitting = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
+        chunk = large.chunk_tokens(problem)
+        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, 1, chunk)
+        merge = _serve(large.MERGE_FAMILY, self._merge(problem))
+        return Compiled(
+            config, options, _serve(coded.FAMILY, config), _serve("schedule", ScheduleVariant()), merge
+        )  # fmt: skip
+
+    def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
+        """The kernel, and where it does not merge itself, the merge of the requests that it had to split."""
+        out_accum, lse2_accum = scratch(operands, plan, *self._partials(compiled, problem, plan.chunk_blocks > 0))
+        direct = with_aligned_out(operands)
+        launch_coded(
+            compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
+            s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, window=problem.window,
+            arrivals=plan.arrivals,
+        )  # fmt: skip
+        if plan.arrivals is None:
+            launch_merge(compiled.combine, direct, plan.num_splits, out_accum, lse2_accum, s_q=problem.s_q)
+        if direct is not operands:
+            operands.out.copy_(direct.out)
+
+    def repeatable(
+        self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan
+    ) -> Repeatable | None:
+        """None: the scales of a call may change from layer to layer."""
+        return None
+
+    @staticmethod
+    def _merge(problem: DecodeProblem) -> large.MergeConfig:
+        return large.merge_config(replace(problem, dtype=problem.out_dtype))
+
+
 def repeated(
     kernel: FewRows | ManyRows, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan
 ) -> Repeatable | None:
@@ -471,3 +537,4 @@ def _strides(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
 
 FEW_ROWS = FewRows()
 MANY_ROWS = ManyRows()
+CODED_ROWS = CodedRows()

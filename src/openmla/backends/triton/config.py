@@ -120,6 +120,10 @@ def stored_rows(layout: KVLayout, page_size: int) -> tuple[str, str, int, int, i
     """A layout as the constants that `openmla.backends.triton.rows` reads."""
     if not layout.is_quantised:
         return ("plain", "none", 0, 0, 0, 0, 0, 0)
+    if (
+        layout.has_call_scale
+    ):  # groups of nothing: how codes are loaded. The columns of RoPE are codes behind the others
+        return (layout.data_format, "none", layout.d_quant, 128, layout.bytes_per_token, 0, 0, layout.d_v)
     codes = layout.d_quant // 2 if layout.data_format == "e2m1" else layout.d_quant
     if layout.scales_behind_page:
         row, first, step, rope = layout.data_bytes, page_size * layout.data_bytes, layout.scale_bytes, codes
@@ -200,10 +204,6 @@ def supports(problem: AnyProblem, target: Target) -> Verdict:
         (
             not isinstance(problem, DecodeProblem) or problem.batch < MAX_BATCH,
             f"takes fewer than {MAX_BATCH} requests (one axis of a grid), got batch={getattr(problem, 'batch', 0)}",
-        ),
-        (
-            not any(layout.has_call_scale for layout in layouts(problem)),
-            f"reads no {getattr(problem, 'layout', '')}, a cache of codes whose scale belongs to the call",
         ),
         (latent + rope <= MAX_PADDED, f"holds at most {MAX_PADDED} key columns, got {latent} + {rope} after padding"),
     )

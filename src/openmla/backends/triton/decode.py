@@ -274,6 +274,8 @@ def decode_kernel(
     seqlens_ptr,  # [batch] int32
     cu_ptr,  # [batch + 1] int32 with IS_VARLEN
     sink_ptr,  # [h_q] fp32 with HAS_SINK
+    descale_q_ptr,  # [1] fp32 where the cache holds codes alone
+    descale_k_ptr,  # [1] fp32 likewise
     metadata_ptr,  # [parts, 8] int32
     num_splits_ptr,  # [batch + 1] int32
     out_ptr,  # like q, d_v columns
@@ -295,6 +297,15 @@ def decode_kernel(
     `fold_tile`; MODS: see `inline`; DIMS = (d_qk, d_v, D_LATENT, D_ROPE).
     """
     HAS_ACTIVATION: tl.constexpr = MODS is not None and len(MODS[2]) > 0
+    HAS_DESCALE: tl.constexpr = LAYOUT[0] != "plain" and LAYOUT[1] == "none"
+    descale = 1.0
+    if HAS_DESCALE:
+        descale = tl.load(descale_k_ptr)
+        both = tl.load(descale_q_ptr) * descale
+        scale *= both
+        if MODS is None:  # else scores are in natural units already
+            sign *= tl.where(both < 0, -1.0, 1.0)
+            scale2 *= tl.abs(both)
     tile = tl.program_id(0) % tiles
     kv_head = tl.program_id(0) // tiles
     metadata = metadata_ptr + tl.program_id(1) * 8
@@ -336,6 +347,8 @@ def decode_kernel(
                 token_high, count, length, num_pages, kv_page_stride, sign, scale2, strays, site, KV_ROW_STRIDE,
                 IS_CAUSAL, WINDOW, MIXED, APART, MODS, LAYOUT, DIMS, PAGE_SIZE, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
+            if HAS_DESCALE:
+                out *= descale
             if splits == 1:
                 if HAS_ACTIVATION:
                     lse2 = tl.log2(lse2)

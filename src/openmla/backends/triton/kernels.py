@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from openmla.backends.base import DecodePlan, Kernel, Verdict, require
+from openmla.backends.base import DecodeOperands, DecodePlan, Kernel, Verdict, require
 from openmla.backends.triton import config as choice
 from openmla.backends.triton import prefill_config
 from openmla.core.problem import AppendProblem, DecodeProblem, PrefillProblem
@@ -47,8 +47,30 @@ class _TritonKernel:
             launch.decode(problem, compiled, operands, plan)
 
 
+def _in_bf16(problem: DecodeProblem) -> DecodeProblem:
+    """Codes of q are converted before the launch; bf16 holds them exactly."""
+    return replace(problem, dtype=problem.out_dtype) if problem.dtype != problem.out_dtype else problem
+
+
 @dataclass(frozen=True)
 class _DecodeKernel(_TritonKernel):
+    def supports(self, problem: DecodeProblem, target: Target) -> Verdict:
+        """Every reason against, without importing Triton."""
+        return super().supports(_in_bf16(problem), target)
+
+    def configs(self, problem: DecodeProblem, target: Target) -> Sequence[choice.Config]:
+        """Tiles that fit the target, best first."""
+        return super().configs(_in_bf16(problem), target)
+
+    def compile(self, problem: DecodeProblem, config: choice.Config, target: Target) -> Any:
+        """As of the others."""
+        return super().compile(_in_bf16(problem), config, target)
+
+    def launch(self, compiled: Any, problem: DecodeProblem, operands: DecodeOperands, plan: Any) -> None:
+        """Writes the outputs of the operands in full, on the current stream."""
+        operands = operands._replace(q=operands.q.to(problem.out_dtype))
+        super().launch(compiled, _in_bf16(problem), operands, plan)
+
     def plan(self, compiled: Any, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
         """Parts by the lengths, computed on their device. Any plan of the problem is correct for any lengths."""
         from openmla.backends.triton import launch

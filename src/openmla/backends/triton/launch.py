@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -205,11 +206,12 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
         lse_strides = (o.lse.stride(0), o.lse.stride(2), o.lse.stride(1))
     kv = _elements(o.kv_cache, problem.layout)
     cu, sink = (o.q if x is None else x for x in (o.cu_seqlens_q, o.attn_sink))
+    descales = (_or(each, one(device)) for each in (o.descale_q, o.descale_k))
     num_tiles = tiles(problem, ready.config)
     with on_device(device):
         if problem.total_q and problem.s_q and problem.batch:
             decode_kernel[(num_tiles * problem.h_kv, pieces.tile_scheduler_metadata.shape[0])](
-                o.q, kv, o.block_table, o.cache_seqlens, cu, sink, pieces.tile_scheduler_metadata, pieces.num_splits,
+                o.q, kv, o.block_table, o.cache_seqlens, cu, sink, *descales, pieces.tile_scheduler_metadata, pieces.num_splits,
                 o.out, o.lse, out_accum, lse_accum, o.fault_word, table_arguments(o.mods), rope_arguments(o.mods),
                 *(sign_and_scale(o.softmax_scale) if o.mods is None else (1.0, LOG2_E)), o.softmax_scale, problem.total_q,
                 problem.s_q, _capacity(problem), problem.num_pages, pieces.chunk_blocks, num_tiles, *q_strides[:2],
@@ -219,6 +221,12 @@ def decode(problem: DecodeProblem, ready: Ready, operands: DecodeOperands, piece
                 **ready.constants, **ready.options,
             )  # fmt: skip
         _merge(problem, ready, o, (out_accum, lse_accum), pieces.num_splits, out_strides, lse_strides)
+
+
+@cache
+def one(device: torch.device) -> torch.Tensor:
+    """The scale of codes that count as they are."""
+    return torch.ones(1, device=device)
 
 
 def _is_flat(problem: DecodeProblem, strides: tuple[int, ...]) -> bool:

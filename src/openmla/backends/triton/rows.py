@@ -4,7 +4,7 @@ A layout reaches the device as the tuple of constants that `openmla.backends.tri
 
     (data, scale, d_quant, scale_group, row_bytes, scale_first, scale_step, rope_first)
 
-`data` is "plain", "e4m3" or "e2m1". For byte layouts the token `offset` of a page has its codes at byte
+`data` is "plain", "e4m3" or "e2m1"; `scale` "none" where it belongs to the call. For byte layouts the token `offset` of a page has its codes at byte
 offset * row_bytes of the page, its scales at scale_first + offset * scale_step, its bf16 columns at rope_first of its
 row. Codes are read with integer arithmetic alone, so every architecture can: no fp8 conversion is asked of it.
 
@@ -51,7 +51,9 @@ def decode_e8m0(code):
 def load_scales(page, offset, group, wanted, LAYOUT: tl.constexpr):
     """fp32 scales; page (pointers to bytes), offset and group broadcast to the shape of `wanted`."""
     place = page + LAYOUT[5] + offset.to(tl.int64) * LAYOUT[6]
-    if LAYOUT[1] == "fp32":
+    if LAYOUT[1] == "none":  # it belongs to the call
+        scales = tl.where(wanted, 1.0, 0.0)
+    elif LAYOUT[1] == "fp32":
         scales = tl.load((place + 4 * group).to(tl.pointer_type(tl.float32)), mask=wanted, other=0.0)
     elif LAYOUT[1] == "e8m0":
         scales = decode_e8m0(tl.load(place + group, mask=wanted, other=0))
@@ -168,5 +170,10 @@ def load_rope(page, offset, seen, dtype: tl.constexpr, LAYOUT: tl.constexpr, DIM
     else:
         column = tl.arange(0, DIMS[3])
         row = page + offset.to(tl.int64) * LAYOUT[4]
-        tile = load_stored(row, column, seen, column < DIMS[0] - DIMS[1], LAYOUT)
+        wanted = column < DIMS[0] - DIMS[1]
+        if LAYOUT[1] == "none":
+            place = row[:, None] + LAYOUT[7] + column[None, :]
+            tile = load_codes(place, 0, seen[:, None] & wanted[None, :], LAYOUT)
+        else:
+            tile = load_stored(row, column, seen, wanted, LAYOUT)
     return tile.to(dtype)
