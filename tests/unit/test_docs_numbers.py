@@ -91,6 +91,7 @@ def test_readme_says_what_the_rows_of_the_cpu_say() -> None:
 WHAT_RUNS = {
     "dense decode, bf16 and fp16": [("decode", None)],
     "dense decode, FP8 and FP4 caches": [("decode", "fp8_584"), ("decode", "fp4_288")],
+    "dense decode, FP8 queries": [("decode", "fp8_576")],
     "sparse decode, FP8 caches": [("sparse_decode", "fp8_656"), ("sparse_decode", "fp8_528")],
     "sparse prefill, sparse decode over bf16 caches": [("sparse_prefill", None), ("sparse_decode", "bf16_576")],
     "varlen prefill, with gradients": [("prefill", None)],
@@ -113,7 +114,8 @@ def test_readme_says_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
             problem = backends.typical_problem(op)
             if layout:
                 of = kv_layout(layout)
-                problem = dataclasses.replace(problem, layout=of, d_qk=of.d_qk, d_v=of.d_v)
+                dtype = torch.float8_e4m3fn if of.has_call_scale else problem.dtype
+                problem = dataclasses.replace(problem, layout=of, d_qk=of.d_qk, d_v=of.d_v, dtype=dtype)
             for names, said in zip(TARGETS, cells[1:], strict=True):
                 for target in names:
                     chosen = backends.explain(problem, target=target).chosen
