@@ -74,7 +74,10 @@ def test_lists_are_choices_and_defaults_apply(tmp_path):
         ('[[case]]\nbatch = [1, "2"]\ns_k = 5\n', r"batch must be an integer from 1 to 65536, got '2'"),
         ("[[case]]\nbatch = true\ns_k = 5\n", r"batch must be an integer .* got True"),
         ("[[case]]\nbatch = 1\ns_k = []\n", r"case 1: s_k is an empty list"),
-        ('[[case]]\nbatch = 1\ns_k = 5\ndtype = "float"\n', r"dtype must be one of bf16, fp16, fp32, got 'float'"),
+        (
+            '[[case]]\nbatch = 1\ns_k = 5\ndtype = "float"\n',
+            r"dtype must be one of bf16, fp16, fp32, e4m3, got 'float'",
+        ),
         ("[[case]]\nbatch = 1\ns_k = 5\nis_causal = 1\n", r"is_causal must be true or false, got 1"),
         ("[[case]]\nbatch = 1\ns_k = 5\nh_q = 3\nh_kv = 2\n", r"h_q=3 is not a multiple of h_kv=2"),
         ("[[case]]\nbatch = 1\ns_k = 5\nd_qk = 64\n", r"d_v=512 exceeds d_qk=64"),

@@ -257,7 +257,7 @@ def _flash_mla(case: Case, sets: Sets, target: Target) -> Contender | Refusal:
         (
             (case.dtype in ("bf16", "fp16") and case.layout == "plain")
             or (case.dtype, case.layout) == ("e4m3", "fp8_576"),
-            f"it takes bf16, fp16, and e4m3 over fp8_576, the case is {case.dtype} over {case.layout}",
+            f"it takes bf16 and fp16, and e4m3 over fp8_576, the case is {case.dtype} over {case.layout}",
         ),
         (case.page_size == 64, f"it takes pages of 64, the case has {case.page_size}"),
         ((case.d_qk, case.d_v) == (576, 512), f"it takes 576/512, the case is {case.d_qk}/{case.d_v}"),
