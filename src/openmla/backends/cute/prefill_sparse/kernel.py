@@ -75,6 +75,7 @@ SLOT_BYTES = 2 * SLICE_BYTES
 PIECES, PIECES_LOG2 = 4, 2  # descriptors between the first producer warp and the other warps
 LN2, LOG2_E = 0.6931471805599453, 1.4426950408889634
 FAULT_INDEX, FAULT_LENGTH = 8, 16
+NEVER = (1 << 20) - 1  # the largest count of an mbarrier
 NO_ROW = -1  # offset of a row that is not there
 # A finite start for the running maximum: -inf would make -inf - -inf where a row has seen no key.
 NO_MAXIMUM = -1.0e30
@@ -246,9 +247,10 @@ class PrefillSparse:
                     (c.q_full, 128 + 4, 1),
                     (c.q_empty, 4, 1),
                     (c.p_full, 4, 2),
-                    (c.p_full + 2, (1 << 20) - 1, 1),  # nobody's: never complete, so that nobody misses a wait
+                    (c.p_full + 2, NEVER, 1),  # nobody's: never complete, so that nobody misses a wait
                     (c.p_empty, 8, 2),
-                    (c.go, 4, cfg.gates),
+                    (c.go, 4, 4),
+                    (c.go + 4, NEVER, cfg.gates - 4),  # likewise
                     (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
