@@ -63,12 +63,14 @@ def build(out: Path) -> None:
         copy = Path(folder) / "src"
         shutil.copytree(ROOT / "src", copy)
         for name, changes in GUARDS.items():
-            kernel = copy / "openmla" / "backends" / "cute" / name / "kernel.py"
-            text = kernel.read_text()
+            sources = sorted((copy / "openmla" / "backends" / "cute" / name).glob("*.py"))
             for guard, instead in changes:
-                text, found = re.subn(guard, instead, text)
+                found = 0
+                for path in sources:
+                    text, count = re.subn(guard, instead, path.read_text())
+                    path.write_text(text)
+                    found += count
                 assert found, f"{name}: the guard has changed; write it anew here:\n{guard}"
-            kernel.write_text(text)
         for form, source in (("with", ROOT / "src"), ("without", copy)):
             target = out / form
             target.mkdir(parents=True, exist_ok=True)
