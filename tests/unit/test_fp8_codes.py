@@ -209,7 +209,7 @@ def test_the_rule_for_fp8_tensor_cores():
 
 def test_a_suite_measures_it():
     from openmla.core.target import Target
-    from openmla.lab import gate, peers, workload
+    from openmla.lab import gate, peers, roofline, workload
     from openmla.lab.suite import Case
 
     case = Case(batch=2, s_k=100, h_q=4, dtype="e4m3", layout="fp8_576")
@@ -221,5 +221,7 @@ def test_a_suite_measures_it():
     assert verdict.is_green, verdict.text
     other = peers.peer(case, [inputs], Target.preset("h100_sxm"), "flash_mla")
     assert "cannot be imported" in other.reason
+    roof = roofline.Roof("here", "made up", {"bf16": 100.0}, 1000.0)
+    assert roofline.place(case, roof).ridge == 100.0  # of bf16
     wrong = Case(batch=2, s_k=100, h_q=4, dtype="e4m3", layout="fp8_656")
     assert "has the layout fp8_656" in peers.peer(wrong, [inputs], Target.preset("h100_sxm"), "flash_mla").reason

@@ -235,7 +235,7 @@ def profile(
 
 
 def _one(case: Case, target: Target, tool: str, backend: str, seconds: float) -> Profile:
-    roof = ceilings.measure(target, (case.dtype,), min(seconds, 0.3))
+    roof = ceilings.measure(target, (case.roof_dtype,), min(seconds, 0.3))
     work = cost(workload.problem(case), case.draw_lengths())
     sets, floor = runner.inputs(case, target, roof)
     chosen = select(peers.problem_of(case, sets[0]), target, backend)
@@ -260,7 +260,7 @@ def _one(case: Case, target: Target, tool: str, backend: str, seconds: float) ->
 
 
 def _utilisation(work: Any, seconds: float, roof: ceilings.Ceilings, case: Case) -> dict[str, Reading]:
-    arithmetic = work.flops / seconds / 1e12 / roof.gemm_tflops[case.dtype]
+    arithmetic = work.flops / seconds / 1e12 / roof.gemm_tflops[case.roof_dtype]
     read = work.bytes / seconds / 1e9 / roof.read_gbps
     return {
         "arithmetic": Reading(100 * arithmetic, "%", "of the rate of a large product, from FLOPs and time"),

@@ -123,8 +123,8 @@ def of_rows(rows: Sequence[Row]) -> Roof:
 def place(case: Case, roof: Roof, row: Row | None = None, note: str = "") -> Place:
     """Where a case stands; with its row, how much of the roof it reached."""
     work: Cost = cost(workload.problem(case), case.draw_lengths())
-    ridge = roof.ridge(case.dtype)
-    floor = max(work.flops / roof.gemm_tflops[case.dtype] / 1e6, work.bytes / roof.read_gbps / 1e3)
+    ridge = roof.ridge(case.roof_dtype)
+    floor = max(work.flops / roof.gemm_tflops[case.roof_dtype] / 1e6, work.bytes / roof.read_gbps / 1e3)
     bound = "arithmetic" if work.intensity >= ridge else "memory"
     short = _SHORT_US["cpu" if row and row.environment.get("arch") == "cpu" else "gpu"]
     if row and floor < short and row.median_us > 3 * floor:
@@ -167,7 +167,7 @@ def run(
     chosen: Suite, cases: Sequence[Case], target: Target, backends: tuple[str, ...], seconds: float, say: Any
 ) -> Roofline:
     """Measure the roof of this machine and our own time of every case, behind the usual gate."""
-    dtypes = tuple(case.dtype for case in cases)
+    dtypes = tuple(case.roof_dtype for case in cases)
     stages = Stages(1 + len(cases), say)
     with stages.stage(f"ceilings of {target.name}"):
         roof = measured(target, dtypes, seconds)
@@ -193,7 +193,7 @@ def from_rows(rows: Sequence[Row]) -> Roofline:
     if not known:
         raise ConfigError("no row of ours names a case; give a file that openmla bench --out wrote")
     roof = of_rows(list(table.values()))
-    fits = {name: case for name, case in known.items() if case.dtype in roof.gemm_tflops}
+    fits = {name: case for name, case in known.items() if case.roof_dtype in roof.gemm_tflops}
     return Roofline(roof, tuple(place(case, roof, table[name]) for name, case in fits.items()))
 
 

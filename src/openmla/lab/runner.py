@@ -77,7 +77,7 @@ def run(
     say = progress or (lambda text: None)
     live = progress if isinstance(progress, LiveDisplay) else None
     say(f"ceilings of {target.name} ...")
-    roof = ceilings.measure(target, tuple(case.dtype for case in cases), options.seconds)
+    roof = ceilings.measure(target, tuple(case.roof_dtype for case in cases), options.seconds)
     facts = store.environment(target)
     begin = time.monotonic()
     for number, case in enumerate(cases, 1):
@@ -193,7 +193,7 @@ def _work(case: Case, inputs: Any) -> Cost:
 
 def _floor_us(work: Cost, roof: ceilings.Ceilings, case: Case) -> float:
     """No run can be shorter than this on a machine with these ceilings."""
-    return max(work.flops / roof.gemm_tflops[case.dtype] / 1e6, work.bytes / roof.read_gbps / 1e3)
+    return max(work.flops / roof.gemm_tflops[case.roof_dtype] / 1e6, work.bytes / roof.read_gbps / 1e3)
 
 
 def _gate(case: Case, sets: peers.Sets, contender: Contender, say: Progress) -> gate.Verdict:
@@ -345,7 +345,7 @@ def _row(
         bytes=moved,
         tflops=tflops,
         gbps=gbps,
-        fraction_gemm=tflops / roof.gemm_tflops[case.dtype],
+        fraction_gemm=tflops / roof.gemm_tflops[case.roof_dtype],
         fraction_read=gbps / roof.read_gbps,
         ratio={},
         gate="",

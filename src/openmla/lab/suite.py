@@ -119,6 +119,11 @@ class Case:
         """The dtype of q, of out (bf16 where q is e4m3), and of a plain KV cache."""
         return DTYPES[self.dtype]
 
+    @property
+    def roof_dtype(self) -> str:
+        """The dtype whose square product is the roof of arithmetic; of codes that of bf16, which FP8 cores may pass."""
+        return "bf16" if self.dtype == "e4m3" else self.dtype
+
     def draw_lengths(self) -> list[int]:
         """Keys of each request; a function of the case alone, so that every machine and day measures the same batch.
 
