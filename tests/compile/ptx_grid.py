@@ -136,6 +136,9 @@ class GridCta(Cta):
     def do_popc(self, p: list[str], o: list[str]) -> Any:
         return self._map(o, "u32", "u32", np.bitwise_count)
 
+    def do_clz(self, p: list[str], o: list[str]) -> Any:
+        return self._map(o, "u32", "u32", np.vectorize(lambda x: 32 - int(x).bit_length(), otypes=[np.uint32]))
+
     def do_prmt(self, p: list[str], o: list[str]) -> Any:
         write, a, b, how = (
             self.writer(o[0]),
@@ -228,9 +231,23 @@ class GridCta(Cta):
     def do_cp(self, p: list[str], o: list[str]) -> Any:
         if "commit_group" in p:
             return self._ignore(p, o)
+        if "mbarrier" in p:
+            return self._arrive_behind_copies(p, o)
         if "bulk" in p and not {"tensor", "prefetch"} & set(p):
             return self._stretch(o)
         return super().do_cp(["cp", "async", "wait_all"] if "wait_group" in p else p, o)
+
+    def _arrive_behind_copies(self, p: list[str], o: list[str]) -> Any:
+        """An arrival per lane once its copies have landed, which is at once."""
+        assert "noinc" in p, "the count does not include these arrivals"
+        land, where = super().do_cp(["cp", "async", "wait_all"], o), self.address(o[0])
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            land(warp, mask)
+            for lane in np.flatnonzero(mask):
+                self.barriers[int(where(warp)[lane])].arrive()
+
+        return run
 
     def do_atom(self, p: list[str], o: list[str]) -> Any:
         if "inc" not in p:

@@ -13,8 +13,9 @@ from ptx_grid import launch
 from ptx_machine import Deadlock
 from ptx_program import Memory, Program, TensorMap, describe, parse
 
+from openmla.backends.base import SparseDecodeOperands
 from openmla.backends.cute.decode_dense_small import config as small
-from openmla.backends.cute.decode_dense_small.launch import LOG2_E, build
+from openmla.backends.cute.decode_dense_small.launch import LOG2_E, build, launch_gathered
 from openmla.core.layout import kv_layout
 from openmla.reference import attention, quant
 from openmla.split.schedule import plan_decode
@@ -203,3 +204,118 @@ def test_a_part_that_does_not_come_is_waited_for():
     call = Call((300,), parts=3)
     with pytest.raises(Deadlock):
         call.run(seed=1, blocks=(0, 2))
+
+
+class Lists:
+    """Query tokens with index lists, in the way of tests/gpu/decode_sparse.py, launched by `launch_gathered`."""
+
+    def __init__(
+        self, tokens, topk, *, s_q=1, h_q=16, page=64, parts=3, layout="fp8_656", lengths=None,
+        sink=False, absent=0.0, hostile=0.0, is_odd=False, mixed=False,
+    ) -> None:  # fmt: skip
+        gen = torch.Generator().manual_seed(0)
+        self.config = next(x for x in small.VARIANTS if x.gathers and x.layout == layout)
+        d_qk, pages, batch = kv_layout(layout).d_qk, -(-400 // page), tokens // s_q
+        kv = 0.5 * torch.randn(pages, page, 1, d_qk, generator=gen).bfloat16()
+        kv *= torch.exp2(torch.randint(-6, 3, (pages, page, 1, 1), generator=gen))
+        self.kv = quant.quantise(kv, kv_layout(layout))
+        if is_odd:
+            scales = self.kv[..., 512:528].contiguous().view(torch.float32)
+            scales.view(-1, 4)[150:] *= 1.37
+            self.kv[..., 512:528] = scales.view(torch.uint8)
+        slots = pages * page
+        self.kv.view(slots, -1)[300:] = 255  # NaN, which no list names
+        lists = torch.randint(0, 300, (batch, s_q, topk), generator=gen, dtype=torch.int32)
+        if mixed:  # two tiles without odd scales, the others with, the last without
+            lists[..., :130] %= 150
+            lists[..., -64:] %= 150
+        dice = torch.rand(lists.shape, generator=gen)
+        lists[dice < absent] = -1
+        wild = torch.tensor([-2, -(2**31), 2**31 - 1, slots])[torch.randint(0, 4, lists.shape, generator=gen)].int()
+        lists = torch.where(dice > 1 - hostile, wild, lists)
+        length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+        self.is_hostile = hostile > 0
+        self.operands = SparseDecodeOperands(
+            q=torch.randn(batch, s_q, h_q, d_qk, generator=gen).bfloat16(), kv_cache=self.kv, indices=lists,
+            softmax_scale=576**-0.5, out=torch.full((batch, s_q, h_q, 512), NAN).bfloat16(),
+            lse=torch.full((batch, h_q, s_q), NAN), fault_word=torch.zeros(1, dtype=torch.int32), topk_length=length,
+            attn_sink=torch.randn(h_q, generator=gen) if sink else None,
+        )  # fmt: skip
+        plan = small.gathered_plan(tokens, topk, parts)
+        self.parts, self.pieces = parts, plan.num_pieces
+        self.metadata, self.num_splits = (
+            plan.tile_scheduler_metadata().view(plan.ranges, parts, 8),
+            plan.num_splits_tensor(),
+        )
+        self.exchange = torch.full((1, plan.num_pieces, 16 * 576), 0x7FC00001, dtype=torch.int32)
+        self.exchange[..., ::4] = small.UNWRITTEN
+
+    def run(self, seed: int) -> None:
+        def function(*arguments):
+            program, smem = compiled(self.config)
+            memory = Memory()
+            fixed = {0: (3,), 1: (3,), 4: (2,), 6: (3,), 8: (2,), 11: (0,)}
+            unit = {0: (3,), 1: (3,), 2: (2,), 4: (1, 2), 5: (0,), 6: (3,), 8: (1, 2), 9: (0,), 10: (0,), 11: (0,)}
+            tensors = [
+                describe(
+                    memory, x, [d in fixed.get(i, ()) for d in range(x.dim())], [d in unit.get(i, ()) for d in range(x.dim())]
+                )
+                for i, x in enumerate(arguments[:12])
+            ]  # fmt: skip
+            numbers = [np.float32(arguments[12]).tobytes(), *(np.int32(x).tobytes() for x in arguments[13:])]
+            try:
+                blocks = [(x, 0, 0) for x in range(self.parts)]
+                launch(program, memory, [*tensors, *numbers], blocks, self.config.threads, smem, seed)
+            finally:
+                memory.read_back()
+
+        self.operands.out.fill_(NAN)
+        launch_gathered(function, self.operands, self.metadata, self.num_splits, self.exchange)
+
+    def check(self) -> None:
+        o = self.operands
+        golden = attention.sparse_decode(
+            o.q, o.kv_cache, o.indices, softmax_scale=o.softmax_scale, d_v=512, layout=self.config.layout,
+            topk_length=o.topk_length, attn_sink=o.attn_sink, with_bounds=True,
+        )  # fmt: skip
+        budget.check(o.out, o.lse, golden, dtype=torch.bfloat16).require()
+        assert (self.exchange[..., ::4] == small.UNWRITTEN).all()
+        assert o.fault_word.item() == (8 if self.is_hostile else 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"tokens": 2, "topk": 70, "h_q": 5, "parts": 2, "absent": 0.2, "hostile": 0.2}, id="hostile"),
+        pytest.param({"tokens": 1, "topk": 200, "page": 7, "absent": 0.1, "is_odd": True}, id="odd-scales"),
+        pytest.param(
+            {"tokens": 4, "s_q": 2, "topk": 130, "h_q": 8, "lengths": [[130, 0], [65, 1]], "sink": True, "page": 7},
+            id="two-tokens",
+        ),
+        pytest.param(
+            {
+                "tokens": 1,
+                "topk": 300,
+                "layout": "fp8_528",
+                "parts": 1,
+            },
+            id="fp8_528-ring",
+        ),
+        pytest.param(
+            {
+                "tokens": 2,
+                "topk": 390,
+                "parts": 3,
+                "is_odd": True,
+                "mixed": True,
+                "hostile": 0.1,
+            },
+            id="odd-and-not",
+        ),
+    ],
+)
+def test_rows_of_index_lists(options):
+    call = Lists(**options)
+    for seed in (1, 2):
+        call.run(seed)
+        call.check()

@@ -3,6 +3,7 @@
     python tests/gpu/decode_dense_small_codes.py gate                 every case against the fp64 oracle
     python tests/gpu/decode_dense_small_codes.py gate --pairs         the same, short problems too by two CTAs per SM
     python tests/gpu/decode_dense_small_codes.py times [CELL ...]     beside the same kernel on a bf16 cache; rows to $OUT
+    python tests/gpu/decode_dense_small_codes.py sanitize [TOOL ...]  the smallest cases under compute-sanitizer's four tools
     python tests/gpu/decode_dense_small_codes.py gate --device cpu    the script itself: backend torch, no GPU
 
 Needs a bundle (OPENMLA_AOT_DIR, `python -m openmla compile`) or the DSL. Exit status 0 when all passed.
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +272,39 @@ def times(only: list[str], variant: str) -> int:
     return 0
 
 
+SANITIZED = ("one_key", "partial", "page3", "heads5_s3_causal", "d512_page5", "rows32_causal_any")
+
+
+def sanitize(tools: list[str]) -> int:
+    """The smallest cases under compute-sanitizer; how many tools found something."""
+    program, dirty = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer", 0
+    for tool in tools or ["memcheck", "racecheck", "synccheck", "initcheck"]:
+        only = ["--kernel-name", "kernel_substring=DecodeDenseSmall"] if tool in ("racecheck", "synccheck") else []
+        command = [
+            program,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            *only,
+            sys.executable,
+            __file__,
+            "gate",
+            *SANITIZED,
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+            text, code = done.stdout + done.stderr, done.returncode
+        except subprocess.TimeoutExpired as late:
+            text, code = (late.stdout or b"").decode(), -1
+        dirty += code != 0
+        said = [line for line in text.splitlines() if "SUMMARY" in line or line.startswith("{")]
+        print(f"{tool}: exit code {code}", *said, sep="\n", flush=True)
+        if code:
+            print(text[:3000], flush=True)
+    return dirty
+
+
 def main(arguments: list[str]) -> int:
     device = "cuda"
     if "--device" in arguments:
@@ -279,6 +315,8 @@ def main(arguments: list[str]) -> int:
         arguments.remove("--pairs")
         small.MAX_LONE_TOKENS = -1
     verb, *only = arguments
+    if verb == "sanitize":
+        return int(sanitize(only) > 0)
     if verb == "gate":
         return int(gate(device, only) > 0)
     return times(only, os.environ.get("VARIANT", ""))

@@ -28,7 +28,15 @@ CATCH_ALL = {
     "src/openmla/ops/observers.py": "a callback that watches calls must not break them",
     "src/openmla/observe/doctor.py": "one broken probe must not hide the others",
 }
-DEVICE_CODE = ("kernel.py", "/parts/", "backends/cute/combine.py", "backends/cute/schedule.py", "decode_dense/merge.py")
+DEVICE_CODE = (
+    "kernel.py",
+    "/parts/",
+    "backends/cute/combine.py",
+    "backends/cute/schedule.py",
+    "decode_dense/merge.py",
+    "decode_dense_small/merge.py",
+    "decode_dense_small/loads.py",
+)
 
 
 def name(path: Path) -> str:

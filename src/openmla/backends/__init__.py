@@ -58,6 +58,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
         Slot("openmla.backends.torch", "DECODE"),
     ),
     "sparse_decode": (
+        Slot("openmla.backends.cute.few_rows", "SPARSE_DECODE_FEW"),
         Slot("openmla.backends.cute.sparse", "SPARSE_DECODE"),
         Slot("openmla.backends.cute.gathered", "SPARSE_DECODE_ROWS"),
         Slot("openmla.backends.triton", "SPARSE_DECODE"),

@@ -10,6 +10,7 @@ rows and three.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,9 @@ import torch
 from openmla.backends.base import Verdict, require
 from openmla.core.errors import ProblemError
 from openmla.core.layout import kv_layout
-from openmla.core.problem import DecodeProblem
+from openmla.core.problem import DecodeProblem, SparseDecodeProblem
 from openmla.core.target import Target
-from openmla.split.schedule import Policy
+from openmla.split.schedule import Policy, SplitPlan, plan_decode, ranges_needed
 
 FAMILY = "decode_dense_small"
 MAX_ROWS = 32  # query rows per KV head; more rows have no spill-free variant and belong to decode_dense
@@ -38,6 +39,10 @@ SMEM_LIMIT = 232_448
 UNWRITTEN = -1  # what every word of a new exchange holds
 NO_WINDOW = 1 << 30  # the window of a problem without one
 CODES = ("fp8_656", "fp8_528")  # byte layouts that it reads: 512 e4m3 codes, four fp32 scales, RoPE or none
+LOADERS = 4  # loading warps where index lists name rows
+MAX_GATHERED_BYTES = (
+    2**36 - 16
+)  # rows lie a 32-bit count of 16 bytes behind the cache's start; the last one means "no row"
 CODE_STAGES = {16: 2, 32: 3}  # rows -> tiles of 41,984 bytes. With 16 rows two CTAs share an SM
 LONE_STAGES = 4  # of 16 rows, where a CTA has its SM for itself
 MAX_LONE_TOKENS = (
@@ -55,6 +60,7 @@ class Config:
         d_qk: 576, or 512 without RoPE columns.
         stages: tiles of 64 keys in the ring.
         layout: of the cache: elements of dtype, or a byte layout of CODES.
+        gathers: index lists name each row, for every query token; else a request's keys lie in pages.
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
@@ -62,12 +68,14 @@ class Config:
     d_qk: int = 576
     stages: int = 2
     layout: str = "plain"
+    gathers: bool = False
 
     @property
     def name(self) -> str:
         """Exported function name; says every field."""
         name = f"{FAMILY}_{self.dtype}_n{self.rows}_d{self.d_qk}_s{self.stages}"
-        return name if self.layout == "plain" else f"{name}_{self.layout}"
+        name = name if self.layout == "plain" else f"{name}_{self.layout}"
+        return f"{name}_gathered" if self.gathers else name
 
     @property
     def row_bytes(self) -> int:
@@ -86,8 +94,8 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Of a CTA: the warpgroups and the loading warp."""
-        return 128 * self.warpgroups + 32
+        """Of a CTA: the warpgroups and the loading warp, or four."""
+        return 128 * self.warpgroups + (32 * LOADERS if self.gathers else 32)
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
@@ -109,6 +117,7 @@ VARIANTS: tuple[Config, ...] = tuple(
     for layout in CODES
     for rows, stages in (*CODE_STAGES.items(), (16, LONE_STAGES))
 )
+VARIANTS += tuple(Config("bf16", 16, kv_layout(layout).d_qk, LONE_STAGES, layout, gathers=True) for layout in CODES)
 
 
 def rows_per_kv_head(problem: DecodeProblem) -> int:
@@ -180,7 +189,11 @@ def num_parts(problem: DecodeProblem, target: Target) -> int:
     (60.8 instead of 62.3), and the memory is as busy from 128 SMs as from 132.
     """
     ctas = configs(problem, target)[0].ctas_per_sm * target.num_sms
-    parts = max(ctas // grouped(problem).h_kv, 1)
+    return _even(max(ctas // grouped(problem).h_kv, 1))
+
+
+def _even(parts: int) -> int:
+    """A multiple of PART_STEP, where it leaves less than an eighth idle."""
     even = parts // PART_STEP * PART_STEP
     return even if 8 * (parts - even) < parts else parts
 
@@ -236,3 +249,49 @@ def workspace(problem: DecodeProblem, config: Config, parts: int, policy: Policy
             raise ProblemError(FAMILY, wrong)
         slots = problem.batch * chunks
     return Workspace((problem.h_kv, slots, config.rows * (D_V + 64)), problem.h_kv)
+
+
+# Index lists: a request of the plan is a query token, its keys are those that its list names.
+
+
+def gathered_supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
+    """May this kernel run a problem with index lists here? Every reason against it."""
+    name = problem.layout.name
+    cache_bytes = problem.num_pages * problem.layout.page_bytes(problem.page_size)
+    return require(
+        (target.arch == "sm_90a", f"needs sm_90a, the target is {target.arch}"),
+        (name in CODES, f"reads rows of {' and '.join(CODES)} by index, this cache is {name}"),
+        (problem.extra is None, "reads one cache, this problem has a second one"),
+        (problem.dtype == torch.bfloat16, f"takes bf16 queries, got {problem.dtype}"),
+        (problem.h_q <= GROUP_ROWS, f"takes up to {GROUP_ROWS} heads over index lists, got {problem.h_q}"),
+        (1 <= problem.total_q <= MAX_BATCH, f"takes 1 to {MAX_BATCH} query tokens, got {problem.total_q}"),
+        (problem.topk >= 1, "needs at least one index per query token"),
+        (
+            -(-problem.topk // BLOCK_TOKENS) <= MAX_PIECES,
+            f"takes up to {MAX_PIECES * BLOCK_TOKENS} indices, got {problem.topk}",
+        ),
+        (cache_bytes <= MAX_GATHERED_BYTES, f"takes caches of up to {MAX_GATHERED_BYTES} bytes, got {cache_bytes}"),
+        (problem.is_aligned, "needs a cache that starts at and steps from page to page by multiples of 16 bytes"),
+    )
+
+
+def gathered_configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
+    """The variant that runs a problem with index lists. Call only where `gathered_supports` is true."""
+    return (Config("bf16", 16, problem.d_qk, LONE_STAGES, problem.layout.name, gathers=True),)
+
+
+def gathered_parts(problem: SparseDecodeProblem, target: Target) -> int:
+    """Parts of its plan: see `num_parts`."""
+    return _even(gathered_configs(problem, target)[0].ctas_per_sm * target.num_sms)
+
+
+@lru_cache(maxsize=1024)
+def gathered_plan(tokens: int, topk: int, parts: int) -> SplitPlan:
+    """Who reads which 64 indices of whose list: a function of shapes, made on the host.
+
+    Lists may be shorter than topk (`topk_length`); pieces behind the end of one then are empty, which the merge takes.
+    """
+    return plan_decode(
+        (topk,) * tokens, parts, block_tokens=BLOCK_TOKENS, overhead_blocks=OVERHEAD_BLOCKS,
+        ranges=ranges_needed(tokens, parts),
+    )  # fmt: skip
