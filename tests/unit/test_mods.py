@@ -17,6 +17,7 @@ from openmla import backends, cli, mods
 from openmla.backends.torch import anywhere, kernels
 from openmla.core.errors import ConfigError, ModError, ProblemError
 from openmla.core.faults import Fault
+from openmla.core.layout import kv_layout
 from openmla.mods import Rope, activation, attach, m, mask_mod, score_mod
 from openmla.reference import attention
 from openmla.testing import budget
@@ -468,8 +469,18 @@ def test_explain_says_who_inlines_a_mod():
     assert not rows["decode_dense_small"]
     assert not any("mod" in why for why in rows["decode_dense"].reasons), "it may lack a compiler, not the ability"
     activation = dataclasses.replace(problem, mods=attach(mods.sigmoid(-8.0)).form)
-    text = str(openmla.explain(activation, target="h100_sxm"))
-    assert text.count("inlines no activation in place of softmax, got sigmoid(bias=-8.0)") == 2
+    for row in openmla.explain(activation, target="h100_sxm").candidates:
+        says = "inlines no activation in place of softmax, got sigmoid(bias=-8.0)" in row.verdict.reasons
+        assert says == (row.backend == "cute"), row.kernel
+
+
+def test_the_kernel_of_e4m3_queries_inlines_no_mod():
+    plain = dataclasses.replace(
+        backends.typical_problem("decode"), dtype=torch.float8_e4m3fn, layout=kv_layout("fp8_576")
+    )
+    problem = dataclasses.replace(plain, mods=attach(mods.soft_cap(30.0)).form)
+    rows = {row.kernel: row.verdict for row in openmla.explain(problem, target="h100_sxm").candidates}
+    assert "inlines no mods: soft_cap(cap=30.0)" in rows["decode_fp8"].reasons
 
 
 def test_explain_takes_mods_by_name(capsys, monkeypatch, tmp_path):

@@ -275,7 +275,7 @@ def sweep(choices: Mapping[str, Any], peers: tuple[str, ...] = ()) -> Suite:
 
 
 _NAME = re.compile(
-    r"(?P<op>decode|append|sparse_prefill|sparse_decode)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32)"
+    r"(?P<op>decode|append|sparse_prefill|sparse_decode)-b(?P<batch>\d+)-sq(?P<s_q>\d+)-hq(?P<h_q>\d+)-sk(?P<s_k>\d+)-(?P<dtype>bf16|fp16|fp32|e4m3)"
     r"(-hkv(?P<h_kv>\d+))?(-d(?P<d_qk>\d+)x(?P<d_v>\d+))?"
     rf"(-(?P<layout>{'|'.join(sorted((*BYTE_LAYOUT_NAMES, 'fp8_576'), key=len, reverse=True))}))?"
     r"(-p(?P<page_size>\d+))?(-(?P<lengths>varlen))?(?P<is_causal>-causal)?(-(?P<policy>batch_invariant))?"

@@ -395,8 +395,9 @@ class CodedRows(ManyRows):
     def supports(self, problem: DecodeProblem, target: Target) -> Verdict:
         """The family's own rules, then those of bulk copies, then whether its code can be had here."""
         own, copies = coded.supports(problem, target), supports_bulk_copies(problem)
-        if not own or not copies:
-            return Verdict((*own.reasons, *copies.reasons))
+        mods = tuple(f"inlines no mods: {each}" for each in inlined(problem.mods))
+        if reasons := (*own.reasons, *copies.reasons, *mods):
+            return Verdict(reasons)
         return _available(
             (coded.FAMILY, coded.configs(problem, target)[0]),
             ("schedule", ScheduleVariant()),

@@ -7,7 +7,7 @@ The shared-memory plan (bytes): ring 4 x 40,960 (a slot is 64 keys x 640 columns
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from openmla.backends.base import Verdict, require
 from openmla.backends.cute.decode_dense import config as dense
@@ -45,7 +45,7 @@ class Config:
 
     # what the roles inherited from decode_dense ask for
     d_qk, dtype, has_rope, look_ahead = 576, "bf16", True, 0
-    mods: tuple[Mod, ...] = ()
+    mods: ClassVar[tuple[Mod, ...]] = ()
 
     @property
     def boxes(self) -> int:
@@ -65,9 +65,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
-        found = asdict(self)
-        del found["mods"]
-        return found
+        return asdict(self)
 
 
 FEW_ROWS = (16, 32)
