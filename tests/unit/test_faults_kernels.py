@@ -25,6 +25,7 @@ from openmla.backends.cute import bundle, compiler
 from openmla.backends.cute.decode_dense import config as large
 from openmla.core import incidents
 from openmla.core.errors import CompileError, DeviceLostError, PlanMismatchError, UnsupportedError
+from openmla.core.layout import kv_layout
 from openmla.core.target import Target
 from openmla.observe import metrics
 from openmla.observe.watchdog import Watchdog
@@ -380,6 +381,26 @@ def test_f33_every_operation_of_attention_has_a_canary(monkeypatch, op):
 
     monkeypatch.setattr(type(kernel), "launch", wrong)
     assert "differs from the oracle" in canary.try_out(kernel, config, problem, target, device)
+
+
+def test_f33_the_pages_of_a_trial_lie_as_the_layout_has_them(monkeypatch):
+    """Moving a cache to another device takes the padding between its pages away; kernels may refuse such pages."""
+    made, seen = canary._cache, []
+    monkeypatch.setattr(canary, "_cache", lambda *given: made(*given).contiguous())
+    monkeypatch.setattr(canary, "is_wanted", lambda kernel, target: True)
+    target, device = Target.detect("cpu"), torch.device("cpu")
+    layout = kv_layout("fp8_584")
+    problem = dataclasses.replace(backends.typical_problem("sparse_decode"), layout=layout, d_qk=512, page_size=61)
+    kernel = backends.select(problem, target, "torch").kernel
+    launch = type(kernel).launch
+
+    def watched(self: Any, compiled: Any, problem: Any, operands: Any, plan: Any) -> None:
+        seen.append(operands.kv_cache.stride(0))
+        launch(self, compiled, problem, operands, plan)
+
+    monkeypatch.setattr(type(kernel), "launch", watched)
+    assert canary.try_out(kernel, kernel.configs(problem, target)[0], problem, target, device) == ""
+    assert seen == [layout.page_bytes(61)] and seen[0] > 61 * 584
 
 
 def test_f34_a_hang_turns_health_red_and_later_calls_raise(ends, capfd):

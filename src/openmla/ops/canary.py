@@ -199,6 +199,10 @@ def _sparse_decode(
     out = torch.full((*rows, problem.h_q, problem.d_v), torch.nan, dtype=problem.dtype, device=device)
     lse = torch.full(tuple(golden.lse.shape), torch.nan, dtype=torch.float32, device=device)
     moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in given.items()}
+    for name, stored in (("kv_cache", problem.layout), ("extra_kv_cache", extra_layout)):
+        if stored is not None:  # `to` takes the padding between pages away, which kernels may count on
+            cache = given[name]
+            moved[name] = stored.empty_cache(cache.shape[0], cache.shape[1], cache.shape[2], device).copy_(cache)
     operands = SparseDecodeOperands(**moved, softmax_scale=scale, out=out, lse=lse, fault_word=fault_word(device))
     kernel.launch(kernel.compile(problem, config, target), problem, operands, None)
     return out, lse, golden
