@@ -89,6 +89,9 @@ def section_kernels(device: str) -> Iterator[Item]:
             )  # fmt: skip
             if not layout or stored.page_align_bytes == 1 or page_size != 3:
                 yield f"decode {layout or 'bf16_576'} h_q={h_q} s_q={s_q}", lambda a=case: judge_case(a, device)
+    for h_q, s_q, is_coded in itertools.product((128, 16), (1, 2), (False, True)) if device != "cpu" else ():
+        name = f"decode fp8_576 h_q={h_q} s_q={s_q}{' codes of q' if is_coded else ''}"
+        yield name, lambda a=h_q, b=s_q, c=is_coded: judge_codes(a, b, c, device)
     for scale, share in itertools.product((0.04, 1.0), (0.0, 0.2)) if device != "cpu" else ():  # at 1.0 peaks move
         selected = Case(
             op="sparse_prefill", seed=2, family="unit", dtype=torch.bfloat16, h_q=128, h_kv=1, d_qk=576, d_v=512,
@@ -116,6 +119,26 @@ def judge_case(case: Case, device: str) -> dict[str, Any]:
         return {"refused": next(why for kernel, why in error.reasons.items() if kernel.startswith("triton/"))[0]}
     report = budget.check(out, lse, case.golden(operands), dtype=case.dtype, max_logits=largest)
     report.require(str(case))
+    return {"worst": max(finding.ratio for finding in report.findings)}
+
+
+def judge_codes(h_q: int, s_q: int, is_coded: bool, device: str) -> dict[str, Any]:
+    """A cache of codes whose scale belongs to the call, queries in bf16 or codes as well."""
+    random = torch.Generator().manual_seed(1)
+    cache = kv_layout("fp8_576").empty_cache(20, 64)
+    quant.write_rows(cache, "fp8_576", torch.arange(20 * 64), torch.randn(20 * 64, 576, generator=random) / 0.02)
+    q = 2 * torch.randn(3, s_q, h_q, 576, generator=random)
+    scales = {"descale_k": torch.tensor([0.02])} | ({"descale_q": torch.tensor([0.05])} if is_coded else {})
+    q = (q / 0.05).to(torch.float8_e4m3fn) if is_coded else q.to(torch.bfloat16)
+    table = torch.randperm(20, generator=random)[:18].int().view(3, 6)
+    given = {
+        "q": q, "kv_cache": cache, "block_table": table, "softmax_scale": 0.05, "is_causal": s_q > 1,
+        "cache_seqlens": torch.tensor([380, 0, 133], dtype=torch.int32), "attn_sink": torch.linspace(-1, 1, h_q), **scales,
+    }  # fmt: skip
+    golden = attention.decode(**given, d_v=512, layout="fp8_576", with_bounds=True)
+    out, lse = openmla.decode(**to(device, given), kv_layout="fp8_576", backend="triton")
+    report = budget.check(out.cpu(), lse.cpu(), golden, dtype=torch.bfloat16)
+    report.require()
     return {"worst": max(finding.ratio for finding in report.findings)}
 
 
