@@ -295,7 +295,9 @@ def test_beam_search_and_several_tokens_at_once(v3, pages) -> None:
 def test_continuous_batching_is_repaired(v3) -> None:
     """Stock crashes on MLA; attached, every request gets the tokens of its own `generate()`."""
     settings = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    options = transformers.ContinuousBatchingConfig(num_blocks=8, page_size=16, max_batch_tokens=24)
+    fields = transformers.ContinuousBatchingConfig.__dataclass_fields__
+    size = "page_size" if "page_size" in fields else "block_size"  # renamed after 5.17
+    options = transformers.ContinuousBatchingConfig(**{size: 16}, num_blocks=8, max_batch_tokens=24)
     want = [
         tokens(
             v3,

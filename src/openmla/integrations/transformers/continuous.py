@@ -7,14 +7,18 @@ d_latent + d_rope numbers. Its paged route is named `paged|eager`; modules that 
 
 transformers has no public door for this. What is replaced, all of it checked by name when a model is attached:
 
-    find_num_key_value_heads, find_head_dim                in the cache and in its allocator, for attached configs only
+    find_num_key_value_heads (5.17: find_num_kv_heads),    in the cache and in its allocator, for attached configs only
+    find_head_dim
     ContinuousBatchingManager.switch_to_cb_friendly_attn   lets an attached model through to `paged|eager`
     the attention function `paged|eager`                   attached modules to OpenMLA, all others as before
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +34,7 @@ from openmla.ops.prefill import prefill
 PAGED = "paged|eager"
 _MARK = "_openmla_row"  # on the config of an attached model: d_latent + d_rope
 _HOME = "transformers.generation.continuous_batching"
+_HEADS = ("find_num_key_value_heads", "find_num_kv_heads")  # the second in 5.17
 
 
 def repair(config: Any) -> None:
@@ -52,19 +57,21 @@ def forget(config: Any) -> None:
 
 def _install() -> bool:
     """Put the replacements in place, unless they are; False where a name to replace is missing."""
-    places = [(f"{_HOME}.cache", name) for name in ("find_num_key_value_heads", "find_head_dim")]
-    places.append((f"{_HOME}.cache_allocators.full_attention", "find_head_dim"))
     try:
-        modules = [importlib.import_module(module) for module, _ in places]
+        cache = importlib.import_module(f"{_HOME}.cache")
+        heads = next(name for name in _HEADS if hasattr(cache, name))
+        places = [(cache, heads), (cache, "find_head_dim")]
+        if importlib.util.find_spec(f"{_HOME}.cache_allocators"):  # since 5.23
+            places.append((importlib.import_module(f"{_HOME}.cache_allocators.full_attention"), "find_head_dim"))
         manager = importlib.import_module(f"{_HOME}.continuous_api").ContinuousBatchingManager
-        stock = [getattr(module, name) for module, (_, name) in zip(modules, places, strict=True)]
+        stock = [getattr(module, name) for module, name in places]
         switch = manager.switch_to_cb_friendly_attn
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, StopIteration):
         return False
     if hasattr(switch, "openmla_stock"):
         return True
-    for module, (_, name), function in zip(modules, places, stock, strict=True):
-        setattr(module, name, _sized(function, 1 if name == "find_num_key_value_heads" else None))
+    for (module, name), function in zip(places, stock, strict=True):
+        setattr(module, name, _sized(function, 1 if name == heads else None))
     manager.switch_to_cb_friendly_attn = _let_through(switch)
     AttentionInterface.register(PAGED, _attention)
     return True
@@ -96,6 +103,12 @@ def _let_through(stock: Callable[..., None]) -> Callable[..., None]:
     return switch
 
 
+@functools.cache
+def _takes_options(cache: Any) -> bool:
+    """Whether `update` of the paged cache takes all options in one; 5.17 has indices as arguments of their own."""
+    return "kwargs" in inspect.signature(cache.update).parameters
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
@@ -118,8 +131,11 @@ def _attention(
     scale, d_latent = options["scaling"], module.kv_lora_rank
     row = torch.cat([key, value], -1)
     halves = row.chunk(2, -1)
-    held = cache.update(key_states=halves[0], value_states=halves[1], layer_idx=module.layer_idx, kwargs=options)
-    rows = torch.cat(held, -1)[0, 0]  # [total_k, d_latent + d_rope], request behind request
+    places = (
+        {"kwargs": options} if _takes_options(type(cache)) else {n: options[n] for n in ("read_index", "write_index")}
+    )
+    held = cache.update(key_states=halves[0], value_states=halves[1], layer_idx=module.layer_idx, **places)
+    rows = torch.cat(held, -1).flatten(0, -2)  # [total_k, d_latent + d_rope], request behind request; one head
     starts_q, starts_k = options["cu_seq_lens_q"].to(torch.int32), options["cu_seq_lens_k"].to(torch.int32)
     total_q, total_k = query.shape[2], rows.shape[0]
     q = query[0].transpose(0, 1)  # [total_q, h_q, d]
