@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import time
 from datetime import timedelta
 
@@ -369,3 +370,56 @@ def test_the_error_travels_between_processes() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.ranks, str(copy)) == ((2,), str(error))
     assert "a rank that nobody can name" in str(DeadRankError((), "gather", 3.0, "x"))
+
+
+class _Box:
+    """Notes what is asked of a mailbox."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def stage(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[None, None]:
+        return None, None
+
+    def mail(self, limit_s: float) -> None:
+        return None
+
+    def exchange(self, out: torch.Tensor, lse: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        self.done.append("launch")
+        return out, lse
+
+
+def _ways(rank: int) -> list[list[str]]:
+    """Of calls through peer memory, one after the other: eager, eager, captured; of another batch; with a sink."""
+    ranks, found = ContextParallel(), []
+    box = _Box()
+    ranks._boxes[256, ()] = box  # type: ignore[assignment]
+
+    def inside(q: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        box.done.append("inside")
+        return torch.full((*q.shape[:3], 512), 7.0), torch.zeros(q.shape[0], q.shape[2], 1)
+
+    module = sys.modules[ContextParallel.__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "decode_exchanged", inside)
+        for batch, is_captured, sink in (
+            (2, False, None), (2, False, None), (2, True, None), (3, False, None), (4, False, torch.zeros(4)),
+        ):  # fmt: skip
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda is_captured=is_captured: is_captured)
+            ranks._at = (("batch", batch),)
+            q = torch.zeros(batch, 1, 4, 576, dtype=torch.bfloat16)
+            pages = torch.zeros(batch, 64, 1, 576, dtype=torch.bfloat16)
+            table = torch.arange(batch, dtype=torch.int32)[:, None]
+            operands = (q, pages, table, torch.ones(batch, dtype=torch.int32))
+            options = {"d_v": 512, "softmax_scale": 1.0, "kv_layout": None, "plan": None, "policy": "balanced"}
+            out, _ = ranks._decode_directly((batch, 1, 4, 512), operands, sink, options | {"backend": None})
+            assert (out == (7 if is_captured else 0)).all()
+            found.append(list(box.done))
+            box.done.clear()
+    return found
+
+
+def test_the_exchange_inside_the_decode_kernel_is_for_graphs_and_warmed_once() -> None:
+    """So equal eager calls take one way, the first too, and have the same bits; a capture loads nothing."""
+    (found,) = run_ranks(_ways, 1)
+    assert found == [["inside", "launch"], ["launch"], ["inside"], ["inside", "launch"], ["launch"]]

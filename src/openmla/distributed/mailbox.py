@@ -68,10 +68,6 @@ class Mailbox:
             self._mail[limit_s] = torch.tensor(fields, dtype=torch.int64, device=self.boxes.device)
         return self._mail[limit_s]
 
-    def has_mail(self, limit_s: float) -> bool:
-        """Whether `mail` was made before: it cannot be while a graph is captured."""
-        return limit_s in self._mail
-
     def stage(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Unwritten rows [batch, s_q, h_q, d_v] and lse [batch, h_q, s_q] of this rank."""
         batch, s_q, h_q, d_v = shape

@@ -104,9 +104,9 @@ def _let_through(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _takes_options(cache: Any) -> bool:
+def _takes_options(update: Callable[..., Any]) -> bool:
     """Whether `update` of the paged cache takes all options in one; 5.17 has indices as arguments of their own."""
-    return "kwargs" in inspect.signature(cache.update).parameters
+    return "kwargs" in inspect.signature(update).parameters
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -131,9 +131,8 @@ def _attention(
     scale, d_latent = options["scaling"], module.kv_lora_rank
     row = torch.cat([key, value], -1)
     halves = row.chunk(2, -1)
-    places = (
-        {"kwargs": options} if _takes_options(type(cache)) else {n: options[n] for n in ("read_index", "write_index")}
-    )
+    takes_options = _takes_options(type(cache).update)
+    places = {"kwargs": options} if takes_options else {n: options[n] for n in ("read_index", "write_index")}
     held = cache.update(key_states=halves[0], value_states=halves[1], layer_idx=module.layer_idx, **places)
     rows = torch.cat(held, -1).flatten(0, -2)  # [total_k, d_latent + d_rope], request behind request; one head
     starts_q, starts_k = options["cu_seq_lens_q"].to(torch.int32), options["cu_seq_lens_k"].to(torch.int32)
