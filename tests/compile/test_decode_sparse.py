@@ -230,6 +230,16 @@ def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
     assert 1 <= parts * sparse.row_blocks(asked) * s_q <= H100.num_sms
 
 
+@pytest.mark.parametrize(("batch", "parts"), [(1, 33), (2, 22), (3, 33), (128, 33)])
+def test_two_tiles_per_part_become_three(batch, parts):
+    assert sparse.num_parts(problem(batch=batch, total_q=2 * batch), H100) == parts
+
+
+def test_three_tiles_per_part_are_three():
+    pieces = list(sparse.plan(2, sparse.tiles(2048), 22).pieces())
+    assert len(pieces) == 22 and max(x.end_block - x.begin_block for x in pieces) == 3
+
+
 def test_a_variant_that_no_gpu_has_run_is_refused(monkeypatch):
     monkeypatch.setattr(sparse, "SERVED", (("fp8_528", False),))
     verdict = sparse.supports(problem(), H100)

@@ -276,7 +276,18 @@ def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
 
 def num_parts(problem: SparseDecodeProblem, target: Target) -> int:
     """Parts of the plan: each takes row_blocks * s_q CTAs, one per SM."""
-    return max(target.num_sms // (row_blocks(problem) * requests(problem)[1]), 1)
+    batch, s_q = requests(problem)
+    work = batch * tiles(problem.topk, problem.extra.topk if problem.extra else 0)
+    return parts(max(target.num_sms // (row_blocks(problem) * s_q), 1), work)
+
+
+def parts(most: int, work: int) -> int:
+    """How many of at most `most` parts take `work` tiles.
+
+    All of them; but where that is two tiles for each, a third as many as there are tiles: a tile more costs 0.5 us, and the
+    merge of 11 pieces of a request instead of 16 saves 3.7 (H200, batch 2, s_q 2, 128 heads, topk 2048: 29.1 to 25.9 us).
+    """
+    return -(-work // 3) if most < work <= 2 * most else most
 
 
 def tiles(topk: int, topk_extra: int = 0) -> int:
