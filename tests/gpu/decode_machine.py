@@ -1,6 +1,6 @@
 """What `prove_decode.py` asks of the machine: time on the host, what compute-sanitizer sees, what happens in a fault.
 
-Run as a program, it is what the sanitizer watches: python tests/gpu/decode_machine.py BACKEND
+Run as a program, it is what the sanitizer watches: python tests/gpu/decode_machine.py BACKEND [more]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import decode_fp8
 import racecheck
 import torch
 from decode_items import Made, NotRunError, Setup, dense
@@ -125,6 +126,26 @@ def smallest(setup: Setup) -> Made:
     return [*made, *((f"append {name}", partial(_write, layout=name)) for name in ("bf16_576", "fp8_656"))]
 
 
+def more(setup: Setup) -> Made:
+    """Beside them, not among what a record needs: rings that wrap, one block of 64 rows, e4m3 queries."""
+    listed = replace(plain("sparse_decode", "fp8_656", 0, 16), seqlens_q=(1,) * 64, topk=700, has_topk_length=False)
+    problems = [
+        replace(listed, seqlens_k=(750,)),
+        dense((700,) * 40, 16),
+        dense((700,) * 40, 128),
+        dense((700, 64), 64),
+    ]
+    codes = [decode_fp8.Case("128 heads", (700, 64)), decode_fp8.Case("16 heads", (300,), h_q=16)]
+    made = [(f"{case.op} {case.layout} h_q {case.h_q}", partial(_once, case=case)) for case in problems]
+    return [*made, *((f"decode e4m3 {case.name}", partial(_coded, case=case)) for case in codes)]
+
+
+def _coded(setup: Setup, case: decode_fp8.Case) -> dict[str, Any]:
+    given = coverage.moved(decode_fp8.operands(case), setup.device)
+    openmla.decode(**given, kv_layout="fp8_576", backend=setup.backend)
+    return {}
+
+
 def _once(setup: Setup, case: Case) -> dict[str, Any]:
     given = native_arguments(case.op, coverage.moved(case.tensors(), setup.device))
     getattr(openmla, case.op)(**given, backend=setup.backend)
@@ -144,16 +165,12 @@ def _write(setup: Setup, layout: str) -> dict[str, Any]:
     return {}
 
 
-def sanitize(setup: Setup) -> Made:
+def sanitize(setup: Setup, *which: str) -> Made:
     """One item per tool."""
-
-    def check(tool: str) -> Callable[[Setup], dict[str, Any]]:
-        return lambda setup: _sanitize(setup, tool)
-
-    return [(tool, check(tool)) for tool in TOOLS]
+    return [(tool, partial(_sanitize, tool=tool, which=which)) for tool in TOOLS]
 
 
-def _sanitize(setup: Setup, tool: str) -> dict[str, Any]:
+def _sanitize(setup: Setup, tool: str, which: tuple[str, ...]) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not setup.is_cuda:
         raise NotRunError("compute-sanitizer watches GPUs")
@@ -162,7 +179,7 @@ def _sanitize(setup: Setup, tool: str) -> dict[str, Any]:
     script = Path(__file__)
     found = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "1000", sys.executable, str(script),
-         setup.backend],
+         setup.backend, *which],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     text = found.stdout + found.stderr
@@ -222,10 +239,10 @@ def _section(name: str, seconds: float, *arguments: str) -> Callable[[Setup], di
     return run
 
 
-def watched(backend: str) -> int:
-    """The program that the sanitizer runs: every smallest case once."""
+def watched(backend: str, *which: str) -> int:
+    """The program that the sanitizer runs: every smallest case, or one of `more`, once."""
     setup, ran = Setup(backend, "cuda"), 0
-    items = smallest(setup)
+    items = more(setup) if which else smallest(setup)
     for name, call in items:
         try:
             call(setup)
@@ -237,4 +254,4 @@ def watched(backend: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(watched(sys.argv[1]))
+    raise SystemExit(watched(*sys.argv[1:]))

@@ -22,7 +22,8 @@ sparse_big   a quantised pool beyond 2^32 bytes, rows beyond 2^32 elements, 70,0
 threads      eight host threads, each on a stream of its own
 border       flash_mla's interface
 stale        a plan whose lengths have changed: requests that kept theirs keep their bits, and the plan stays usable
-sanitize     compute-sanitizer's four tools over the smallest cases
+sanitize     compute-sanitizer's four tools over the smallest cases; sanitize_more, if asked for: rings that wrap, one block of
+             64 rows, e4m3 queries
 faults       what goes wrong on purpose: the sections of reliability_sections.py, each in a process of its own
 soak         random calls for a while: nothing drifts, leaks or goes unexplained
 host         time from the Python call to the launch
@@ -54,7 +55,7 @@ from decode_items import (
     listed_items,
     same_bits,
 )
-from decode_machine import FAULTS, TOOLS, faults, host, modes, sanitize, smallest, soak
+from decode_machine import FAULTS, TOOLS, faults, host, modes, more, sanitize, smallest, soak
 from hostile_sections import SUBJECTS, hostile, poison
 from sparse_sections import gather, plain, sparse, sparse_fuzz, sparse_graphs
 
@@ -492,18 +493,18 @@ SECTIONS: dict[str, Callable[..., list[Item]]] = {
         ("hostile", hostile, 10), ("poison", poison, 5), ("repeats", repeats, 2), ("graphs", graphs, 5),
         ("sparse_graphs", sparse_graphs, 3), ("big", big, 3), ("sparse_big", sparse_big, 3), ("plans", plans, 1),
         ("threads", threads, 1), ("border", border, 2), ("stale", stale, 2), ("host", host, 2), ("modes", modes, 1),
-        ("smallest", smallest, 2),
+        ("smallest", smallest, 2), ("more", more, 2), ("sanitize_more", lambda setup: sanitize(setup, "more"), 1),
     )
 }  # fmt: skip
-DEFAULT = tuple(name for name in SECTIONS if name != "smallest")
+DEFAULT = tuple(name for name in SECTIONS if name not in ("smallest", "more", "sanitize_more"))
 # Processes that share the device, by what they are for: (sections, how many). What an item of `programs` starts is a process
 # of its own; `hostile` has one for each kernel. The items of every section are dealt over the processes of its lane.
 LANES: dict[str, tuple[tuple[str, ...], int]] = {
     "soak": (("soak",), 1),
-    "programs": (("faults", "sanitize"), 6),
+    "programs": (("faults", "sanitize", "sanitize_more"), 6),
     "calls": (
         ("big", "sparse_big", "repeats", "gather", "plans", "threads", "border", "stale", "sparse", "poison", "invariance",
-         "graphs", "sparse_graphs", "codes", "matrix", "sparse_fuzz", "fuzz", "smallest"),
+         "graphs", "sparse_graphs", "codes", "matrix", "sparse_fuzz", "fuzz", "smallest", "more"),
         7,
     ),
     "hostile": (("hostile",), len(SUBJECTS)),

@@ -370,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = {
             "soak": options.soak + LONG_SECONDS,
             "sanitize": LONG_SECONDS,
+            "sanitize_more": LONG_SECONDS,
             "faults": LONG_SECONDS,
             "modes": LONG_SECONDS,
         }

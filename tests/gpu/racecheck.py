@@ -15,7 +15,9 @@ _STORES = (
     "lanes store, the warp meets, one lane arrives: an order that only a warp makes; it ends when every lane arrives, or the "
     "lane that arrives stores, as in decode_dense"
 )
-_READS = "lanes read, the warp meets, one lane arrives, and a copy overwrites what was read: the same order the other way round"
+_READS = (
+    "lanes read, the warp meets, one lane arrives, and what was read is overwritten: the same order the other way round"
+)
 UNTIL = "2027-01-31"
 # (kernel, instruction that writes, instruction that reads) -> (places, reason). More places, another kernel, other
 # instructions or a day after UNTIL fail.
@@ -25,12 +27,20 @@ WAIVED = {
     ("prefill_sparse", "LDGSTS", "LDSM"): (256, _READS),
     ("decode_dense_small", "STS", "LDS"): (12, _STORES),  # zeros for rows that are not there
     ("decode_dense_small", "STS", "LDSM"): (48, _STORES),
+    ("decode_dense_small", "UBLKCP", "LDSM"): (48, _READS),  # rows of a byte cache into the ring, where it wraps
+    ("decode_dense_small", "UBLKCP", "LDS"): (48, _READS),  # their scales
+    ("decode_fp8", "STS", "LDS"): (24, _READS),  # factors of O, and whether they are needed
 }
 
-Place = tuple[str, int, int]  # kernel, where it writes, where it reads
-Opcodes = Callable[[str], list[dict[int, str]]]  # kernel -> of each of its binaries: address -> instruction
+Place = tuple[str, int, int]  # a kernel's symbol, where it writes, where it reads
+Opcodes = Callable[[str], list[dict[int, str]]]  # symbol -> of each binary that has it: address -> instruction
 
 _ACCESS = re.compile(r"(Write|Read) access at (\S+)\+(0x[0-9a-f]+)")
+
+
+def kernel_of(symbol: str) -> str:
+    """The folder of a kernel, from its symbol."""
+    return re.sub(r".*openmlabackendscute(\w+?)kernel.*", r"\1", symbol)
 
 
 def places(text: str) -> set[Place] | None:
@@ -42,12 +52,12 @@ def places(text: str) -> set[Place] | None:
     found: set[Place] = set()
     for block in blocks:
         accesses = _ACCESS.findall(block)
-        kernels = {re.sub(r".*openmlabackendscute(\w+?)kernel.*", r"\1", kernel) for _, kernel, _ in accesses}
+        symbols = {symbol for _, symbol, _ in accesses}
         writes = [int(at, 16) for kind, _, at in accesses if kind == "Write"]
         reads = [int(at, 16) for kind, _, at in accesses if kind == "Read"]
-        if len(kernels) != 1 or not writes or not reads or len(accesses) < block.count(" access at "):
+        if len(symbols) != 1 or not writes or not reads or len(accesses) < block.count(" access at "):
             return None
-        found |= {(kernel, write, read) for kernel in kernels for write in writes for read in reads}
+        found |= {(symbol, write, read) for symbol in symbols for write in writes for read in reads}
     return found
 
 
@@ -60,13 +70,13 @@ def waived(text: str, today: str, opcodes: Opcodes) -> tuple[dict[str, str], lis
         return {}, [f"the waivers ended on {UNTIL}"]
     counted: dict[tuple[str, str, str], int] = {}
     unknown = []
-    for kernel, write, read in sorted(found):
-        binaries = opcodes(kernel)
+    for symbol, write, read in sorted(found):
+        kernel, binaries = kernel_of(symbol), opcodes(symbol)
         kinds = {(each.get(write, "?"), each.get(read, "?")) for each in binaries}
         known = [(kernel, *pair) for pair in kinds if (kernel, *pair) in WAIVED]
-        if len(known) == 1:  # the other binaries of that kernel hold something else at these addresses
-            counted[known[0]] = counted.get(known[0], 0) + 1
-        else:
+        for key in known:  # variants share a symbol: the others hold something else there, or count, too
+            counted[key] = counted.get(key, 0) + 1
+        if not known:
             unknown.append(f"{kernel}+{write:#x} and +{read:#x}: {sorted(kinds)}")
     unknown += [f"{key}: {n} places, {WAIVED[key][0]} are known" for key, n in counted.items() if n > WAIVED[key][0]]
     said = {
@@ -77,10 +87,11 @@ def waived(text: str, today: str, opcodes: Opcodes) -> tuple[dict[str, str], lis
 
 
 @cache
-def of_the_bundle(kernel: str) -> list[dict[int, str]]:
-    """The instructions of a kernel's binaries in OPENMLA_AOT_DIR; nothing where there is no bundle."""
+def of_the_bundle(symbol: str) -> list[dict[int, str]]:
+    """The instructions of the binaries in OPENMLA_AOT_DIR that have a kernel of this symbol; nothing without a bundle."""
     from openmla.backends.cute.toolchain import disassemble
 
+    kernel = kernel_of(symbol)
     # A kernel in a folder of another one's ("decode_sparsepair") lies in that one's library.
     libraries = [
         each for each in Path(os.environ.get("OPENMLA_AOT_DIR", "none")).glob("*.so") if kernel.startswith(each.stem)
@@ -89,6 +100,8 @@ def of_the_bundle(kernel: str) -> list[dict[int, str]]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for binary in device_binaries(library.read_bytes()) if library is not None else ():
+            if symbol.encode() not in binary:
+                continue
             path = Path(folder, "kernel.cubin")
             path.write_bytes(binary)
             lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_]+)", disassemble(path), re.M)

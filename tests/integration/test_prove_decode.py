@@ -30,7 +30,7 @@ def scripts(monkeypatch):
         ("matrix", (0, 57)), ("fuzz", (3, 4, 5)), ("repeats", (6,)), ("graphs", (0, 9, 12, 23)), ("invariance", (1,)),
         ("big", (1, 4, 5)), ("border", (1,)), ("stale", (0, 3)), ("host", (0,)), ("sparse", (0,)), ("gather", (0, 25)), ("codes", (0, 5)),
         ("sparse_fuzz", (1, 2, 5)), ("sparse_graphs", (0, 9)), ("sparse_big", (0, 1)), ("threads", (0,)), ("poison", (3, 17, 30)),
-        ("hostile", (0, 1, 255, 319)), ("smallest", (1, 5, 6, 10, 11, 12, 13)),
+        ("hostile", (0, 1, 255, 319)), ("smallest", (1, 5, 6, 10, 11, 12, 13)), ("more", (3, 5)),
     ],
 )  # fmt: skip
 def test_a_section_passes_on_the_cpu_backend(scripts, section, numbers):
@@ -53,7 +53,7 @@ def run(prove, items):
     return record
 
 
-@pytest.mark.parametrize("section", ["plans", "sanitize", "faults", "soak", "modes"])
+@pytest.mark.parametrize("section", ["plans", "sanitize", "sanitize_more", "faults", "soak", "modes"])
 def test_what_cannot_run_here_says_why(scripts, section):
     prove, sections = scripts
     items = sections.SECTIONS[section](sections.Setup("torch", "cpu"), only=0)
@@ -174,7 +174,7 @@ def test_only_races_that_are_known_are_waived_and_not_for_ever(scripts):
         lines.append(
             f"========= RACECHECK SUMMARY: {len(races) if shown is None else shown} hazards displayed (9 errors)"
         )
-        return racecheck.waived("\n".join(lines), day, binaries.__getitem__)
+        return racecheck.waived("\n".join(lines), day, lambda symbol: binaries[racecheck.kernel_of(symbol)])
 
     known = [race("prefill_sparse", 0x100, 0x500), race("prefill_sparse", 0x300, 0x700, 0x710, 0x720)]
     said, unknown = judged(*known)
