@@ -7,10 +7,10 @@ Each section is at most `--seconds` long and runs in processes of its own: most 
 per item, so `--jobs` of them share the items (`times` has one). Correctness is the tolerance rule against the fp64
 oracle (append: equal bytes; gradients: autograd in fp64). `docs` takes the first mod of docs/mods.md from that page and
 runs it in all three backends. `kernels` draws hostile cases for the Triton kernels. `cute` runs mods in the Hopper
-kernels; it, `docs` and `times` need CuTe DSL or a bundle that holds them: `bundle DIR` makes one, anywhere. `times` has
-what the suite `portable` cannot say; `figures` runs both, behind a rehearsal that compiles all kernels side by side, and
-holds them against the bars of issue 5. One JSON line per
-item; exit status 0 when all passed.
+kernels; it, `docs`, `times` and `figures` need CuTe DSL or a bundle that holds them: `bundle DIR` makes one, anywhere, `bundle DIR
+soft_cap` one for `figures`. `times` has
+what the suite `portable` cannot say; `figures` takes from both what has a bar, in well below a minute, and holds it against
+the bar (portable_figures.py). One JSON line per item; exit status 0 when all passed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from portable_figures import figures, parts
 from portable_mods import CUTE_MODS, decode_arguments, mod_of_the_page, to
-from portable_times import BARS, REHEARSAL, Item, section_times
+from portable_times import Item, section_times
 
 import openmla
 from openmla.core.errors import UnsupportedError
@@ -288,29 +289,36 @@ SECTIONS: dict[str, Callable[[str], Iterator[Item]]] = {
 }  # fmt: skip
 
 
-def make_bundle(folder: Path) -> None:
-    """The Hopper kernels of the sections `cute`, `docs` and `times`, for machines without CuTe DSL; no GPU needed."""
+def make_bundle(folder: Path, names: list[str]) -> None:
+    """The Hopper kernels of the sections `cute`, `docs` and `times`, for machines without CuTe DSL; no GPU needed.
+
+    names: of CUTE_MODS: only what 128 heads need, plain and with each of these.
+    """
     from openmla.backends.cute import bundle, decode
 
-    wanted = {"dtype": "bf16", "d_qk": 576, "page_size": 64}
-    families = decode.families([form_of(given) for given in (*CUTE_MODS.values(), [mod_of_the_page()])])
-    chosen = {
-        name: (
-            [v for v in families[name][0] if all(getattr(v, k, x) == x for k, x in wanted.items())],
-            families[name][1],
-        )
-        for name in ("schedule", "combine", "decode_dense_merge", "decode_dense_small", "decode_dense")
-    }
+    given = [CUTE_MODS[name] for name in names] or [*CUTE_MODS.values(), [mod_of_the_page()]]
+    wanted = {"dtype": "bf16", "d_qk": 576, "page_size": 64} | ({"cluster": 2, "is_exchanged": False} if names else {})
+    families, chosen = decode.families([form_of(each) for each in given]), {}
+    for name in ("schedule", "combine", "decode_dense_merge", "decode_dense_small", "decode_dense"):
+        variants, build = families[name]
+        if not names or name != "decode_dense_small":
+            chosen[name] = ([v for v in variants if all(getattr(v, k, x) == x for k, x in wanted.items())], build)
     bundle.build(folder, chosen, lambda line: print(line, flush=True))
+
+
+def where(device: str) -> dict[str, str]:
+    """What a row says of the machine and the moment."""
+    card = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    return {"device": card, **versions, "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
 
 
 def run_section(name: str, device: str, share: int, jobs: int) -> int:
     """Every item of one section that is `share` modulo `jobs`, a line each; the number that failed."""
     failed = 0
-    where = {"device": torch.cuda.get_device_name() if device != "cpu" else "cpu", "torch": torch.__version__}
-    where |= {"triton": importlib.metadata.version("triton"), "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    facts = where(device)
     for item, check in itertools.islice(SECTIONS[name](device), share, None, jobs):
-        row: dict[str, Any] = {"section": name, "item": item.strip(), **where}
+        row: dict[str, Any] = {"section": name, "item": item.strip(), **facts}
         try:
             row |= {"passed": True, **check()}
         except Exception as error:  # what one item raises must not hide the others
@@ -332,10 +340,13 @@ def main() -> int:
     parser.add_argument("--here", type=int, metavar="SHARE", help="in this process, and only this share of the items")
     args = parser.parse_args()
     if args.sections[:1] == ["bundle"]:
-        make_bundle(Path(args.sections[1]))
+        make_bundle(Path(args.sections[1]), args.sections[2:])
         return 0
     if args.sections == ["figures"]:
-        return figures(args)
+        if args.here is not None:
+            parts()[args.here]()
+            return 0
+        return figures(args.out, own=[sys.executable, __file__, "figures", "--here"], where=where("cuda"))
     if args.here is not None:
         return int(sum(run_section(name, args.device, args.here, args.jobs) for name in args.sections) > 0)
     lines, status = [], 0
@@ -355,36 +366,13 @@ def main() -> int:
     return int(status)
 
 
-def figures(args: argparse.Namespace) -> int:
-    """The suite `portable`, then the section `times`; rows of both beside `--out`, and each bar with what was measured."""
-    run_processes("times", args, rehearse=True)
-    suite_rows = args.out.with_suffix(".suite.jsonl") if args.out else None
-    suite = [sys.executable, "-m", "openmla", "bench", "--suite", "portable", "--backend", "triton", "--seconds", "0.6"]
-    status = subprocess.run([*suite, *(["--out", str(suite_rows)] if suite_rows else [])], check=False).returncode
-    rows, texts, is_fine = run_processes("times", args)
-    for text in texts:
-        print(text[-1500:], flush=True)
-    if args.out:
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, value, bar, is_least in BARS:
-        found = next((value(row) for row in rows if value(row) is not None), None)
-        holds = found is not None and (found >= bar if is_least else found <= bar)
-        print(f"{'holds ' if holds else 'MISSED'} {name}: {found}, bar {'>=' if is_least else '<='} {bar}", flush=True)
-        status |= not holds
-    return int(status or not is_fine)
-
-
-def run_processes(
-    name: str, args: argparse.Namespace, *, rehearse: bool = False
-) -> tuple[list[dict[str, Any]], list[str], bool]:
+def run_processes(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str], bool]:
     """(rows, what processes that broke off said, whether none did) of one section."""
-    jobs = 1 if name == "times" and not rehearse else args.jobs
+    jobs = 1 if name == "times" else args.jobs
     own = [sys.executable, __file__, name, "--device", args.device, "--jobs", str(jobs), "--here"]
     deadline = time.monotonic() + args.seconds
     # The oracle's threads of all processes together, no more than there are cores.
     environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))}
-    if rehearse:
-        environment[REHEARSAL] = "1"
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * jobs)]
         running = [
