@@ -207,6 +207,33 @@ def test_the_rule_for_fp8_tensor_cores():
     assert "HARD" in report(weights.index_fill(1, torch.arange(16), 0)).broken
 
 
+WORST = torch.full((512,), 1.0625 / 16).double().index_fill(0, torch.tensor(0), 1.0)  # between two e4m3 numbers
+SPREAD = torch.linspace(-3, 3, 512).double().exp()
+
+
+@pytest.mark.parametrize(
+    ("weights", "least", "most", "of_own_sum"),
+    [(WORST, 0.05, 0.06, 0.002), (SPREAD, 0.001, 0.002, 0.002), (SPREAD**4, 0.003, 0.005, 0.005)],
+)
+def test_what_one_e4m3_number_per_weight_would_cost(weights, least, most, of_own_sum):
+    """2^-4 of each weight, and the same of the output where they err alike; two numbers keep 2^-8 of each."""
+    values = torch.randn(512, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 1
+    scaled = 256 * weights[None] / weights.max()
+    golden, sizes = scaled @ values / scaled.sum(), scaled @ values.abs() / scaled.sum()
+    one, (two, total) = encode_e4m3(scaled).double(), two_terms(weights[None])
+    step = 2.0**-10 * values.abs().sum(0) / total  # half of e4m3's smallest
+    assert bool(((one @ values / total - golden).abs() <= 2.0**-4 * sizes + step).all())
+    assert bool(((two @ values / total - golden).abs() <= 2.0**-8 * sizes + step).all())
+
+    def relative(out):
+        return float((out - golden).norm() / golden.norm())
+
+    assert least <= relative(one @ values / total) <= most
+    assert relative(two @ values / total) <= 2.0**-12
+    # Divided by the sum of what was multiplied instead: what all weights have in common cancels.
+    assert relative(one @ values / one.sum()) <= of_own_sum
+
+
 def test_a_suite_measures_it():
     from openmla.core.target import Target
     from openmla.lab import gate, peers, roofline, workload
