@@ -53,7 +53,12 @@ def test_variant_compiles_within_budget(config, tmp_path):
     assert resources.sass["WARPGROUP"] <= BUDGET["warpgroup_instructions"], resources
     # four rows of every slice per lane, once for Q and once for a tile; with q_late the half of a first tile once more
     assert resources.sass["LDGSTS"] == 2 * 4 * config.q_slices + 16 * config.q_late, resources
-    roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", disassemble(compiled.cubin_path))
+    sass = disassemble(compiled.cubin_path)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, flags=re.MULTILINE)
+    places = [place for place, text in enumerate(opcodes) if "HGMMA" in text]
+    if config.split or (config.form, config.d_qk) == ("rows", 512):  # the others are slower for it, all the same
+        assert places[config.d_qk // 16 - 1] - places[0] <= BUDGET["scores_instructions"]
+    roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", sass)
     assert sorted(int(value, 16) for value in roles) == sorted(gather.ROLES.values())
 
 
@@ -92,6 +97,20 @@ def test_eight_lanes_copy_128_bytes_of_one_row():
 # ---------------------------------------------------------------------- what it takes
 
 
+@pytest.mark.parametrize("topk", [1, 64, 65, 500, 2048, 16384])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 33, 65, 66, 200])
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_lists_are_cut_where_tokens_do_not_fill_the_machine(topk, tokens, h_q):
+    problem = replace(DECODE, batch=tokens, s_q=1, total_q=tokens, h_q=h_q, topk=topk)
+    splits, chunk = gather.pieces(problem, H100)
+    ctas = tokens * gather.row_blocks(problem)
+    assert chunk % 64 == 0 and splits * chunk >= topk > (splits - 1) * chunk  # no piece is empty
+    assert splits == 1 or ctas * splits <= H100.num_sms
+    assert (splits == 1) == (ctas >= H100.num_sms // 2 or topk <= 128)
+    assert gather._variant(problem, H100).split == (splits > 1)
+    assert gather.num_parts(problem, H100) <= tokens * splits
+
+
 @pytest.mark.parametrize("h_q", [1, 8, 64, 128, 200])
 @pytest.mark.parametrize("d_qk", [576, 512])
 def test_supported_problems_get_a_variant_that_is_built(h_q, d_qk, checked):
@@ -123,7 +142,6 @@ def test_a_variant_that_no_gpu_has_run_is_refused(monkeypatch):
         (replace(PREFILL, s_kv=2**26), "bytes"),
         (replace(DECODE, layout=kv_layout("fp8_656")), "fp8_656"),
         (replace(DECODE, extra=ExtraKV(DECODE.layout, 64, 10, 512)), "second cache"),
-        (replace(DECODE, batch=1, total_q=2), "split"),
     ],
 )
 def test_refusal_names_the_reason(problem, word, checked):
@@ -136,7 +154,10 @@ def test_other_machines_are_refused_with_their_name(checked):
 
 
 def test_names_tell_variants_apart():
-    assert len({config.name for config in (*BUILT, gather.Config(gate_left=18), gather.Config(fence="joint"))}) == 6
+    assert (
+        len({config.name for config in (*BUILT, gather.Config(gate_left=18), gather.Config(fence="joint"))})
+        == len(BUILT) + 2
+    )
 
 
 # ---------------------------------------------------------------------- the four verbs, with a function that looks
@@ -170,8 +191,9 @@ def test_the_kernel_gets_a_scale_above_zero_and_the_same_scores(scale):
     seen = Recorded()
     operands = prefill_operands(scale=scale)
     gathered.SPARSE_PREFILL.launch(gathered.Compiled(gather.Config(), 5, seen), PREFILL, operands, None)
-    assert seen.rest[-1] > 0
-    assert torch.equal(seen.q.float() * seen.rest[-1], operands.q.float() * scale)
+    given = seen.rest[6]  # behind it: how lists are cut
+    assert given > 0
+    assert torch.equal(seen.q.float() * given, operands.q.float() * scale)
 
 
 def test_tensors_that_16_byte_copies_cannot_read_are_copied_and_out_is_written_back():
@@ -207,6 +229,30 @@ def test_a_length_per_request_serves_all_of_its_tokens(lengths, want):
     gathered.SPARSE_DECODE_ROWS.launch(gathered.Compiled(gather.Config("pages"), 6, seen), DECODE, operands, None)
     assert seen.length.tolist() == want
     assert seen.q.shape == (6, 4, 576) and bool((operands.out == 2).all())
+
+
+@pytest.mark.parametrize("is_varlen", [False, True])
+def test_pieces_are_merged_per_request(is_varlen):
+    """The kernel gets every piece of every token as [request, piece, token]; the merge gets the sink, the kernel none."""
+    batch, s_q, splits = (6, 1, 3) if is_varlen else (2, 3, 3)
+    seen, merged = Recorded(), []
+    operands = decode_operands(attn_sink=torch.randn(4))
+    if is_varlen:
+        operands = operands._replace(
+            q=operands.q.flatten(0, 1), out=operands.out.flatten(0, 1), indices=operands.indices.flatten(0, 1),
+            lse=torch.zeros(4, 6),
+        )  # fmt: skip
+    config = replace(gather.Config("pages"), split=True)
+    compiled = gathered.Compiled(config, 6, seen, (splits, 64), lambda *given: merged.append(given))
+    gathered.SPARSE_DECODE_ROWS.launch(compiled, DECODE, operands, None)
+    assert seen.out.shape == (6 * splits, 4, 512) and seen.out.dtype == torch.float32
+    assert seen.rest[5] == 0 and seen.rest[7:] == (splits, 64, s_q)
+    (partial, lse2, num_splits, out, lse, sink, h_kv, has_sink), *others = merged
+    assert not others and (h_kv, has_sink) == (1, 1) and sink is operands.attn_sink
+    assert partial.shape == (batch * splits, s_q * 4, 512) and lse2.shape == (batch * splits, s_q * 4)
+    assert num_splits.tolist() == [splits * x for x in range(batch + 1)]
+    assert out.shape == (batch, s_q, 4, 512) and lse.shape == (batch, 4, s_q)
+    assert out.data_ptr() == operands.out.data_ptr() and lse.data_ptr() == operands.lse.data_ptr()
 
 
 def test_an_output_whose_tokens_are_not_evenly_spaced_is_written_back():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,8 +133,8 @@ def gate():
 
 
 @cache
-def ptx(form: str = "rows", d_qk: int = 576) -> str:
-    config = gather.variant(form, d_qk)
+def ptx(form: str = "rows", d_qk: int = 576, split: bool = False) -> str:
+    config = replace(gather.variant(form, d_qk), split=split)
     with TemporaryDirectory() as folder:
         build(config, Path(folder))
         return (Path(folder) / f"{config.name}.ptx").read_text()
@@ -142,11 +143,12 @@ def ptx(form: str = "rows", d_qk: int = 576) -> str:
 class Emulated:
     """What `launch` calls: the kernel's arguments, packed as its host code packs them."""
 
-    def __init__(self, text: str) -> None:
-        self.program = parse(text)
+    def __init__(self, text: str, is_split: bool = False) -> None:
+        self.program, self.is_split = parse(text), is_split
 
     def __call__(
-        self, q, kv, indices, topk_length, sink, out, lse, max_logits, fault, parts, has_length, has_sink, scale
+        self, q, kv, indices, topk_length, sink, out, lse, max_logits, fault, parts, has_length, has_sink, scale,
+        *cut,
     ):  # fmt: skip
         memory = Memory()
 
@@ -159,7 +161,7 @@ class Emulated:
             free(q, (2,), (2,)), free(kv, (2,), (2,)), free(indices, (), (1,)), free(topk_length), free(sink),
             free(out, (2,), (2,)), free(lse), free(max_logits), free(fault, (0,), (0,)),
             *(np.array([x], np.int32).tobytes() for x in (parts, has_length, has_sink)),
-            np.array([scale], np.float32).tobytes(), *(np.array([x], np.int32).tobytes() for x in steps),
+            np.array([scale], np.float32).tobytes(), *(np.array([x], np.int32).tobytes() for x in (*(cut if self.is_split else ()), *steps)),
         ]  # fmt: skip
         assert len(self.program.params) >= len(values)  # behind these: what is part of the type
         cta = GatherCta(
@@ -171,10 +173,10 @@ class Emulated:
         memory.read_back()
 
 
-def verdict(text: str, form: str, *args, **options):
+def verdict(text: str, form: str, *args, name: str = "kernel", **options):
     """(passed, words, fault word) of one case."""
     case = gate().case("emulated", form, *args, parts=options.pop("parts", 1), **options)
-    gate().run({"kernel": Emulated(text)}, "kernel", case)
+    gate().run({name: Emulated(text, "_split_" in name)}, name, case)
     return *gate().judged(case), case.operands.fault_word.item()
 
 
@@ -208,6 +210,17 @@ def test_slots_of_pages(d_qk):
     passed, words, fault = verdict(
         ptx("pages", d_qk), "pages", 3, 8, 100, d_qk=d_qk, page_size=7, hostile=0.2, sink=-float("inf")
     )
+    assert passed, words
+    assert fault == 8
+
+
+@pytest.mark.parametrize("d_qk", [576, 512])
+def test_lists_in_pieces(d_qk):
+    """Four tokens of two requests; pieces that are whole, cut short by a length, and empty."""
+    passed, words, fault = verdict(
+        ptx("pages", d_qk, True), "pages", 4, 8, 300, name="_split_", d_qk=d_qk, page_size=7, hostile=0.2, sink=1.0,
+        lengths=[300, 0, 129, 250], parts=5,
+    )  # fmt: skip
     assert passed, words
     assert fault == 8
 

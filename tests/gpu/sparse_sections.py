@@ -46,7 +46,7 @@ def sparse(setup: Setup) -> Made:
 
 
 def gather(setup: Setup) -> Made:
-    """The cases of prefill_sparse.py through the public calls: rows, and bf16 pages where tokens fill the card."""
+    """The cases of prefill_sparse.py through the public calls: rows, and bf16 pages, most of them with lists in pieces."""
     prefill_sparse.CUDA = setup.device
 
     def run(build: Callable[[], Any]) -> Callable[[Setup], dict[str, Any]]:
@@ -57,7 +57,6 @@ def gather(setup: Setup) -> Made:
         for form in ("rows", "pages")
         for d_qk in (576, 512)
         for title, build in prefill_sparse.cases(form, d_qk)
-        if form == "rows" or title in ("many tokens", "long lists")
     ]
 
 

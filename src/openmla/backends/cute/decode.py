@@ -28,7 +28,6 @@ from openmla.backends.cute.decode_dense_small.launch import launch as launch_sma
 from openmla.backends.cute.decode_fp8 import config as coded
 from openmla.backends.cute.decode_fp8.launch import launch as launch_coded
 from openmla.backends.cute.decode_sparse import config as sparse
-from openmla.backends.cute.gathered import build_gather
 from openmla.backends.cute.inline import inlined, refusals
 from openmla.backends.cute.prefill_sparse import config as gather
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
@@ -117,6 +116,13 @@ def build_coded(config: coded.Config, folder: Path) -> CompiledObject:
 def build_sparse(config: sparse.Config, folder: Path) -> CompiledObject:
     """Compile one variant of decode_sparse. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_sparse.launch import build
+
+    return build(config, folder)
+
+
+def build_gather(config: gather.Config, folder: Path) -> CompiledObject:
+    """Compile one variant of prefill_sparse. Needs the DSL, no GPU."""
+    from openmla.backends.cute.prefill_sparse.launch import build
 
     return build(config, folder)
 

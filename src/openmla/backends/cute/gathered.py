@@ -1,23 +1,23 @@
-"""The gathering kernel over bf16 rows behind the four verbs, twice: sparse prefill, and sparse decode that needs no split.
+"""The gathering kernel over bf16 rows behind the four verbs, twice: sparse prefill, and sparse decode over bf16 caches.
 
-A call is one launch. Nothing is planned and nothing waits for the device, so a CUDA graph holds all of it after one warm
-call.
+A call is one launch, or two where the lists of a small batch are cut into pieces. The cut depends on shapes alone, and
+nothing waits for the device, so a CUDA graph holds all of it after one warm call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from openmla.backends.base import SparseDecodeOperands, SparsePrefillOperands, Verdict
 from openmla.backends.cute import bundle
+from openmla.backends.cute.decode import CombineVariant, build_combine, build_gather
 from openmla.backends.cute.prefill_sparse import config as gather
-from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_prefill
-from openmla.backends.cute.toolchain import CompiledObject
+from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_prefill, launch_split
 from openmla.core.errors import ProblemError
 from openmla.core.problem import SparseDecodeProblem, SparsePrefillProblem
 from openmla.core.target import Target
@@ -30,25 +30,42 @@ class Compiled:
     config: gather.Config
     parts: int
     function: Any
+    pieces: tuple[int, int] = (1, 0)  # of every list: how many, keys of each
+    combine: Any = None  # for several
 
 
-def build_gather(config: gather.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of prefill_sparse. Needs the DSL, no GPU."""
-    from openmla.backends.cute.prefill_sparse.launch import build
+@lru_cache(maxsize=256)
+def _num_splits(device: torch.device, batch: int, splits: int) -> torch.Tensor:
+    """int32 [batch + 1]: pieces before each request; kept, so that a CUDA graph may hold it."""
+    return torch.tensor([splits * request for request in range(batch + 1)], dtype=torch.int32, device=device)
 
-    return build(config, folder)
+
+def _merge(problem: SparseDecodeProblem) -> CombineVariant:
+    """Narrow columns where whole rows would leave SMs idle: fewer rows than four per SM of an H100."""
+    return CombineVariant("bf16", 128 if problem.total_q * problem.h_q < 4 * 132 else 512)
 
 
 def _supports(problem: gather.Problem, target: Target) -> Verdict:
     """The family's own rules, then whether its code can be had here."""
     verdict = gather.supports(problem, target)
-    return bundle.availability(gather.FAMILY, gather.configs(problem, target)[0]) if verdict else verdict
+    if not verdict:
+        return verdict
+    config = gather.configs(problem, target)[0]
+    needed: list[tuple[str, Any]] = [(gather.FAMILY, config)]
+    if config.split and isinstance(problem, SparseDecodeProblem):
+        needed.append(("combine", _merge(problem)))
+    return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
 
 
 def _compile(problem: gather.Problem, config: gather.Config, target: Target) -> Compiled:
-    """Load the function, compiling it if neither bundle nor cache has it."""
+    """Load the functions, compiling what neither bundle nor cache has."""
     served = bundle.serve(gather.FAMILY, config, lambda folder: build_gather(config, folder))
-    return Compiled(config, gather.num_parts(problem, target), served.function)
+    merge = None
+    if config.split and isinstance(problem, SparseDecodeProblem):
+        variant = _merge(problem)
+        merge = bundle.serve("combine", variant, lambda folder: build_combine(variant, folder)).function
+    cut = gather.pieces(problem, target)
+    return Compiled(config, gather.num_parts(problem, target), served.function, cut, merge)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -107,7 +124,7 @@ class SparsePrefill:
 
 @dataclass(frozen=True)
 class SparseDecodeRows:
-    """`prefill_sparse` over the slots of a paged bf16 cache: batches whose tokens fill the SMs without a split."""
+    """`prefill_sparse` over the slots of a paged bf16 cache; lists are cut where tokens do not fill the SMs."""
 
     op: str = field(default="sparse_decode", init=False)
     backend: str = field(default="cute", init=False)
@@ -128,7 +145,10 @@ class SparseDecodeRows:
     def launch(
         self, compiled: Compiled, problem: SparseDecodeProblem, operands: SparseDecodeOperands, plan: None
     ) -> None:
-        """One kernel; copies of q and out where their tokens are not evenly spaced by 16 bytes. The cache is never copied."""
+        """One kernel, or two with pieces; the cache is never copied.
+
+        Copies of q and out where their tokens are not evenly spaced by 16 bytes.
+        """
         cache = operands.kv_cache
         if not _is_aligned(cache):
             # Not seen by `supports`: a sparse problem does not say how a cache is aligned.
@@ -144,9 +164,28 @@ class SparseDecodeRows:
         if not _is_aligned(out) or (out.dim() == 4 and out.stride(0) != out.shape[1] * out.stride(1)):
             whole = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         direct = operands._replace(q=q, softmax_scale=scale, out=whole)
-        launch_decode(compiled.function, direct, compiled.parts)
+        if compiled.combine is None:
+            launch_decode(compiled.function, direct, compiled.parts)
+        else:
+            _launch_pieces(compiled, direct)
         if whole is not out:
             out.copy_(whole)
+
+
+def _launch_pieces(compiled: Compiled, operands: SparseDecodeOperands) -> None:
+    """Every piece of every list, then their merge."""
+    q, out, lse, sink = operands.q, operands.out, operands.lse, operands.attn_sink
+    if out.dim() == 3:
+        out, lse = out.unsqueeze(1), lse.T.unsqueeze(2)
+    (splits, chunk), (batch, s_q, heads) = compiled.pieces, out.shape[:3]
+    slots, rows = batch * splits, s_q * heads
+    out_accum = torch.empty((slots, rows, gather.D_V), dtype=torch.float32, device=q.device)
+    lse2_accum = torch.empty((slots, rows), dtype=torch.float32, device=q.device)
+    launch_split(compiled.function, operands, out_accum, lse2_accum, splits, chunk, compiled.parts)
+    compiled.combine(
+        out_accum, lse2_accum, _num_splits(q.device, batch, splits), out, lse,
+        lse2_accum[0] if sink is None else sink.contiguous(), 1, int(sink is not None),
+    )  # fmt: skip
 
 
 SPARSE_PREFILL = SparsePrefill()

@@ -34,7 +34,7 @@ Budget (checked by tests/compile/test_prefill_sparse.py against tests/compile/bu
 
 Synchronisation (mbarriers)
     full[slot]      producers -> scores (and, through P, values)   128 copies and 4 warps
-    empty[slot]     values (Q elements: scores) -> producers       4 warps of the half that reads it
+    empty[slot]     values (Q elements: scores) -> producers       4 warps of the half that reads it; with `split` its 128 lanes
     rope_full/empty, q_full/empty                                  as above
     p_full/empty[2] scores -> values / back                        4 warps / 8 warps
     go[half, 2]     scores -> values: the gates                    4 warps
@@ -109,14 +109,17 @@ class PrefillSparse:
         indices: cute.Tensor,  # int32 [tokens, topk]
         topk_length: cute.Tensor,  # int32 [tokens]; read only with has_length
         sink: cute.Tensor,  # fp32 [h_q]; read only with has_sink
-        out: cute.Tensor,  # bf16 [tokens, h_q, 512]
-        lse: cute.Tensor,  # fp32 [batch, h_q, tokens / batch], natural log
+        out: cute.Tensor,  # bf16 [tokens, h_q, 512]; with `split` fp32, of every piece
+        lse: cute.Tensor,  # fp32 [batch, h_q, tokens / batch], natural log; with `split` base 2
         max_logits: cute.Tensor,  # fp32 [tokens, h_q]; written in the form "rows"
         fault_word: cute.Tensor,  # int32 [1]
         parts: Int32,  # CTAs per block of 64 heads
         has_length: Int32,
         has_sink: Int32,
         scale: Float32,  # softmax_scale, above 0
+        splits: Int32,  # with `split`: pieces of a token's list, keys of each, tokens of a request
+        chunk: Int32,
+        per_request: Int32,
         stream: cuda.CUstream,
     ):
         cfg, dtype = self.config, cutlass.BFloat16
@@ -169,6 +172,7 @@ class PrefillSparse:
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
             q, kv, indices, topk_length, sink, out, lse, max_logits, fault_word, parts, has_length, has_sink, scale,
+            *((splits, chunk, per_request) if cfg.split else (None, None, None)),
             *(Int32(stride // 8) for stride in (q.stride[0], q.stride[1], kv.stride[0], kv.stride[1])), qk_first, qk_rs, qk_ss, pv, ring_layout, rope_layout, q_layout, p_layout,
         ).launch(
             grid=[cute.ceil_div(out.shape[1], 64), parts, 1],
@@ -193,6 +197,9 @@ class PrefillSparse:
         has_length: Int32,
         has_sink: Int32,
         scale: Float32,
+        splits: Int32 | None,  # these three: None without `split`
+        chunk: Int32 | None,
+        per_request: Int32 | None,
         token_step: Int32,  # 16 bytes each: of Q, of a cache
         head_step: Int32,
         page_step: Int32,
@@ -232,6 +239,7 @@ class PrefillSparse:
             fault_word=fault_word, parts=parts, has_length=has_length,
             has_sink=has_sink, scale=scale, scale_log2=scale * Float32(LOG2_E), tokens=out.shape[0], h_q=out.shape[1],
             token_step=token_step, head_step=head_step, page_step=page_step, row_step=row_step,
+            splits=splits, chunk=chunk, per_request=per_request,
             qk_first=qk_first, qk_rs=qk_rs, qk_ss=qk_ss, pv=pv,
             m_block=m_block, part=part,
             thread=tidx & 127, warp=warp_idx & 3, lane=cute.arch.lane_idx(), warp_idx=warp_idx,
@@ -241,7 +249,7 @@ class PrefillSparse:
             with cute.arch.elect_one():
                 for pointer_, count, copies in (
                     (c.full, 128 + 4, cfg.slots),
-                    (c.empty, 4, cfg.slots),
+                    (c.empty, 128 if cfg.split else 4, cfg.slots),
                     (c.rope_full, 128 + 4, 1),
                     (c.rope_empty, 4, 1),
                     (c.q_full, 128 + 4, 1),
@@ -277,11 +285,11 @@ class PrefillSparse:
     # ------------------------------------------------------------------ small steps that several roles share
 
     @cute.jit
-    def arrive(self, barrier: cutlass.Constexpr):
-        """One arrival of this warp."""
+    def arrive(self, barrier: cutlass.Constexpr, count: cutlass.Constexpr = 1):
+        """One arrival of this warp, or one for several."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(barrier)
+            cute.arch.mbarrier_arrive(barrier, arrive_count=count)
 
     @cute.jit
     def next_piece(self, c: cutlass.Constexpr, piece: Int32):
@@ -307,12 +315,30 @@ class PrefillSparse:
         if token >= c.tokens:
             own = Int32(0)
         elif c.has_length != 0:
-            asked = c.topk_length[token]
+            asked = c.topk_length[self.query_of(c, token)]
             own = cutlass.min(cutlass.max(asked, 0), own)
             if const_expr(reports):
                 if (own != asked) & (c.m_block == 0):
                     cute.arch.atomic_or(c.fault_word.iterator, Int32(FAULT_LENGTH))
+        if const_expr(self.config.split):
+            own = cutlass.min(cutlass.max(own - self.first_key(c, token), 0), c.chunk)
         return own
+
+    @cute.jit
+    def query_of(self, c: cutlass.Constexpr, token: Int32):
+        """The query token that a token of this kernel stands for: with `split`, tokens are [request, split, token]."""
+        if const_expr(self.config.split):
+            row = token // c.per_request
+            token += (row // c.splits - row) * c.per_request
+        return token
+
+    @cute.jit
+    def first_key(self, c: cutlass.Constexpr, token: Int32):
+        """Where in the list of its query token a token's keys begin."""
+        if const_expr(not self.config.split):
+            return Int32(0)
+        row = token // c.per_request
+        return (row - row // c.splits * c.splits) * c.chunk
 
     @cute.jit
     def describe(self, c: cutlass.Constexpr, piece: Int32, tiles: Int32, token: Int32):
@@ -333,7 +359,7 @@ class PrefillSparse:
         index = Int32(-1)
         position = tile * 64 + 16 * c.warp + (c.lane & 15)
         if position < length:
-            index = c.indices[token, position]
+            index = c.indices[self.query_of(c, token), self.first_key(c, token) + position]
         tile += 1
         if tile * 64 >= length:
             token += c.parts
@@ -457,7 +483,7 @@ class PrefillSparse:
     ):  # fmt: skip
         """This lane's four heads of a token, one after the other: all at once, their addresses would spill."""
         lane = cute.arch.shuffle_sync_bfly(c.lane, 0)  # stays where it is written, and so does what follows from it
-        base = self.start_of(c.g_q, lane_chunk(lane) * 16)
+        base, token = self.start_of(c.g_q, lane_chunk(lane) * 16), self.query_of(c, token)
         for i in cutlass.range_constexpr(4):
             head = c.m_block * 64 + 16 * c.warp + 4 * i + lane_row(lane)
             offset = Int32(NO_ROW)
@@ -659,7 +685,13 @@ class PrefillSparse:
                 cute.copy(load_a, thr_a.partition_S(c.s_ring[None, None, slot]), thr_a.retile(s.a_regs[e]))
                 # An arrival may overtake loads that wait behind the stores of an epilogue: let them finish first.
                 cute.arch.fence_view_async_shared()
-                self.arrive(c.empty + slot)
+                if const_expr(cfg.split):
+                    # Each lane for its own loads. Through a shuffle: with a lane's own address ptxas takes all of the ring's
+                    # places for such, and moves them back before every wgmma.
+                    place = cute.arch.shuffle_sync_bfly((c.empty + slot).toint(), 0)
+                    cute.arch.inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[place])
+                else:
+                    self.arrive(c.empty + slot)
                 slot, phase = self.next_slot(slot, phase)
             m0, m1, l0, l1 = Float32(NO_MAXIMUM), Float32(NO_MAXIMUM), Float32(0.0), Float32(0.0)
             x0, x1 = -Float32.inf, -Float32.inf  # the largest products of this thread's columns
@@ -735,6 +767,8 @@ class PrefillSparse:
                         cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
                     if const_expr(issued == cfg.gate_left):
                         self.arrive(left if is_now else c.go + buf)
+                    if const_expr(issued == cfg.spare):
+                        self.arrive(c.p_full + 2)  # nobody's; see Config.spare
                     if const_expr(issued == cfg.gate_right):
                         self.arrive(right if is_now else c.go + 2 + buf)
                     issued += 1
@@ -903,7 +937,8 @@ class PrefillSparse:
                 if l == 0.0:  # sees nothing; a NaN stays one
                     inverse, lse2 = Float32(0.0), -Float32.inf
                 if head < c.h_q:
-                    lse[request, head, token - request * lse.shape[2]] = lse2 * Float32(LN2)
+                    unit = Float32(1.0 if self.config.split else LN2)  # what is merged has base 2
+                    lse[request, head, token - request * lse.shape[2]] = lse2 * unit
                     if const_expr(self.config.form == "rows"):
                         # The maximum passes over NaN, the sum does not; it is NaN beside a score of +inf, too.
                         max_logits[token, head] = l if (l != l) & (x < Float32.inf) else x * c.scale
@@ -957,10 +992,10 @@ class PrefillSparse:
                     cute.gemm(pv, accs[1], a[None, None, k, buf], b[None, None, k, slot1], accs[1])
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)
-                self.arrive(c.empty + slot)
+                self.arrive(c.empty + slot, 32 if cfg.split else 1)
                 warpgroup.wait_group(0)
                 self.arrive(c.p_empty + buf)
-                self.arrive(c.empty + slot1)
+                self.arrive(c.empty + slot1, 32 if cfg.split else 1)
                 slot += 4
                 turn += 1 << 3
             if slot >= cfg.slots:
@@ -975,7 +1010,10 @@ class PrefillSparse:
             for side in cutlass.range_constexpr(2):
                 head = c.m_block * 64 + row0 + 8 * side
                 # Lanes exchange values, so all take part; those of heads behind the last do not store.
-                self.store_row(c.out[token, head, None], accs, c, half, side, head < c.h_q)
+                if const_expr(cfg.split):
+                    self.store_partial(c.out[token, head, None], accs, c, half, side, head < c.h_q)
+                else:
+                    self.store_row(c.out[token, head, None], accs, c, half, side, head < c.h_q)
             turn = turn & -8 | turn + 1 & 7
             tiles = self.next_piece(c, turn & 7)
 
@@ -995,6 +1033,22 @@ class PrefillSparse:
                 acc[i * 4 + 1] = acc[i * 4 + 1] * f0
                 acc[i * 4 + 2] = acc[i * 4 + 2] * f1
                 acc[i * 4 + 3] = acc[i * 4 + 3] * f1
+
+    @cute.jit
+    def store_partial(
+        self, line: cute.Tensor, accs: cutlass.Constexpr, c: cutlass.Constexpr, half: Int32,
+        side: cutlass.Constexpr, is_row: Boolean,
+    ):  # fmt: skip
+        """Half a row in fp32, 8 bytes at a time: the four lanes that share it store 32 adjacent bytes."""
+        quad = cute.arch.shuffle_sync_bfly(c.lane, 0) & 3  # as in store_row
+        base = (line.iterator + (half * 256 + quad * 2)).toint()
+        if is_row:
+            for h in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(16):
+                    cute.arch.inline_ptx(
+                        f"st.global.v2.f32 [{{$r0}} + {(h * 128 + i * 8) * 4}], {{{{$r1}}, {{$r2}}}};",
+                        read_only_args=[base, accs[h][i * 4 + 2 * side], accs[h][i * 4 + 2 * side + 1]],
+                    )
 
     @cute.jit
     def store_row(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from openmla.backends.base import SparseDecodeOperands, SparsePrefillOperands
 from openmla.backends.cute.prefill_sparse.config import Config
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
@@ -27,12 +29,12 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         fake_tensor(Int32, (None, None), stride=(None, 1), align=4),  # indices
         fake_tensor(Int32, (None,), stride=(None,), align=4),  # topk_length
         fake_tensor(Float32, (None,), stride=(None,), align=4),  # sink
-        fake_tensor(element, (None, None, 512), stride=(stride(), stride(), 1)),  # out
+        fake_tensor(Float32 if config.split else element, (None, None, 512), stride=(stride(), stride(), 1)),  # out
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),  # lse
         fake_tensor(Float32, (None, None), stride=(None, None), align=4),  # max_logits
         fake_tensor(Int32, (1,), align=4),  # fault_word
-        # parts, has_length, has_sink, scale
-        Int32(1), Int32(0), Int32(0), Float32(1.0),
+        # parts, has_length, has_sink, scale, splits, chunk, per_request
+        Int32(1), Int32(0), Int32(0), Float32(1.0), Int32(1), Int32(64), Int32(1),
         fake_stream(),
     )  # fmt: skip
 
@@ -57,7 +59,7 @@ def launch_prefill(function: Any, operands: SparsePrefillOperands, parts: int) -
         operands.q, operands.kv.transpose(0, 1), operands.indices[:, 0],
         operands.fault_word if length is None else length,
         operands.lse[0] if sink is None else sink, operands.out, operands.lse.unsqueeze(2), operands.max_logits,
-        operands.fault_word, parts, int(length is not None), int(sink is not None), operands.softmax_scale,
+        operands.fault_word, parts, int(length is not None), int(sink is not None), operands.softmax_scale, 1, 0, 1,
     )  # fmt: skip
 
 
@@ -70,18 +72,48 @@ def launch_decode(function: Any, operands: SparseDecodeOperands, parts: int) -> 
             and out step by multiples of 16 bytes, softmax_scale > 0, batch and s_q of q and out can be made one dimension.
         parts: CTAs per 64 heads, at most as many as query tokens.
     """
-    q, out, lse, indices = operands.q, operands.out, operands.lse, operands.indices
-    length, sink = operands.topk_length, operands.attn_sink
+    out, lse, sink = operands.out, operands.lse, operands.attn_sink
+    q, indices, length = _rows(operands)
+    out, lse = (out.flatten(0, 1), lse) if out.dim() == 4 else (out, lse.T.unsqueeze(2))
+    function(
+        q, operands.kv_cache[:, :, 0], indices, operands.fault_word if length is None else length,
+        lse[0, :, 0] if sink is None else sink, out, lse, lse[..., 0], operands.fault_word, parts,
+        int(length is not None), int(sink is not None), operands.softmax_scale, 1, 0, 1,
+    )  # fmt: skip
+
+
+def launch_split(
+    function: Any, operands: SparseDecodeOperands, out_accum: torch.Tensor, lse2_accum: torch.Tensor, splits: int,
+    chunk: int, parts: int,
+) -> None:  # fmt: skip
+    """Write the partial results of every piece of a sparse decode over a paged bf16 cache; the sink is the merge's.
+
+    Args:
+        function: the exported function of a variant with `split`.
+        operands: as in `launch_decode`.
+        out_accum: fp32 [batch * splits, s_q * h_q, 512].
+        lse2_accum: fp32 [batch * splits, s_q * h_q], base 2.
+        splits: pieces of each list.
+        chunk: keys of a piece, a multiple of 64.
+        parts: CTAs per 64 heads, at most as many as tokens and pieces.
+    """
+    q, indices, length = _rows(operands)
+    s_q, heads = (operands.q.shape[1] if operands.q.dim() == 4 else 1), q.shape[1]
+    lse = lse2_accum.view(-1, heads, 1)
+    function(
+        q, operands.kv_cache[:, :, 0], indices, operands.fault_word if length is None else length, lse[0, :, 0],
+        out_accum.view(-1, heads, 512), lse, lse[..., 0], operands.fault_word, parts, int(length is not None), 0,
+        operands.softmax_scale, splits, chunk, s_q,
+    )  # fmt: skip
+
+
+def _rows(operands: SparseDecodeOperands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(q, indices, lengths) with one leading dimension, query tokens."""
+    q, indices, length = operands.q, operands.indices, operands.topk_length
     if q.dim() == 4:
-        q, out, indices = (tensor.flatten(0, 1) for tensor in (q, out, indices))
-    else:
-        lse = lse.T.unsqueeze(2)
+        q, indices = q.flatten(0, 1), indices.flatten(0, 1)
     if length is not None:
         length = length.reshape(-1)
         if length.shape[0] != q.shape[0]:  # one per request
             length = length.repeat_interleave(q.shape[0] // length.shape[0])
-    function(
-        q, operands.kv_cache[:, :, 0], indices, operands.fault_word if length is None else length,
-        lse[0, :, 0] if sink is None else sink, out, lse, lse[..., 0], operands.fault_word, parts,
-        int(length is not None), int(sink is not None), operands.softmax_scale,
-    )  # fmt: skip
+    return q, indices, length
