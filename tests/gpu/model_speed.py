@@ -13,8 +13,9 @@ Each figure compares in one process, interleaved, medians of many runs, behind a
                    generate() stock and attached, on both caches; and in fp32 with few layers that tokens are equal
     steps          its decoding steps as a CUDA graph, beside the same without one, and stock
     experts        one layer of its experts, both of transformers' ways, by tokens (graphs on a GPU)
-    prefill_gate   openmla.prefill, even and uneven batches, both masks, queries without keys and offsets that are wrong, against
-                   the fp64 oracle under the tolerance rule; with FlashAttention 3 where it is installed, and without
+    flash3_gate    openmla.prefill by FlashAttention 3: even and uneven batches, both masks, queries without keys and offsets
+                   that are wrong, against the fp64 oracle under the tolerance rule
+    prefill_gate   the same without it
     prefill        openmla.prefill over expanded K and V, 192/128, causal, beside every engine that is installed, and once more
                    as if FlashAttention 3 were not
 
@@ -30,7 +31,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import openmla
+from openmla.core.problem import PrefillProblem
 from openmla.nn import MLA, MLAConfig, Pass
 
 SCALE = 192**-0.5
@@ -386,37 +388,55 @@ def prefill_checks(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> int
     return cases
 
 
-def prefill_gate(device: torch.device, small: bool) -> Row:
-    """Whether dense prefill is right, with FlashAttention 3 where it is installed, and without."""
+def flash3_gate(device: torch.device, small: bool) -> Row:
+    """Whether dense prefill by FlashAttention 3 is right, and whether that is what ran."""
     from openmla.backends.torch import fused
     from openmla.ops import dispatch
 
-    cases, stock, fused.IS_PROVED = {}, fused.FLASH3, True  # what this section is about to check
-    for has_flash3 in (True, False) if importlib.util.find_spec(stock) else (False,):
-        fused.FLASH3 = stock if has_flash3 else "not.installed"
-        dispatch.forget()
-        dtypes = (torch.bfloat16,) if small else (torch.bfloat16, torch.float16)
-        cases["flash 3" if has_flash3 else "without"] = prefill_checks(device, dtypes)
+    if not importlib.util.find_spec(fused.FLASH3):
+        return {"what": "dense_prefill_gate", "skipped": f"{fused.FLASH3} is not installed"}
+    fused.IS_PROVED = True  # what this section is about to check
+    dispatch.forget()
+    served, library = [], fused.attend_flash3
+    fused.attend_flash3 = lambda q, *rest: (served.append(q.dtype), library(q, *rest))[1]
+    count = prefill_checks(device, (torch.bfloat16,))
+    fused.attend_flash3 = library
+    # Each case ran twice. A gate that another kernel passed would say nothing.
+    assert len(served) == 2 * count, f"FlashAttention 3 ran {len(served)} times of {2 * count}"
+    return {"what": "dense_prefill_gate", "engine": "prefill_flash3", "cases_right": count, "dtypes": ["bfloat16"]}
+
+
+def prefill_gate(device: torch.device, small: bool) -> Row:
+    """Whether dense prefill is right without FlashAttention 3."""
+    from openmla.backends.torch import fused
+    from openmla.ops import dispatch
+
+    stock, fused.FLASH3 = fused.FLASH3, "not.installed"
+    dispatch.forget()
+    dtypes = (torch.bfloat16,) if small else (torch.bfloat16, torch.float16)
+    count = prefill_checks(device, dtypes)
     fused.FLASH3 = stock
-    return {"what": "dense_prefill_gate", "cases_right": cases}
+    return {"what": "dense_prefill_gate", "cases_right": count, "dtypes": [str(dtype)[6:] for dtype in dtypes]}
 
 
-def prefill(device: torch.device, small: bool) -> Row:
+def prefill(device: torch.device, small: bool) -> Iterator[Row]:
     """Dense prefill, what it takes beside the engines that could do the same."""
     from openmla.backends.torch import fused
     from openmla.ops import dispatch
 
     generator = torch.Generator(device).manual_seed(11)
-    rows, stock, fused.IS_PROVED = [], fused.FLASH3, True
+    stock, fused.IS_PROVED = fused.FLASH3, True
     shapes = ((1, 128, 4),) if small else ((1, 8192, 128), (4, 4096, 128), (8, 4096, 16), (1, 32768, 16))
     for has_flash3 in (True, False) if importlib.util.find_spec(stock) else (False,):
         fused.FLASH3 = stock if has_flash3 else "not.installed"
         dispatch.forget()
+        rows = []
         for batch, s, h in shapes:
             q, k, v = (
                 torch.randn(batch * s, h, d, generator=generator, device=device).bfloat16() for d in (192, 192, 128)
             )
             offsets = torch.arange(0, batch * s + 1, s, dtype=torch.int32, device=device)
+            problem = PrefillProblem.from_tensors(q, k, v, offsets, offsets, s, s, is_causal=True)
             engines = prefill_engines(q, k, v, offsets, batch, s, device)
             if not has_flash3:
                 engines.pop("flash 3", None)
@@ -432,13 +452,13 @@ def prefill(device: torch.device, small: bool) -> Row:
             best = min(others, key=others.__getitem__)
             flop = batch * h * s * (s + 1) / 2 * 2 * (192 + 128)
             rows.append({
-                "batch": batch, "s": s, "h": h, "has_flash3": has_flash3, **found, "best": best,
+                "batch": batch, "s": s, "h": h, "has_flash3": has_flash3, "engine": getattr(openmla.explain(problem).chosen, "kernel", None), **found, "best": best,
                 "tflops": {name: round(flop / us / 1e6, 1) for name, us in found["median_us"].items()},
                 "share_of_best": round(others[best] / found["median_us"]["openmla"], 3),
             })  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
+        yield {"what": "dense_prefill", "shape": "192/128 causal bf16", "rows": rows}
     fused.FLASH3 = stock
-    return {"what": "dense_prefill", "shape": "192/128 causal bf16", "rows": rows}
 
 
 def prefill_engines(
@@ -480,12 +500,13 @@ def prefill_engines(
     return engines
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[[torch.device, bool], Row | Iterator[Row]]] = {
     "prefix": prefix,
     "layer": layer,
     "transformers": generate,
     "experts": experts,
     "steps": steps,
+    "flash3_gate": flash3_gate,
     "prefill_gate": prefill_gate,
     "prefill": prefill,
 }
@@ -501,11 +522,13 @@ def main() -> None:
     device = torch.device(options.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     for name in options.section:
-        row = {**SECTIONS[name](device, options.small), "device": machine, "torch": torch.__version__}
-        print(json.dumps(row), flush=True)
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        found = SECTIONS[name](device, options.small)
+        for row in [found] if isinstance(found, dict) else found:
+            text = json.dumps({**row, "device": machine, "torch": torch.__version__})
+            print(text, flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(text + "\n")
 
 
 if __name__ == "__main__":

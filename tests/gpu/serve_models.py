@@ -164,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--case", nargs="*", help="of these names alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device, wrong = torch.device(options.device), 0
@@ -173,6 +174,8 @@ def main() -> int:
             for dtype, cases in ((torch.float32, exact), (torch.bfloat16, close)):
                 model, batch = build(family, device, dtype), prompts(device)
                 for name, case in cases(model, batch, family):
+                    if options.case and name not in options.case:
+                        continue
                     row: dict[str, Any] = {
                         "what": "serve_models",
                         "model": family,

@@ -146,6 +146,19 @@ def test_flash3_writes_every_row_whatever_offsets_say(flash3_by_hand, starts_q, 
         assert int(o.fault_word) == int(fault)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_flash3_gets_the_offsets_of_an_even_batch_whatever_was_given(flash3_by_hand, is_shared) -> None:
+    o = operands(3, 4, 4)
+    o = o._replace(cu_seqlens_k=o.cu_seqlens_q) if is_shared else o
+    golden = attention.prefill(*o[:5], softmax_scale=0.07, is_causal=True, with_bounds=True)
+    for wrong in (None, -9, 1 << 30):
+        if wrong is not None:
+            o.cu_seqlens_k[2] = wrong
+        FLASH3.launch(None, problem(o, True, 4, 4), o, None)
+        budget.check(o.out, o.lse, golden, dtype=torch.bfloat16).require(f"{wrong}")
+        assert int(o.fault_word) == (0 if wrong is None else int(Fault.CU_SEQLENS_NOT_MONOTONE))
+
+
 def test_flash3_serves_where_it_is_installed_and_says_what_it_does_not_take(monkeypatch) -> None:
     right = replace(problem(operands(2, 4, 4), True, 4, 4), h_q=16, h_kv=16, d_qk=192, d_v=128)
     monkeypatch.setattr(fused, "FLASH3", "not_installed_here")
@@ -155,7 +168,7 @@ def test_flash3_serves_where_it_is_installed_and_says_what_it_does_not_take(monk
     assert FLASH3.supports(right, HOPPER)
     assert FLASH3.supports(replace(right, h_kv=4, total_k=7), HOPPER)
     for changes, reason in (
-        ({"needs_grad": True}, "no backward"), ({"dtype": torch.float32}, "bf16 and fp16"), ({"d_v": 64}, "192/128"),
+        ({"needs_grad": True}, "no backward"), ({"dtype": torch.float16}, "bf16 alone"), ({"d_v": 64}, "192/128"),
         ({"total_k": 0}, "at least one"),
     ):  # fmt: skip
         assert reason in str(FLASH3.supports(replace(right, **changes), HOPPER)), changes

@@ -112,7 +112,7 @@ def check_errors(device: torch.device | str | None = None) -> tuple[Fault, ...]:
         One `Fault` per kind that occurred, in order of value; empty when all was well. `MEANING` says in words
         what each is and what was done about it.
     """
-    wanted = list(_words) if device is None else [torch.device(device)]
+    wanted = list(_words) if device is None else [_exact(torch.device(device))]
     bits = 0
     with _lock:
         for each in wanted:
@@ -129,6 +129,13 @@ def check_errors(device: torch.device | str | None = None) -> tuple[Fault, ...]:
     for fault in found:
         incidents.note("bad_value", (fault.name or "").lower(), MEANING[fault])
     return found
+
+
+def _exact(device: torch.device) -> torch.device:
+    """With the number of the card: "cuda" is the current one, and tensors say which."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def record(device: torch.device) -> torch.Tensor:

@@ -3,12 +3,15 @@
 Both compute out and lse, forward only: that is all that a backward pass here needs, and Triton's takes them. Which one is
 faster was measured (bench/results/model_speed.jsonl, dense_prefill).
 
-FlashAttention 3 (package fa3-fwd) takes uneven batches. Its offsets are made safe on the device first, and get a request
-without keys before the first and behind the last one, so that every row of out is written whatever they say.
+Even batches, whose requests are all of one length, are told by the numbers of a problem without a look at the device:
+batch * max_seqlen = total, and no request is longer than max_seqlen. Their offsets are known; given ones that differ set a
+bit on the device, which is six small launches.
 
-cuDNN takes batches whose requests are all of one length, which the numbers of a problem say without a look at the device:
-batch * max_seqlen = total, and no request is longer than max_seqlen. Uneven batches are Triton's without FlashAttention 3:
-cuDNN's form for them builds a graph at every call (76 ms), and FlashAttention 2, which PyTorch also has, reaches 0.43 of
+FlashAttention 3 (package fa3-fwd, built for bf16 alone) takes uneven batches too. Their offsets are made safe on the device,
+and get a request without keys before the first and behind the last one, so that every row of out is written whatever they
+say: thirteen small launches.
+
+cuDNN takes even batches. Uneven ones are Triton's without FlashAttention 3: cuDNN's form for them builds a graph at every call (76 ms), and FlashAttention 2, which PyTorch also has, reaches 0.43 of
 cuDNN's rate.
 """
 
@@ -33,7 +36,7 @@ MAX_COLUMNS = 256
 
 
 FLASH3 = "fa3_fwd_interface"
-# Whether PrefillFlash3 has run on a GPU as it is, against the oracle (tests/gpu/model_speed.py --section prefill_gate).
+# Whether PrefillFlash3 has run on a GPU as it is, against the oracle (tests/gpu/model_speed.py --section flash3_gate).
 IS_PROVED = False
 
 
@@ -49,12 +52,12 @@ class PrefillFlash3:
     backend: str = "torch"
 
     def supports(self, problem: PrefillProblem, target: Target) -> Verdict:
-        """Where it is installed: bf16 and fp16, 192 columns of q and k, 128 of v, on Hopper."""
+        """Where it is installed: bf16, 192 columns of q and k, 128 of v, on Hopper."""
         return require(
             (env.is_importable(FLASH3), "FlashAttention 3 is not installed: pip install --no-deps fa3-fwd"),
             (IS_PROVED, "has not run on a GPU as it is"),
             (target.arch == "sm_90a", f"was measured on sm_90a alone, the target is {target.arch}"),
-            (problem.dtype in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, got {problem.dtype}"),
+            (problem.dtype == torch.bfloat16, f"fa3-fwd is built for bf16 alone, got {problem.dtype}"),
             (not problem.needs_grad, "fa3-fwd has no backward pass"),
             (problem.total_q > 0 and problem.total_k > 0, "needs at least one query and one key"),
             ((problem.d_qk, problem.d_v) == (192, 128), f"takes 192/128 columns, got {problem.d_qk}/{problem.d_v}"),
@@ -70,16 +73,15 @@ class PrefillFlash3:
     def launch(self, compiled: None, problem: PrefillProblem, operands: PrefillOperands, plan: Any) -> None:
         """Out and lse take over the memory of the library's results."""
         o = operands
-        safe_q = _safe(o.cu_seqlens_q, problem.total_q, o.fault_word)
-        is_same = o.cu_seqlens_k is o.cu_seqlens_q and problem.total_k == problem.total_q
-        safe_k = safe_q if is_same else _safe(o.cu_seqlens_k, problem.total_k, o.fault_word)
-        # Rows that no request owns belong to one without keys, before the first and behind the last.
-        starts_q = pad(pad(safe_q, (1, 0), value=0), (0, 1), value=problem.total_q)
-        starts_k = torch.cat([safe_k[:1], safe_k, safe_k[-1:]])
+        if _is_even(problem):
+            starts_q, starts_k = _even_starts(problem, o)
+            longest = (problem.max_seqlen_q, problem.max_seqlen_k)
+        else:
+            starts_q, starts_k = _safe_starts(problem, o)
+            # Its grids may be sized by these: a max_seqlen that is too small must not leave rows out.
+            longest = (problem.total_q, problem.total_k)
         q, scale = _positive(o.q, o.softmax_scale)
         q, k, v = map(_whole_rows, (q, o.k, o.v))
-        # Grids are sized by the totals: a max_seqlen that is too small must not leave rows out.
-        longest = (problem.total_q, problem.total_k)
         out, lse = attend_flash3(q, k, v, starts_q, starts_k, *longest, problem.is_causal, scale)
         _take_over(o.out, out)
         _take_over(o.lse, lse)
@@ -96,6 +98,34 @@ def attend_flash3(
             q, k, v, starts_q, starts_k, max_q, max_k, softmax_scale=scale, causal=is_causal, return_attn_probs=True
         )[:2]
     return found
+
+
+def _is_even(problem: PrefillProblem) -> bool:
+    """Whether all requests have max_seqlen queries and max_seqlen keys, as the numbers of the problem say."""
+    even = (problem.batch * problem.max_seqlen_q, problem.batch * problem.max_seqlen_k)
+    return even == (problem.total_q, problem.total_k) and problem.total_q > 0 and problem.total_k > 0
+
+
+def _even_starts(problem: PrefillProblem, o: PrefillOperands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets of an even batch, of queries and of keys; given ones that differ set a bit and count as if they were these."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    sides = ((o.cu_seqlens_q, problem.max_seqlen_q), (o.cu_seqlens_k, problem.max_seqlen_k))
+    for offsets, each in sides:
+        if (id(offsets), each) not in found:
+            even = torch.arange(0, problem.batch * each + 1, each, dtype=torch.int32, device=offsets.device)
+            note(o.fault_word, offsets != even, Fault.CU_SEQLENS_NOT_MONOTONE)
+            found[id(offsets), each] = even
+    starts_q, starts_k = (found[id(offsets), each] for offsets, each in sides)
+    return starts_q, starts_k
+
+
+def _safe_starts(problem: PrefillProblem, o: PrefillOperands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets of queries and keys that can be believed. Rows that no request owns belong to one without keys, in front or behind."""
+    safe_q = _safe(o.cu_seqlens_q, problem.total_q, o.fault_word)
+    is_same = o.cu_seqlens_k is o.cu_seqlens_q and problem.total_k == problem.total_q
+    safe_k = safe_q if is_same else _safe(o.cu_seqlens_k, problem.total_k, o.fault_word)
+    starts_q = pad(pad(safe_q, (1, 0), value=0), (0, 1), value=problem.total_q)
+    return starts_q, torch.cat([safe_k[:1], safe_k, safe_k[-1:]])
 
 
 def _safe(offsets: torch.Tensor, total: int, fault_word: torch.Tensor) -> torch.Tensor:
@@ -123,13 +153,12 @@ class PrefillCuDNN:
 
     def supports(self, problem: PrefillProblem, target: Target) -> Verdict:
         """Even batches of bf16 and fp16 on Hopper."""
-        even = (problem.batch * problem.max_seqlen_q, problem.batch * problem.max_seqlen_k)
         return require(
             (target.arch == "sm_90a", f"was measured on sm_90a alone, the target is {target.arch}"),
             (problem.dtype in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, got {problem.dtype}"),
             (not problem.needs_grad, "has no backward pass with the same bits at every run"),
             (
-                (problem.total_q, problem.total_k) == even and problem.total_q > 0 and problem.total_k > 0,
+                _is_even(problem),
                 "takes requests of one length: total = batch * max_seqlen, of queries and of keys",
             ),
             (
@@ -157,9 +186,7 @@ class PrefillCuDNN:
         Offsets that are not those of even requests set a bit and count as if they were.
         """
         o, batch = operands, problem.batch
-        for offsets, each in {id(t): (t, n) for t, n in _sides(problem, o)}.values():
-            even = torch.arange(0, batch * each + 1, each, dtype=torch.int32, device=offsets.device)
-            note(o.fault_word, offsets != even, Fault.CU_SEQLENS_NOT_MONOTONE)
+        _even_starts(problem, o)
         q, scale = _positive(o.q, o.softmax_scale)
         q, k, v = (_whole_rows(x).unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, o.k, o.v))
         out, lse = attend(q, k, v, problem.is_causal, scale)
@@ -176,13 +203,6 @@ def attend(
             q, k, v, None, True, 0.0, is_causal, False, scale=scale
         )
     return out, lse
-
-
-def _sides(problem: PrefillProblem, operands: PrefillOperands) -> tuple[tuple[torch.Tensor, int], ...]:
-    return (
-        (operands.cu_seqlens_q, problem.max_seqlen_q),
-        (operands.cu_seqlens_k, problem.max_seqlen_k),
-    )
 
 
 def _positive(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
