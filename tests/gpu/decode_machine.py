@@ -127,7 +127,7 @@ def smallest(setup: Setup) -> Made:
 
 
 def more(setup: Setup) -> Made:
-    """Beside them, not among what a record needs: rings that wrap, one block of 64 rows, e4m3 queries."""
+    """Beside them, not among what a record needs: rings that wrap, one block of 64 rows, lists in pieces, e4m3 queries."""
     listed = replace(plain("sparse_decode", "fp8_656", 0, 16), seqlens_q=(1,) * 64, topk=700, has_topk_length=False)
     problems = [
         replace(listed, seqlens_k=(750,)),

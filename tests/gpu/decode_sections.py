@@ -23,7 +23,7 @@ threads      eight host threads, each on a stream of its own
 border       flash_mla's interface
 stale        a plan whose lengths have changed: requests that kept theirs keep their bits, and the plan stays usable
 sanitize     compute-sanitizer's four tools over the smallest cases; sanitize_more, if asked for: rings that wrap, one block of
-             64 rows, e4m3 queries
+             64 rows, lists in pieces, e4m3 queries
 faults       what goes wrong on purpose: the sections of reliability_sections.py, each in a process of its own
 soak         random calls for a while: nothing drifts, leaks or goes unexplained
 host         time from the Python call to the launch
