@@ -134,6 +134,7 @@ def more(setup: Setup) -> Made:
         dense((700,) * 40, 16),
         dense((700,) * 40, 128),
         dense((700, 64), 64),
+        replace(plain("sparse_decode", "", 0, 64), seqlens_q=(1,) * 4),
     ]
     codes = [decode_fp8.Case("128 heads", (700, 64)), decode_fp8.Case("16 heads", (300,), h_q=16)]
     made = [(f"{case.op} {case.layout} h_q {case.h_q}", partial(_once, case=case)) for case in problems]
