@@ -4,6 +4,7 @@ limits of shared memory and registers. Also what `supports` says, which needs ne
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -300,6 +301,10 @@ SPARSE_CASES = [
     pytest.param("h100_sxm", {"layout": "fp8_528_mx"}, 0, id="h100-fp8_528_mx"),
     pytest.param("h100_sxm", {"layout": "fp4_288"}, 0, id="h100-fp4_288"),
     pytest.param("a100_sxm", {"layout": "fp8_656", "h_q": 16}, 64, id="a100-fp8_656"),
+    pytest.param(
+        "l40s", {"layout": "fp8_584"}, 376, id="l40s-fp8_584"
+    ),  # 16 rows spill nothing, and load each key twice as often
+    pytest.param("b200", {"layout": "bf16_576"}, 0, id="b200-plain"),
     pytest.param("mi300x", {"layout": "fp8_584"}, 8, id="mi300x-fp8_584"),
 ]
 
@@ -310,7 +315,7 @@ def test_sparse_decode(target, options, most, recorded, tmp_path):
     within_limits(compiled(recorder, target), problem, choice, target, most, tmp_path)
 
 
-@pytest.mark.parametrize("target", ["h100_sxm", "mi300x"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_sparse_prefill(target, recorded, tmp_path):
     problem = SparsePrefillProblem(
         s_q=4, s_kv=64, h_q=128, h_kv=1, d_qk=576, d_v=512, dtype=torch.bfloat16, topk=64, has_topk_length=True
@@ -352,6 +357,7 @@ PREFILL_CASES = [
     pytest.param("a100_sxm", 192, torch.float16, (48, 24, 0), id="a100-192"),
     pytest.param("b200", 192, torch.bfloat16, (216, 0, 0), id="b200-192"),
     pytest.param("mi300x", 192, torch.bfloat16, (0, 0, 0), id="mi300x-192"),
+    pytest.param("l40s", 192, torch.bfloat16, (8, 0, 8), id="l40s-192"),
     pytest.param("l40s", 192, torch.float32, (16, 0, 0), id="l40s-fp32"),
 ]
 
@@ -372,6 +378,7 @@ def test_prefill(target, d_qk, dtype, most, recorded, tmp_path):
     for (name, estimate), limit in zip(estimates.items(), most, strict=True):
         found = compiled(recorded[name], target)
         report[name] = (found.metadata.shared, estimate, spilled(found, tmp_path), limit)
+    assert spilled(compiled(recorded["delta_kernel"], target), tmp_path) == 0
     machine = Target.preset(target).smem_bytes
     assert all(shared <= min(estimate, machine) for shared, estimate, _, _ in report.values()), report
     assert all(spill <= limit for _, _, spill, limit in report.values()), report
@@ -395,7 +402,7 @@ def test_prefill_sizes_beyond_the_tiles_are_refused():
 
 
 @pytest.mark.parametrize("layout", ["fp8_656", "fp8_584", "fp8_528", "fp8_528_mx", "fp4_288", "bf16_576"])
-@pytest.mark.parametrize("target", ["a100_sxm", "h100_sxm", "b200", "mi300x"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_append(target, layout, monkeypatch, tmp_path):
     """Few registers, and no product is fused with a sum, which would round RoPE otherwise than the reference does."""
     from openmla.backends.triton import append
@@ -407,7 +414,7 @@ def test_append(target, layout, monkeypatch, tmp_path):
         stored.empty_cache(4, 64), torch.zeros(3, dtype=torch.int64), torch.zeros(3, stored.d_qk, dtype=torch.bfloat16),
         torch.zeros(1, dtype=torch.int32), Rope.of_base(64, 16), torch.zeros(3, dtype=torch.int64),
     )  # fmt: skip
-    monkeypatch.setattr(append, "converts_to_e4m3", lambda device: target in ("h100_sxm", "b200"))
+    monkeypatch.setattr(append, "converts_to_e4m3", lambda device: target in ("l40s", "h100_sxm", "b200"))
     append.append(stored, operands, 8, 4)
     found = compiled(recorder, target)
     assert spilled(found, tmp_path) <= 8  # the return address of an exact division
@@ -416,10 +423,19 @@ def test_append(target, layout, monkeypatch, tmp_path):
         assert "fma.rn.f32" not in found.asm["ptx"]
 
 
-@pytest.mark.parametrize("target", ["a100_sxm", "h100_sxm", "mi300x"])
-def test_combine_and_schedule(target, recorded, tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_kernels(target, recorded, monkeypatch, tmp_path):
+    """Combine, schedule, the merge of whole results, and the checks of ids and offsets."""
+    from openmla.backends.triton import parts, values
+
+    for module, name in ((parts, "merge_kernel"), (values, "ids_kernel"), (values, "offsets_kernel")):
+        recorded[name] = Recorder(getattr(module, name))
+        monkeypatch.setattr(module, name, recorded[name])
     run_decode(target, recorded, s_q=2, is_varlen=True, has_sink=True)
-    for name in ("combine_kernel", "plan_kernel"):
+    values.check(*decode_call(s_q=2, is_varlen=True), torch.zeros(8, dtype=torch.int32))
+    out, lse = torch.zeros(3, 2, 2, 128, 512, dtype=torch.bfloat16), torch.zeros(3, 2, 128, 2)
+    parts.merge(out[0], lse[0], out[1:], lse[1:], torch.zeros(128), 1.0)
+    for name in ("combine_kernel", "plan_kernel", "merge_kernel", "ids_kernel", "offsets_kernel"):
         found = compiled(recorded[name], target)
         assert found.metadata.shared <= 16_384
         assert spilled(found, tmp_path) == 0
@@ -454,8 +470,9 @@ def test_every_tile_of_the_tables_fits_some_machine():
 def test_tiles_say_where_they_are_known_from():
     """Every list ends in one for any number of rows; what is called measured has a file of rows on that machine."""
     root = Path(__file__).resolve().parents[2]
-    entries = tomllib.loads((root / "src/openmla/backends/triton/tiles.toml").read_text())["tiles"]
-    for entry in entries:
+    lists = tomllib.loads((root / "src/openmla/backends/triton/tiles.toml").read_text())
+    assert set(lists) == {"tiles", "prefill", "append"}
+    for entry in itertools.chain(*lists.values()):
         kind, _, where = entry["source"].partition(": ")
         assert kind in ("measured", "reasoned") and where, entry
         if kind == "measured":
@@ -464,7 +481,8 @@ def test_tiles_say_where_they_are_known_from():
     for key, listed in config.table().items():
         assert [most for most, _ in listed] == sorted({most for most, _ in listed}), key
         assert listed[-1][0] > 128 * 4096, key
-    assert {key[0] for key in config.table()} == {"hopper", "blackwell", "ampere", "cdna3"}
+    assert {key[0] for key in config.table()} == {"hopper", "blackwell", "ampere", "cdna3", "any"}
+    assert set(prefill_config.table()) == {"hopper", "blackwell", "ampere", "cdna3", "fp32"}
 
 
 @pytest.mark.parametrize(

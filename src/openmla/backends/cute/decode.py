@@ -213,7 +213,8 @@ class FewRows:
     def supports(self, problem: DecodeProblem, target: Target) -> Verdict:
         """The family's own rules, then those of bulk copies, then whether its code can be had here."""
         own = small.supports(problem, target)
-        mods = tuple(f"inlines no mods, decode_dense does: {each}" for each in inlined(problem.mods))
+        where = "" if refusals(problem.mods) else ", decode_dense does"
+        mods = tuple(f"inlines no mods{where}: {each}" for each in inlined(problem.mods))
         verdict = Verdict((*own.reasons, *supports_bulk_copies(problem).reasons, *mods))
         if not verdict:
             return verdict

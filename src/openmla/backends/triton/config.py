@@ -12,6 +12,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,10 +47,16 @@ class Config:
 
 
 @cache
+def entries(kind: str) -> tuple[dict[str, Any], ...]:
+    """The lists of `tiles.toml` of one kind: tiles, prefill or append."""
+    return tuple(tomllib.loads((Path(__file__).parent / "tiles.toml").read_text())[kind])
+
+
+@cache
 def table() -> dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]]:
     """(family, kind of cache) -> (most rows per request and KV head, configs to try in order), narrowest first."""
     found: dict[tuple[str, str], list[tuple[int, tuple[Config, ...]]]] = {}
-    for entry in tomllib.loads((Path(__file__).parent / "tiles.toml").read_text())["tiles"]:
+    for entry in entries("tiles"):
         configs = tuple(Config(*numbers) for numbers in entry["try"])
         found.setdefault((entry["family"], entry["cache"]), []).append((entry.get("rows", _ANY), configs))
     return {key: tuple(sorted(entries, key=lambda entry: entry[0])) for key, entries in found.items()}
@@ -57,8 +64,6 @@ def table() -> dict[tuple[str, str], tuple[tuple[int, tuple[Config, ...]], ...]]
 
 _LATE = {"hopper": 0, "blackwell": 2}  # tiles kept beyond the stages where products of 64 rows run on their own
 _INTERPRETED = (Config(16, 16, 1, 1),)
-# fp32 dot products run on the ordinary cores (exact, no tf32): small tiles, since neither operand nor sum is narrow.
-_WIDE: tuple[Config, ...] = (Config(16, 16, 8, 1), Config(16, 16, 4, 1))
 
 
 def is_installed() -> bool:
@@ -120,9 +125,7 @@ def stored_rows(layout: KVLayout, page_size: int) -> tuple[str, str, int, int, i
     """A layout as the constants that `openmla.backends.triton.rows` reads."""
     if not layout.is_quantised:
         return ("plain", "none", 0, 0, 0, 0, 0, 0)
-    if (
-        layout.has_call_scale
-    ):  # groups of nothing: how codes are loaded. The columns of RoPE are codes behind the others
+    if layout.has_call_scale:  # groups of nothing: how codes are loaded. RoPE is codes behind the others
         return (layout.data_format, "none", layout.d_quant, 128, layout.bytes_per_token, 0, 0, layout.d_v)
     codes = layout.d_quant // 2 if layout.data_format == "e2m1" else layout.d_quant
     if layout.scales_behind_page:
@@ -187,10 +190,8 @@ def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:
         return ()
     if name == "interpreter":
         return _INTERPRETED
-    listed: tuple[Config, ...] = _WIDE
-    if not is_wide(problem):
-        kind = "bytes" if has_bytes(problem) else "plain"
-        listed = next(configs for most, configs in table()[name, kind] if rows(problem) <= most)
+    key = ("any", "fp32") if is_wide(problem) else (name, "bytes" if has_bytes(problem) else "plain")
+    listed = next(configs for most, configs in table()[key] if rows(problem) <= most)
     fits = target.smem_bytes or 1 << 31
     return tuple(each for each in listed if shared_bytes(each, problem, target) <= fits)
 

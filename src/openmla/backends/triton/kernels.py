@@ -136,7 +136,7 @@ class _AppendKernel:
 
     def configs(self, problem: AppendProblem, target: Target) -> Sequence[tuple[int, int]]:
         """Tokens and warps of a program."""
-        return ((8, 4),)
+        return tuple((tokens, warps) for tokens, warps in choice.entries("append")[0]["try"])
 
     def compile(self, problem: AppendProblem, config: tuple[int, int], target: Target) -> tuple[int, int]:
         """Machine code follows at the first launch."""

@@ -1,13 +1,14 @@
 """Tiles of the varlen prefill, and which problems it takes. Imports no Triton.
 
-Forward and both halves of the backward pass have their own tiles. The forward's accumulator [BLOCK_M, d_v] is 64
-registers of each of 256 threads at 128 x 128; that of dk and dv, [BLOCK_N, d_qk + d_v], 80 at 64 x 320. The order is
-reasoned, see docs/kernels/triton.md, not measured.
+Forward and both halves of the backward pass have their own tiles in `tiles.toml`. The forward's accumulator
+[BLOCK_M, d_v] is 64 registers of each of 256 threads at 128 x 128; that of dk and dv, [BLOCK_N, d_qk + d_v], 80 at 64 x 320.
+The order is reasoned, see docs/kernels/triton.md, not measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -31,23 +32,20 @@ class PrefillConfig:
     keeps_invariants: bool  # loops over tiles compute again what does not change: fewer registers
 
 
-_FORWARD: dict[str, tuple[Config, ...]] = {
-    "hopper": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 1)),
-    "blackwell": (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 1)),
-    "ampere": (Config(128, 32, 8, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
-    "cdna3": (Config(128, 32, 8, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
-}
-# (dq, dk and dv): both hold four tiles of operands beside what they add up.
-_BACKWARD: dict[str, tuple[tuple[Config, Config], ...]] = {
-    "hopper": ((Config(64, 64, 8, 2), Config(64, 64, 8, 2)), (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
-    "blackwell": ((Config(64, 64, 8, 1), Config(64, 64, 8, 1)), (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
-    "ampere": ((Config(64, 32, 8, 2), Config(64, 32, 8, 2)), (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
-    "cdna3": ((Config(32, 32, 4, 1), Config(32, 32, 4, 1)), (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
-}
+@cache
+def table() -> dict[str, tuple[tuple[Config, ...], tuple[tuple[Config, Config], ...]]]:
+    """Family, or fp32 -> (forward; dq, and dk with dv), to try in order. The backward holds four tiles of operands."""
+    found = {}
+    for entry in config.entries("prefill"):
+        forward = tuple(Config(*numbers) for numbers in entry["forward"])
+        backward = tuple((Config(*dq), Config(*dkv)) for dq, dkv in entry["backward"])
+        found[entry.get("dtype", entry["family"])] = (forward, backward)
+    return found
+
+
 # Where operands come from shared memory by descriptors, their addresses cost registers when they are hoisted; with
 # mma.sync the compiler stops fetching tiles ahead when they are not.
 _STAYS = ("hopper", "blackwell")
-_WIDE = (Config(32, 16, 8, 1), Config(16, 16, 4, 1))  # fp32 products run on the ordinary cores
 _INTERPRETED = Config(16, 16, 1, 1)
 
 
@@ -82,11 +80,11 @@ def candidates(problem: PrefillProblem, target: Target) -> tuple[PrefillConfig, 
     if name == "interpreter":
         return (PrefillConfig(_INTERPRETED, _INTERPRETED, _INTERPRETED, False),)
     fits = target.smem_bytes or 1 << 31
-    is_wide = problem.dtype == torch.float32
-    forward = [each for each in (_WIDE if is_wide else _FORWARD[name]) if forward_bytes(each, problem) <= fits]
+    forward_tiles, backward_tiles = table()["fp32" if problem.dtype == torch.float32 else name]
+    forward = [each for each in forward_tiles if forward_bytes(each, problem) <= fits]
     backward = [
         (dq, dkv)
-        for dq, dkv in (tuple((each, each) for each in _WIDE) if is_wide else _BACKWARD[name])
+        for dq, dkv in backward_tiles
         if backward_bytes(dq, problem, dq.block_m, dq.block_n) <= fits
         and backward_bytes(dkv, problem, dkv.block_n, dkv.block_m) <= fits
     ]
