@@ -15,6 +15,7 @@ from openmla.backends.cute.decode_dense import config as dense
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.mods import soft_cap
 
 BUDGET = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text(encoding="utf-8"))["decode_dense"]
 H100 = Target.preset("h100_sxm")
@@ -43,9 +44,9 @@ def test_variant_compiles_within_budget(config, tmp_path):
     # per tile: one wgmma for 16 columns of a score, 2 halves of 128 columns x 4 k-steps of 16 keys for O
     assert resources.sass["HGMMA"] == config.d_qk // 16 + 8, resources
     # 4 quarters (2 boxes each without a cluster) and RoPE, each twice where a lane holds two page ids; 2 Q elements of 2
-    # boxes, the other slices of Q
-    keys = 4 * (1 if config.cluster == 2 else 2) + config.has_rope
-    expected = keys * (2 if config.boxes == 64 else 1) + 4 + (config.q_slices - config.q_regs)
+    # boxes, the other slices of Q. Two warps that load run the same code, for half of the quarters and of the elements.
+    keys = 4 // config.loaders * (1 if config.cluster == 2 else 2) + config.has_rope
+    expected = keys * (2 if config.boxes == 64 else 1) + 4 // config.loaders + (config.q_slices - config.q_regs)
     assert resources.sass["UTMALDG"] == expected, resources
     assert resources.sass["WARPGROUP"] <= BUDGET["warpgroup_instructions"], resources
     roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", disassemble(compiled.cubin_path))
@@ -71,8 +72,17 @@ def test_merge_compiles_within_budget(config, tmp_path):
 def test_ring_holds_what_two_pieces_need(config):
     # Q elements of the next piece and its first tile, beside the last tile of this one; fewer slots deadlock
     assert config.slots >= config.q_regs // 2 + 8
-    assert config.q_regs % 2 == 0
+    assert config.q_regs % (2 * config.loaders) == 0
+    assert config.slots % config.loaders == 0
     assert config.prefetch <= 16
+
+
+def test_two_loaders_know_neither_mods_nor_the_exchange():
+    plain = dense.VARIANTS[0]
+    assert plain.loaders == 2
+    assert replace(plain, is_exchanged=True).loaders == 1
+    assert replace(plain, mods=(soft_cap(30.0),)).loaders == 1
+    assert {config.cluster for config in dense.VARIANTS if config.loaders == 2} == {2}
 
 
 def test_names_tell_variants_apart():

@@ -1,6 +1,6 @@
 """The barrier protocol of decode_dense, run as a model: every role a coroutine, every interleaving random.
 
-Counts, parities and slot arithmetic mirror kernel.py. A wrong one ends here as a deadlock or as a slot that holds
+Counts, parities and slot arithmetic mirror kernel.py and two_loaders/kernel.py. A wrong one ends here as a deadlock or as a slot that holds
 something else than its reader expects, instead of hanging a GPU.
 """
 
@@ -53,6 +53,7 @@ class Cta:
         self.piece_full, self.piece_empty = [Barrier(1) for _ in range(PIECES)], [Barrier(15) for _ in range(PIECES)]
         self.share_full, self.share_empty = [Barrier(1) for _ in range(2)], [Barrier(8) for _ in range(2)]
         self.piece: list[int] = [0] * PIECES
+        self.place: list[int] = [0] * PIECES  # of a piece's first tile in the ring; read where two warps load
         self.share: list[int] = [0] * 2
         self.merged: list[tuple[str, int]] = []
         self.ring: list[object] = [None] * SLOTS
@@ -63,6 +64,8 @@ class Cta:
 
 
 class Machine:
+    loaders = 1
+
     def __init__(self, pieces: list[int], cluster: int, seed: int, is_capped: bool = False) -> None:
         self.is_capped = is_capped  # a soft cap stores P while it computes, so its place is waited for before the gates
         self.pieces, self.random = pieces, random.Random(seed)
@@ -74,9 +77,8 @@ class Machine:
         roles = [
             role
             for c in self.ctas
-            for role in (self.plan(c), self.load_kv(c), self.load_q(c), self.load_rope(c), self.scores(c),
-                         self.values(c, 0), self.values(c, 1))
-        ]  # fmt: skip
+            for role in (self.plan(c), *self.loads(c), self.scores(c), self.values(c, 0), self.values(c, 1))
+        ]
         waiting = {role: next(role) for role in roles}
         while waiting:
             ready = [role for role, (barrier, parity) in waiting.items() if barrier.passed(parity)]
@@ -112,8 +114,9 @@ class Machine:
 
     def plan(self, c: Cta) -> Role:
         for count, tiles in enumerate([*self.pieces, -1]):
-            index = count % PIECES
+            index, before = count % PIECES, (count - 1) % PIECES
             yield c.piece_empty[index], (count // PIECES & 1) ^ 1
+            c.place[index] = ((c.place[before] + 4 * c.piece[before] if count else 0) + Q_ELEMENTS) % SLOTS
             c.piece[index] = tiles
             c.piece_full[index].arrive()
         for count, share in enumerate([*range(len(self.pieces) // 2), -1]):  # of the split ones; any number will do
@@ -135,8 +138,11 @@ class Machine:
                 c.piece_empty[piece % PIECES].arrive(arrivals)
             piece += 1
 
-    def load_kv(self, c: Cta) -> Role:
-        at = [0]
+    def loads(self, c: Cta) -> tuple[Role, ...]:
+        return self.load_kv(c, 0, 1), self.load_q(c), self.load_rope(c)
+
+    def load_kv(self, c: Cta, side: int, sides: int) -> Role:
+        at = [side]
 
         def fill(tag: object, shared: bool) -> Machine.Role:
             slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
@@ -146,13 +152,13 @@ class Machine:
                 self.copies += [(cta, "ring", slot, tag, 1) for cta in self.ctas]
             else:
                 self.copies += [(c, "ring", slot, tag, 1)] * 2
-            at[0] += 1
+            at[0] += sides
 
         def body(piece: int, tiles: int) -> Machine.Role:
-            for e in range(Q_ELEMENTS):
+            for e in range(side, Q_ELEMENTS, sides):
                 yield from fill(("q", piece, e), False)
             for j in range(tiles):
-                for e in range(4):
+                for e in range(side, 4, sides):
                     yield from fill((piece, j, e), True)
 
         yield from self.each(c, 1, body)
@@ -169,6 +175,10 @@ class Machine:
         turn = [0]
 
         def body(piece: int, tiles: int) -> Machine.Role:
+            if self.loaders == 2:
+                yield c.q_empty, (piece & 1) ^ 1
+                c.q_full.arrive(expect=1)
+                self.copies.append((c, "q", 0, piece, 1))
             for j in range(tiles):
                 yield c.rope_empty, (turn[0] & 1) ^ 1
                 c.rope_full.arrive(expect=1)
@@ -239,7 +249,7 @@ class Machine:
                 yield c.p_full[0], 0
                 yield c.go[half * 2], 0
                 c.p_empty[0].arrive(4)
-            slot[0] += Q_ELEMENTS
+            slot[0] = c.place[piece % PIECES] + 2 * half if self.loaders == 2 else slot[0] + Q_ELEMENTS
             for j in range(tiles):
                 if slot[0] >= SLOTS:
                     slot[0] -= SLOTS
@@ -259,6 +269,8 @@ class Machine:
                 slot[0] -= SLOTS
             yield c.sum_full, piece & 1
             c.sum_empty.arrive(4)
+            if self.loaders == 2:  # is there another piece?
+                yield c.piece_full[(piece + 1) % PIECES], (piece + 1) // PIECES & 1
             c.out.append((str(half), piece))
 
         yield from self.each(c, 4, body)
@@ -270,29 +282,44 @@ class Machine:
             c.share_empty[turn % 2].arrive(4)
 
 
+class TwoLoaders(Machine):
+    loaders = 2
+
+    def loads(self, c: Cta) -> tuple[Machine.Role, ...]:
+        return self.load_kv(c, 0, 2), self.load_kv(c, 1, 2), self.load_rope(c)
+
+
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("seed", range(25))
-@pytest.mark.parametrize("is_capped", [False, True], ids=["plain", "soft cap"])
-def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: int, is_capped: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "soft cap", "two loaders"])
+def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: int, how: str) -> None:
     dice = random.Random(seed)
     pieces = [dice.choice([1, 1, 2, 3, 5, 9]) for _ in range(dice.randrange(0, 9))]
-    machine = Machine(pieces, cluster, seed, is_capped)
+    machine = (TwoLoaders if how == "two loaders" else Machine)(pieces, cluster, seed, how == "soft cap")
     machine.run()
     for cta in machine.ctas:
         assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))
         assert sorted(cta.merged) == sorted((half, share) for half in "01" for share in range(len(pieces) // 2))
 
 
-def run_twenty() -> None:
+def run_twenty(machine: type[Machine] = Machine) -> None:
     for seed in range(20):
-        Machine([3, 2, 5, 1, 4], 1, seed).run()
+        machine([3, 2, 5, 1, 4], 1, seed).run()
 
 
-@pytest.mark.parametrize(("name", "value", "what"), [("SLOTS", 9, "deadlock"), ("Q_ELEMENTS", 3, "deadlock")])
-def test_a_ring_too_short_for_two_pieces_is_found(monkeypatch, name, value, what) -> None:
+@pytest.mark.parametrize(
+    ("machine", "name", "value"), [(Machine, "SLOTS", 9), (Machine, "Q_ELEMENTS", 3), (TwoLoaders, "Q_ELEMENTS", 4)]
+)
+def test_a_ring_too_short_for_two_pieces_is_found(monkeypatch, machine, name, value) -> None:
     monkeypatch.setattr(f"{__name__}.{name}", value)
-    with pytest.raises(AssertionError, match=what):
-        run_twenty()
+    with pytest.raises(AssertionError, match="deadlock"):
+        run_twenty(machine)
+
+
+def test_a_descriptor_without_its_place_in_the_ring_is_found(monkeypatch) -> None:
+    monkeypatch.setattr(Cta, "place", property(lambda self: [Q_ELEMENTS] * PIECES, lambda self, _: None), raising=False)
+    with pytest.raises(AssertionError):
+        run_twenty(TwoLoaders)
 
 
 def test_a_slot_released_too_early_is_found(monkeypatch) -> None:

@@ -31,9 +31,12 @@ NAN = float("nan")
 
 
 @cache
-def compiled(cap: float = 0.0, is_exchanged: bool = False, polls: int = exchange.POLLS) -> tuple[Program, int]:
+def compiled(
+    cap: float = 0.0, is_exchanged: bool = False, polls: int = exchange.POLLS, loaders: int = 1
+) -> tuple[Program, int]:
     mods = (soft_cap(cap),) if cap else ()
-    config = replace(dense.variant("bf16", 576, 64, 64, 1), is_exchanged=is_exchanged, mods=mods)
+    plain = dense.variant("bf16", 576, 64, 64, 1)
+    config = replace(plain, is_exchanged=is_exchanged, loaders=loaders, mods=mods)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "POLLS", polls)
         smem = build(config, Path(folder)).resources.dynamic_smem_bytes
@@ -43,7 +46,7 @@ def compiled(cap: float = 0.0, is_exchanged: bool = False, polls: int = exchange
 class Call:
     """One problem with everything in it that must not matter poisoned, and a launch of it that merges."""
 
-    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0) -> None:
+    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0, loaders=1) -> None:
         gen = torch.Generator().manual_seed(0)
         used, batch = [-(-length // 64) for length in lengths], len(lengths)
         pages = sum(used) + 2
@@ -57,7 +60,7 @@ class Call:
         self.kv[order[sum(used) :].long()] = NAN
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
         self.q = (times * torch.randn(batch, s_q, h_q, 576, generator=gen)).bfloat16()
-        self.cap = cap
+        self.cap, self.loaders = cap, loaders
         self.sink = torch.randn(h_q, generator=gen) if sink else None
         plan = plan_decode(lengths, parts, overhead_blocks=1)
         self.metadata = plan.tile_scheduler_metadata().view(plan.ranges, parts, 8)
@@ -71,7 +74,7 @@ class Call:
 
     def run(self, seed: int, grid=None) -> None:
         """One launch. `grid`: the CTAs (row block, part) that take part."""
-        program, smem = compiled(self.cap)
+        program, smem = compiled(self.cap, loaders=self.loaders)
         for poisoned in (self.out, self.lse, self.out_accum, self.lse2_accum):
             poisoned.fill_(NAN)
         self.launch(program, smem, seed, grid)
@@ -101,7 +104,8 @@ class Call:
             free(self.num_splits, (), (0,)), free(self.metadata, (2,), (1, 2)), free(self.num_splits, (), (0,)),
             free(self.out, (3,), (3,)), free(self.lse), free(self.out_accum, (2,), (2,)), free(self.lse2_accum, (), (1,)),
             free(self.arrivals, (), (1,)), free(unread if self.sink is None else self.sink, (), (0,)),
-            free(self.fault, (0,), (0,)), free(addresses, (), (0,)), free(self.num_splits if merged is None else merged, (), (0,)),
+            free(self.fault, (0,), (0,)),
+            *((free(addresses, (), (0,)), free(self.num_splits if merged is None else merged, (), (0,))) * (self.loaders == 1)),
             # s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window
             *map(ints, (q.shape[1], 0, 1, 0, 0, self.sink is not None, NO_WINDOW)),
             np.float32(576**-0.5 * (1.0 if self.cap else LOG2_E)).tobytes(),
@@ -124,17 +128,18 @@ class Call:
         assert self.fault.item() == 0
 
 
-def test_pieces_are_merged_by_whoever_computed_them_in_any_order():
-    call = Call((300, 130, 0), parts=4, sink=True)
+@pytest.mark.parametrize(("loaders", "seeds"), [(1, (1, 2)), (2, (1,))])
+def test_pieces_are_merged_by_whoever_computed_them_in_any_order(loaders, seeds):
+    call = Call((300, 130, 0), parts=4, sink=True, loaders=loaders)
     pieces = call.num_splits.diff().tolist()
     assert sorted(pieces)[1] > 1, "two requests must be split"
     assert bool((call.metadata[:, 0] < call.metadata[:, 1]).any()), "a part must have pieces of two"
     bits = []
-    for seed in (1, 2):
+    for seed in seeds:
         call.run(seed)
         call.check()
         bits.append(call.out.clone())
-    assert torch.equal(*bits)
+    assert all(torch.equal(bits[0], each) for each in bits)
 
 
 def test_row_blocks_with_fewer_rows_than_64_merge_on_their_own():
@@ -142,6 +147,15 @@ def test_row_blocks_with_fewer_rows_than_64_merge_on_their_own():
     assert call.blocks == 2
     call.run(3)
     call.check()
+
+
+def test_the_share_of_an_only_piece_stays_in_shared_memory():
+    call = Call((200,), h_q=40, s_q=2, parts=4, loaders=2)
+    assert call.num_splits.tolist() == [0, 4], "a part has one piece"
+    call.run(3)
+    call.check()
+    pieces = call.out_accum[:4]
+    assert pieces.isnan().any(dim=-1).all(), "what stays does not go to memory"
 
 
 def test_a_part_that_does_not_come_is_waited_for():

@@ -124,6 +124,8 @@ class Scope:
 class DecodeDense(SoftCap, Exchange):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
+    idle_at = -1  # the wgmma of a tile's scores behind which warps arrive at `idle`
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dtype = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
@@ -219,6 +221,9 @@ class DecodeDense(SoftCap, Exchange):
             broken: cute.struct.MemRange[Int32, 4 * 4]
             factor: cute.struct.MemRange[Float32, 2 * 64]
             inverse: cute.struct.MemRange[Float32, 64]
+            idle: cute.struct.MemRange[Int64, 1]
+            own: cute.struct.MemRange[Int32, PIECES]
+            places: cute.struct.MemRange[Int32, PIECES]
             ring: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(ring_layout)], 1024]
             rope: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(rope_layout)], 1024]
             q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
@@ -228,9 +233,10 @@ class DecodeDense(SoftCap, Exchange):
         self.smem_bytes = Storage.size_in_bytes()
         m_blocks = cute.ceil_div(s_q * heads, 64)
         m_blocks = cute.ceil_div(m_blocks, cfg.cluster) * cfg.cluster
+        posts = (mail, merged) if cfg.loaders == 1 else (None, None)  # not passed where nobody exchanges
         self.kernel(
             tma_kv, t_kv, tma_q, t_q, block_table, cache_seqlens, cu_seqlens_q, metadata, num_splits, out, lse,
-            out_accum, lse2_accum, arrivals, attn_sink, fault_word, mail, merged, s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window,
+            out_accum, lse2_accum, arrivals, attn_sink, fault_word, *posts, s_q, chunk_blocks, is_merged, is_causal, is_varlen, has_sink, window,
             scale_log2, Int32(heads), Int32(kv.shape[0]), Int32(kv.shape[1] // cfg.box_rows),
             Int32(block_table.shape[1] * kv.shape[1]), qk_first, qk_rs, qk_ss, pv,
             ring_layout, rope_layout, q_layout, p_layout,
@@ -246,46 +252,16 @@ class DecodeDense(SoftCap, Exchange):
 
     @cute.kernel
     def kernel(
-        self,
-        tma_kv: cute.CopyAtom,
-        t_kv: cute.Tensor,
-        tma_q: cute.CopyAtom,
-        t_q: cute.Tensor,
-        block_table: cute.Tensor,
-        cache_seqlens: cute.Tensor,
-        cu_seqlens_q: cute.Tensor,
-        metadata: cute.Tensor,
-        num_splits: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        out_accum: cute.Tensor,
-        lse2_accum: cute.Tensor,
-        arrivals: cute.Tensor,
-        attn_sink: cute.Tensor,
-        fault_word: cute.Tensor,
-        mail: cute.Tensor,
-        merged: cute.Tensor,
-        s_q: Int32,
-        chunk_blocks: Int32,
-        is_merged: Int32,
-        is_causal: Int32,
-        is_varlen: Int32,
-        has_sink: Int32,
-        window: Int32,
-        scale_log2: Float32,
-        heads: Int32,
-        num_pages: Int32,
-        boxes_per_page: Int32,
-        capacity: Int32,
-        qk_first: cute.TiledMma,
-        qk_rs: cute.TiledMma,
-        qk_ss: cute.TiledMma,
-        pv: cute.TiledMma,
-        ring_layout: cute.ComposedLayout,
-        rope_layout: cute.ComposedLayout,
-        q_layout: cute.ComposedLayout,
+        self, tma_kv: cute.CopyAtom, t_kv: cute.Tensor, tma_q: cute.CopyAtom, t_q: cute.Tensor,
+        block_table: cute.Tensor, cache_seqlens: cute.Tensor, cu_seqlens_q: cute.Tensor, metadata: cute.Tensor,
+        num_splits: cute.Tensor, out: cute.Tensor, lse: cute.Tensor, out_accum: cute.Tensor, lse2_accum: cute.Tensor,
+        arrivals: cute.Tensor, attn_sink: cute.Tensor, fault_word: cute.Tensor, mail: cute.Tensor,
+        merged: cute.Tensor, s_q: Int32, chunk_blocks: Int32, is_merged: Int32, is_causal: Int32, is_varlen: Int32,
+        has_sink: Int32, window: Int32, scale_log2: Float32, heads: Int32, num_pages: Int32, boxes_per_page: Int32,
+        capacity: Int32, qk_first: cute.TiledMma, qk_rs: cute.TiledMma, qk_ss: cute.TiledMma, pv: cute.TiledMma,
+        ring_layout: cute.ComposedLayout, rope_layout: cute.ComposedLayout, q_layout: cute.ComposedLayout,
         p_layout: cute.ComposedLayout,
-    ):
+    ):  # fmt: skip
         cfg = self.config
         tidx, _, _ = cute.arch.thread_idx()
         m_block, kv_head, part = cute.arch.block_idx()
@@ -299,7 +275,7 @@ class DecodeDense(SoftCap, Exchange):
             **{name: pointer(name) for name in (
                 "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
                 "sum_empty", "piece_full", "piece_empty", "share_full", "share_empty",
-                "parts_full",
+                "parts_full", "idle",
             )},
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             share=store.share.get_tensor(cute.make_layout((SHARE_FIELDS, SHARES))),
@@ -311,6 +287,8 @@ class DecodeDense(SoftCap, Exchange):
             broken=store.broken.get_tensor(cute.make_layout((4, 4))),
             factor=store.factor.get_tensor(cute.make_layout((64, 2))),
             inverse=store.inverse.get_tensor(cute.make_layout(64)),
+            own=store.own.get_tensor(cute.make_layout(PIECES)),
+            places=store.places.get_tensor(cute.make_layout(PIECES)),
             s_ring=store.ring.get_tensor(ring_layout.outer, swizzle=ring_layout.inner),
             s_rope=store.rope.get_tensor(rope_layout.outer, swizzle=rope_layout.inner),
             s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
@@ -348,10 +326,11 @@ class DecodeDense(SoftCap, Exchange):
                     (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
-                    (c.piece_empty, 12 + 2 + cfg.has_rope, PIECES),  # math warps and loaders
+                    (c.piece_empty, 12 + self.warps_that_load(), PIECES),  # and math warps
                     (c.parts_full, 1, 1),
                     (c.share_full, 1, SHARES),
                     (c.share_empty, 8, SHARES),
+                    *self.further_barriers(c),
                 ):
                     for i in range(copies):
                         cute.arch.mbarrier_init(pointer_ + i, count)
@@ -372,27 +351,63 @@ class DecodeDense(SoftCap, Exchange):
             self.scores(c)
         elif warp_idx < 12:
             cute.arch.setmaxregister_increase(REGS_VALUES)
-            self.values(c)
-            if const_expr(cfg.is_exchanged):
-                prepared = self.prepare_exchange(c)
-            self.merge(c)
-            if const_expr(cfg.is_exchanged):
-                self.exchange(c, prepared)
+            self.run_values(c)
         else:
             cute.arch.setmaxregister_decrease(REGS_LOADS)
-            if warp_idx == 12:
-                self.load_kv(c)
-            elif warp_idx == 13:
-                self.load_q(c)
-            elif warp_idx == 14:
-                if const_expr(cfg.has_rope):
-                    self.load_rope(c)
-            else:
-                self.plan(c, plan_row, near)
+            self.run_loads(c, warp_idx, plan_row, near)
         if const_expr(cfg.cluster > 1):
             # Arrivals in the other CTA are performed before it may leave: not relaxed.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
+
+    # ------------------------------------------------------------------ what `two_loaders` does in another way
+
+    def warps_that_load(self) -> int:
+        """Warps that read the descriptor of every piece, besides those that compute."""
+        return 2 + self.config.has_rope
+
+    def further_barriers(self, c: Scope) -> tuple[Any, ...]:
+        """(barrier, arrivals, copies) that only some schedules have."""
+        return ()
+
+    @cute.jit
+    def run_values(self, c: cutlass.Constexpr):
+        """Everything that the value warps do."""
+        self.values(c)
+        if const_expr(self.config.is_exchanged):
+            prepared = self.prepare_exchange(c)
+        self.merge(c)
+        if const_expr(self.config.is_exchanged):
+            self.exchange(c, prepared)
+
+    @cute.jit
+    def run_loads(self, c: cutlass.Constexpr, warp_idx: Int32, row: cute.Tensor, near: cute.Tensor):
+        """Everything that the last four warps do."""
+        if warp_idx == 12:
+            self.load_kv(c)
+        elif warp_idx == 13:
+            self.load_q(c)
+        elif warp_idx == 14:
+            if const_expr(self.config.has_rope):
+                self.load_rope(c)
+        else:
+            self.plan(c, row, near)
+
+    @cute.jit
+    def note_piece(self, c: cutlass.Constexpr, index: Int32, count: Int32):
+        """What a schedule adds to the descriptor of a piece; one lane does."""
+
+    @cute.jit
+    def note_end(self, c: cutlass.Constexpr, index: Int32, count: Int32):
+        """And to the descriptor behind `count` pieces."""
+
+    @cute.jit
+    def store_units(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, units: cute.Tensor, index: Int32, half: Int32):
+        """A warp's part of a partial."""
+        for h in cutlass.range_constexpr(2):
+            quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
+            for i in cutlass.range_constexpr(16):
+                cute.autovec_copy(quads[None, i], units[None, i, h])
 
     # ------------------------------------------------------------------ small steps that several roles share
 
@@ -438,6 +453,7 @@ class DecodeDense(SoftCap, Exchange):
                 cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
                 if c.lane == 0:
                     fields[TILES, index] = Int32(-1)
+                    self.note_end(c, index, count)
                 self.arrive(c.piece_full + index)
                 count, number = Int32(0), Int32(0) if c.is_merged != 0 else ranges
                 for i in cutlass.range_constexpr(5):
@@ -473,6 +489,7 @@ class DecodeDense(SoftCap, Exchange):
                         self.describe(c, index, req, length, block, cutlass.min(end, block + step))
                         fields[SPLIT_SLOT, index] = slot + split if after - slot > 1 else Int32(-1)
                         fields[SLOT_OF, index], fields[PIECES_OF, index] = slot, after - slot
+                        self.note_piece(c, index, count)
                     self.arrive(c.piece_full + index)
                     count += 1
                 elif after - slot > 1:
@@ -818,6 +835,8 @@ class DecodeDense(SoftCap, Exchange):
                     self.arrive(c.go + buf)
                 if const_expr(issued == cfg.gate_right):
                     self.arrive(c.go + 2 + buf)
+                if const_expr(issued == self.idle_at):
+                    self.arrive(c.idle)
                 issued += 1
             if const_expr(e >= 0):
                 slot, phase = self.next_slot(slot, phase)
@@ -853,10 +872,7 @@ class DecodeDense(SoftCap, Exchange):
             self.arrive(c.p_full + buf)
         else:
             m0, m1, l0, l1, f0, f1, need = self.probabilities(c, s, acc, m0, m1, l0, l1)
-            cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
-            for k in cutlass.range_constexpr(4):
-                cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
-            self.publish(c, s, buf, f0, f1, need)
+            self.hand_over(c, s, count + 1, buf, f0, f1, need)
         return slot, phase, m0, m1, l0, l1
 
     @cute.jit
@@ -1010,6 +1026,17 @@ class DecodeDense(SoftCap, Exchange):
                 hidden = hidden | ((word >> box) & 1 != 0)
             if hidden:
                 acc[x] = -Float32.inf
+
+    @cute.jit
+    def hand_over(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, tile: Int32, buf: Int32, f0: Float32, f1: Float32,
+        need: Int32,
+    ):  # fmt: skip
+        """P of a tile leaves the registers."""
+        cute.arch.mbarrier_wait(c.p_empty + buf, ((tile >> 1) & 1) ^ 1)
+        for k in cutlass.range_constexpr(4):
+            cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
+        self.publish(c, s, buf, f0, f1, need)
 
     @cute.jit
     def publish(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
@@ -1220,10 +1247,7 @@ class DecodeDense(SoftCap, Exchange):
                 (block + ((thread >> 5) * (64 * 128) + half * (32 * 128) + (thread & 31) * 4)).align(16),
                 cute.make_layout((4, 16, 2), stride=(1, 128, 16 * 128)),
             )
-            for h in cutlass.range_constexpr(2):
-                quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
-                for i in cutlass.range_constexpr(16):
-                    cute.autovec_copy(quads[None, i], units[None, i, h])
+            self.store_units(c, accs, units, index, half)
         else:
             for side in cutlass.range_constexpr(2):
                 row = c.m_block * 64 + row0 + 8 * side
@@ -1286,11 +1310,12 @@ class DecodeDense(SoftCap, Exchange):
                 )
 
     @cute.jit
-    def merge(self, c: cutlass.Constexpr):
+    def merge(self, c: cutlass.Constexpr, own: Int32 | None = None):
         """Shares of the requests of which this CTA computed a piece, behind all of its pieces: by the value warps.
 
         Whoever computed piece i of n merges the units [256 i / n, 256 (i + 1) / n) of a block: as many stretches of memory as
-        there are pieces, which go into the ring at once. The order of a sum depends on n alone.
+        there are pieces, which go into the ring at once. The order of a sum depends on n alone. Where `own` is not 0, the
+        share of this CTA's piece is in the ring already.
         """
         turn, load = Int32(0), Int32(0)
         cute.arch.mbarrier_wait(c.share_full, 0)
@@ -1301,11 +1326,12 @@ class DecodeDense(SoftCap, Exchange):
             begin, end = split * UNITS // pieces, (split + 1) * UNITS // pieces
             together = cutlass.max(self.config.slots * SLOT_BYTES // UNIT_BYTES // pieces, 1)
             self.await_pieces(c, slot, block)
+            kept = own if const_expr(own is None) else (split if own != 0 else Int32(-1))
             at = begin
             while at < end:
                 stop = cutlass.min(at + together, end)
                 if c.warp_idx == 4:
-                    self.fetch(c, pieces, at, stop, c.out_accum[slot, block, None].iterator.toint())
+                    self.fetch(c, pieces, at, stop, c.out_accum[slot, block, None].iterator.toint(), kept)
                 if at == begin:
                     self.weigh(c, index, pieces, begin, end, slot, block)
                 cute.arch.mbarrier_wait(c.parts_full, load & 1)
@@ -1334,22 +1360,37 @@ class DecodeDense(SoftCap, Exchange):
         cute.arch.barrier(barrier_id=3, number_of_threads=256)
 
     @cute.jit
-    def fetch(self, c: cutlass.Constexpr, pieces: Int32, at: Int32, stop: Int32, data: Int64):
-        """Start the copies of the units [at, stop) of all pieces into the ring, where nobody needs anything any more."""
+    def fetch(
+        self, c: cutlass.Constexpr, pieces: Int32, at: Int32, stop: Int32, data: Int64, kept: Int32 | None = None
+    ):  # fmt: skip
+        """Start the copies of the units [at, stop) of all pieces into the ring, where nobody needs anything any more.
+
+        `kept`: the piece that is there already, or -1.
+        """
         size = (stop - at) * UNIT_BYTES
         cute.arch.inline_ptx("fence.proxy.async;")  # others stored what the copy engine now reads
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(c.parts_full, pieces * size)
+            if const_expr(kept is None):
+                cute.arch.mbarrier_arrive_and_expect_tx(c.parts_full, pieces * size)
+            else:
+                cute.arch.mbarrier_arrive_and_expect_tx(c.parts_full, (pieces if kept < 0 else pieces - 1) * size)
         cute.arch.sync_warp()
         ring, step = c.s_ring.iterator.toint().to(Int32), Int64(c.out_accum.stride[0]) * 4
         barrier = c.parts_full.toint().to(Int32)
         for piece in cutlass.range(c.lane, pieces, 32, unroll=1):
-            cute.arch.inline_ptx(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-                read_only_args=[
-                    ring + piece * size, data + (Int64(piece) * step + at * UNIT_BYTES), size, barrier
-                ],
-            )  # fmt: skip
+            if const_expr(kept is None):
+                self.bring(ring + piece * size, data + (Int64(piece) * step + at * UNIT_BYTES), size, barrier)
+            else:
+                if piece != kept:
+                    self.bring(ring + piece * size, data + (Int64(piece) * step + at * UNIT_BYTES), size, barrier)
+
+    @cute.jit
+    def bring(self, to: Int32, source: Int64, size: Int32, barrier: Int32):
+        """Bytes of memory into shared memory, counted at a barrier."""
+        cute.arch.inline_ptx(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+            read_only_args=[to, source, size, barrier],
+        )
 
     @cute.jit
     def weigh(

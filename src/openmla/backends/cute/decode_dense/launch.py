@@ -61,8 +61,10 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
 def build(config: Config, folder: Path) -> CompiledObject:
     """Compile and export one variant. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_dense.kernel import DecodeDense
+    from openmla.backends.cute.decode_dense.two_loaders.kernel import TwoLoaders
 
-    return compile_kernel(DecodeDense(config), fake_arguments(config), config.name, out_dir=folder)
+    code = TwoLoaders if config.loaders == 2 else DecodeDense
+    return compile_kernel(code(config), fake_arguments(config), config.name, out_dir=folder)
 
 
 def build_merge(config: MergeConfig, folder: Path) -> CompiledObject:
