@@ -22,7 +22,7 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     The gates hold P V back until S is through: P V then covers the exponentials, where the scores warpgroup feeds nothing
     to the tensor cores. Without them P V is done early and the tensor cores idle (5 to 9 % slower). The right half starts
     later so that slots come free in the order in which S(j+1) wants them.
-    The turns run on across pieces.
+    The turns run on across pieces. Clusters of two do some of it in another way: `two_loaders`.
 
 Masks
     Causal, sliding window, lengths and missing pages cost full tiles nothing: the loads put a word beside each tile, and
@@ -394,12 +394,8 @@ class DecodeDense(SoftCap, Exchange):
             self.plan(c, row, near)
 
     @cute.jit
-    def note_piece(self, c: cutlass.Constexpr, index: Int32, count: Int32):
-        """What a schedule adds to the descriptor of a piece; one lane does."""
-
-    @cute.jit
-    def note_end(self, c: cutlass.Constexpr, index: Int32, count: Int32):
-        """And to the descriptor behind `count` pieces."""
+    def note(self, c: cutlass.Constexpr, index: Int32, count: Int32, is_end: cutlass.Constexpr):
+        """What a schedule adds to the descriptor of a piece behind `count` pieces, or of their end; one lane does."""
 
     @cute.jit
     def store_units(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, units: cute.Tensor, index: Int32, half: Int32):
@@ -453,7 +449,7 @@ class DecodeDense(SoftCap, Exchange):
                 cute.arch.mbarrier_wait(c.piece_empty + index, ((count >> PIECES_LOG2) & 1) ^ 1)
                 if c.lane == 0:
                     fields[TILES, index] = Int32(-1)
-                    self.note_end(c, index, count)
+                    self.note(c, index, count, True)
                 self.arrive(c.piece_full + index)
                 count, number = Int32(0), Int32(0) if c.is_merged != 0 else ranges
                 for i in cutlass.range_constexpr(5):
@@ -489,7 +485,7 @@ class DecodeDense(SoftCap, Exchange):
                         self.describe(c, index, req, length, block, cutlass.min(end, block + step))
                         fields[SPLIT_SLOT, index] = slot + split if after - slot > 1 else Int32(-1)
                         fields[SLOT_OF, index], fields[PIECES_OF, index] = slot, after - slot
-                        self.note_piece(c, index, count)
+                        self.note(c, index, count, False)
                     self.arrive(c.piece_full + index)
                     count += 1
                 elif after - slot > 1:

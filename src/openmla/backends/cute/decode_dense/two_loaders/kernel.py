@@ -81,21 +81,17 @@ class TwoLoaders(DecodeDense):
     # ------------------------------------------------------------------ plan
 
     @cute.jit
-    def note_piece(self, c: cutlass.Constexpr, index: Int32, count: Int32):
-        """Where its first tile lies in the ring."""
+    def note(self, c: cutlass.Constexpr, index: Int32, count: Int32, is_end: cutlass.Constexpr):
+        """Of a piece, where its first tile lies in the ring; of the end, what a CTA with one piece keeps of it."""
         own, places = c.own, c.places
         own[index] = Int32(0)
-        before, place = count - 1 & PIECES - 1, Int32(0)
-        if count > 0:
-            place = places[before] + 4 * c.piece[TILES, before]
-        places[index] = (place + self.config.q_regs // 2) % self.config.slots
-
-    @cute.jit
-    def note_end(self, c: cutlass.Constexpr, index: Int32, count: Int32):
-        """What a CTA with one piece keeps of it."""
-        own = c.own
-        own[index] = Int32(0)
-        own[index] = self.own_sixteenths(c) if (count == 1) & (c.is_merged != 0) else Int32(0)
+        if const_expr(is_end):
+            own[index] = self.own_sixteenths(c) if (count == 1) & (c.is_merged != 0) else Int32(0)
+        else:
+            before, place = count - 1 & PIECES - 1, Int32(0)
+            if count > 0:
+                place = places[before] + 4 * c.piece[TILES, before]
+            places[index] = (place + self.config.q_regs // 2) % self.config.slots
 
     @cute.jit
     def own_sixteenths(self, c: cutlass.Constexpr) -> Int32:
@@ -259,7 +255,6 @@ class TwoLoaders(DecodeDense):
         for k in cutlass.range_constexpr(4):
             cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
         self.publish(c, s, buf, f0, f1, need)
-
 
     @cute.jit
     def values(self, c: cutlass.Constexpr):
