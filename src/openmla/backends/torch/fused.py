@@ -54,8 +54,11 @@ class PrefillFlash3:
     def supports(self, problem: PrefillProblem, target: Target) -> Verdict:
         """Where it is installed: bf16, 192 columns of q and k, 128 of v, on Hopper."""
         return require(
-            (env.is_importable(FLASH3), "FlashAttention 3 is not installed: pip install --no-deps fa3-fwd"),
-            (IS_PROVED, "has not run on a GPU as it is"),
+            (IS_PROVED, "has not run on a GPU as it is: not chosen, whether FlashAttention 3 is installed or not"),
+            (
+                not IS_PROVED or env.is_importable(FLASH3),
+                "FlashAttention 3 is not installed: pip install --no-deps fa3-fwd",
+            ),
             (target.arch == "sm_90a", f"was measured on sm_90a alone, the target is {target.arch}"),
             (problem.dtype == torch.bfloat16, f"fa3-fwd is built for bf16 alone, got {problem.dtype}"),
             (not problem.needs_grad, "fa3-fwd has no backward pass"),
