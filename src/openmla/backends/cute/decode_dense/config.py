@@ -51,7 +51,8 @@ class Config:
         gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may
             be multiplied; -1 when all are issued, -2 when all are complete.
         prefetch: tiles ahead of the ring that are fetched into L2 where a tile has one reader; at most 16, 0 for none.
-            15 % at one reader and 16,384 keys; with two readers they lose each other and HBM is read 1.5 times.
+            15 % at one reader and 16,384 keys; with two readers they lose each other and HBM is read 1.5 times. Two loaders
+            fetch one ahead at most.
         prefetch_from: the first of a tile's quarters that is fetched ahead; RoPE always is.
         loaders: warps that load keys: 2 for the schedule of `two_loaders`, 5 % faster, which knows neither mods nor the
             exchange: with those it is 1.
