@@ -142,6 +142,13 @@ def test_pieces_are_merged_by_whoever_computed_them_in_any_order(loaders, seeds)
     assert all(torch.equal(bits[0], each) for each in bits)
 
 
+@pytest.mark.parametrize("times", [1.0, 20.0])  # within the polynomial of the soft cap's own form, and beyond
+def test_a_soft_cap(times):
+    call = Call((130,), cap=30.0, times=times, parts=2, sink=True)
+    call.run(3)
+    call.check()
+
+
 def test_row_blocks_with_fewer_rows_than_64_merge_on_their_own():
     call = Call((100, 200), h_q=40, s_q=2, parts=3)
     assert call.blocks == 2
