@@ -90,7 +90,7 @@ def real_case(seed: int, op: str) -> Case:
         layout = pick.choice(("fp8_656", "fp8_656", "fp8_656", "fp8_584", "fp8_584", "fp8_528", "fp8_528_mx", "", ""))
         if layout in ("fp8_656", "fp8_584", "fp8_528_mx") and (layout == "fp8_528_mx" or pick.random() < 0.25):
             extra = pick.choice((1, 64, 200, 700))
-        batch = (pick.choice((1, 2, 3, 5)) if layout else FILL,)
+        batch = (pick.choice((1, 2, 3, 5)) if layout else FILL if seed % 2 else 1 + seed % 6,)
         s_q = pick.choices((1, 2, 3), (6, 3, 1))[0]
     lists = (1, 2, 63, 64, 65, 128, 200, 333, 700)  # the long ones of few tokens: the oracle gathers every key
     lists = lists[:-2] if batch[0] * s_q >= FILL else lists
@@ -159,6 +159,7 @@ def judge(case: Case, setup: Setup) -> str:
 KINDS: tuple[tuple[str, str, int, int], ...] = (  # operation, layout, second list, heads
     ("sparse_decode", "fp8_656", 0, 128), ("sparse_decode", "fp8_656", 0, 64), ("sparse_decode", "fp8_584", 300, 64),
     ("sparse_decode", "fp8_528", 0, 128), ("sparse_decode", "", 0, 128), ("sparse_decode", "", 0, 64),
+    ("sparse_decode", "bf16_576", 0, 128), ("sparse_decode", "bf16_512", 0, 64),  # few tokens: lists in pieces
     ("sparse_prefill", "", 0, 128), ("sparse_prefill", "", 0, 64), ("sparse_prefill", "", 0, 16),
 )  # fmt: skip
 CHANGES = ("indices", "lengths", "absent", "queries")

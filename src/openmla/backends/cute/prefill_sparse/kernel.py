@@ -8,7 +8,8 @@ Computes
 Shapes
     q [tokens, h_q, d_qk], kv [pages, page_size, d_qk] (one page that is the whole tensor in the form "rows"), indices
     [tokens, topk], out [tokens, h_q, 512]. A CTA takes 64 heads of one token after the other: tokens part, part + parts, ...,
-    so that neighbouring tokens, which select much the same rows, are computed at the same time.
+    so that neighbouring tokens, which select much the same rows, are computed at the same time. With `Config.split` its
+    tokens are pieces of lists, [request, piece, query token], and out and lse partial results for the merge.
 
 Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     producers (4 warps)      scores (warpgroup 0)                     values left | right (warpgroups 1 | 2)
