@@ -513,7 +513,7 @@ LANES: dict[str, tuple[tuple[str, ...], int]] = {
 ALONE = "alone"  # measures time, when the others are done
 # What a record must reach before it is signed off: items that passed, or what they counted.
 REQUIRED = {
-    "matrix": 230, "sparse": 80, "gather": 50, "fuzz": 2500, "codes": 200, "sparse_fuzz": 900, "poison": 120, "hostile": 320, "plans": 12,
+    "matrix": 230, "sparse": 80, "gather": 90, "fuzz": 2500, "codes": 200, "sparse_fuzz": 900, "poison": 120, "hostile": 320, "plans": 12,
     "repeats": 100_000, "graphs": 50, "sparse_graphs": 30, "invariance": 300, "big": 6, "sparse_big": 3, "threads": 4,
     "border": 12, "stale": 8, "sanitize": len(TOOLS), "faults": len(FAULTS), "soak": 1, "modes": 1, "host": 4,
 }  # fmt: skip

@@ -216,6 +216,15 @@ def test_binaries_for_gpus_are_found_inside_a_library(scripts):
     assert racecheck.device_binaries(elf(62, 1, 1) + first + b"between" + second + b"behind") == [first, second]
 
 
+def test_the_guards_are_where_their_cost_is_measured(scripts):
+    import guard_cost
+
+    for kernel, changes in guard_cost.GUARDS.items():
+        sources = [each.read_text() for each in (ROOT / "src/openmla/backends/cute" / kernel).glob("*.py")]
+        for guard, _ in changes:
+            assert any(re.search(guard, text) for text in sources), (kernel, guard)
+
+
 def record_of(prove, **counted):
     return {name: prove.Record(planned=1, done=1, passed=1, counted=count) for name, count in counted.items()}
 
