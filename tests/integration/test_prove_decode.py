@@ -216,6 +216,17 @@ def test_binaries_for_gpus_are_found_inside_a_library(scripts):
     assert racecheck.device_binaries(elf(62, 1, 1) + first + b"between" + second + b"behind") == [first, second]
 
 
+def test_the_page_says_how_many_items_each_section_has(scripts):
+    _, sections = scripts
+    page, setup, said = (ROOT / "docs" / "reliability.md").read_text(), sections.Setup("cute", "cuda"), {}
+    for names, counts in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ((?:[\d,]+(?:, )?)+) \|", page, re.M):
+        said |= dict(zip(re.findall(r"\w+", names), counts.split(", "), strict=True))
+    # `matrix` asks the card what it takes; of `poison` and `repeats` cases and runs are counted.
+    listed = set(sections.DEFAULT) - {"matrix", "poison", "repeats"}
+    found = {name: f"{len(sections.SECTIONS[name](setup)):,}" for name in listed}
+    assert found == {name: said.get(name) for name in listed}
+
+
 def test_the_guards_are_where_their_cost_is_measured(scripts):
     import guard_cost
 
