@@ -78,12 +78,17 @@ def seeds_of(request: pytest.FixtureRequest):
 
 @pytest.fixture(autouse=True)
 def nobody_watches_afterwards() -> Iterator[None]:
-    """A test that leaves an observer or a lost device behind fails, not a later one that it slows or stops."""
+    """A test that leaves an observer or a lost device behind fails, not a later one that it slows or stops.
+
+    Kernels that stand aside, because a test had their launch refused, stand there for its own time only.
+    """
     yield
+    from openmla.backends import aside
     from openmla.ops import recovery
     from openmla.ops.observers import observers
 
     left = [*observers, *recovery.LOST]
     observers.clear()
     recovery.LOST.clear()
+    aside.clear()
     assert not left, f"left behind: {left}"
