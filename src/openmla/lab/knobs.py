@@ -43,7 +43,8 @@ SPACES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
         "cluster": (1, 2),
         "gate_left": (-2, -1, 19),
         "gate_right": (-2, -1),
-        "prefetch": (0, 2, 4),
+        "loaders": (1, 2),
+        "prefetch": (0, 2, 4),  # with two loaders one tile at most
         "parts_percent": (25, 50, 75, 100),
         "overhead_blocks": (1, 3, 5),
     },
