@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from openmla.backends.cute import bundle, decode
+from openmla.backends.cute import bundle, families
 from openmla.core.errors import CompileError, ConfigError
 
-FAMILY = {"combine": ((decode.CombineVariant("bf16", 128),), decode.build_combine)}
+FAMILY = {"combine": ((families.CombineVariant("bf16", 128),), families.build_combine)}
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +23,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def _never(*args: object) -> bundle.CompiledObject:
+    raise AssertionError("a bundled kernel is not compiled")
+
+
 @pytest.fixture
 def only_the_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with the bundle and without a compiler."""
     real = bundle.env.is_importable
     monkeypatch.setattr(bundle.env, "is_importable", lambda name: name not in ("cutlass", "triton") and real(name))
     monkeypatch.setattr(bundle, "_load", lambda library, name: (library, name))
+    monkeypatch.setattr(bundle.compiler, "compile_apart", _never)
+    monkeypatch.setattr(bundle, "FAMILIES", {})
     monkeypatch.setattr(bundle, "_served", {})
     monkeypatch.setenv("OPENMLA_AOT_DIR", str(folder))
     bundle._manifest.cache_clear()
     return folder
-
-
-def _never(folder: Path) -> bundle.CompiledObject:
-    raise AssertionError("a bundled kernel is not compiled")
 
 
 def test_the_manifest_says_what_is_inside(folder: Path) -> None:
@@ -49,25 +51,25 @@ def test_the_manifest_says_what_is_inside(folder: Path) -> None:
 
 
 def test_served_without_a_compiler(only_the_bundle: Path) -> None:
-    variant = decode.CombineVariant("bf16", 128)
+    variant = families.CombineVariant("bf16", 128)
     assert bundle.availability("combine", variant)
-    served = bundle.serve("combine", variant, _never)
+    served = bundle.serve("combine", variant)
     assert served.source == "bundle"
     assert served.function == (only_the_bundle / "combine.so", "combine_bf16_128")
     assert bundle.loaded() == {"combine_bf16_128": "bundle"}
 
 
 def test_another_variant_is_not_served(only_the_bundle: Path) -> None:
-    variant = decode.CombineVariant("fp16", 128)
+    variant = families.CombineVariant("fp16", 128)
     (reason,) = bundle.availability("combine", variant).reasons
     assert "combine_fp16_128 must be compiled and cannot be" in reason
     assert f"the bundle at {only_the_bundle} has no combine_fp16_128" in reason
     with pytest.raises(CompileError, match="nvidia-cutlass-dsl is not installed"):
-        bundle.serve("combine", variant, _never)
+        bundle.serve("combine", variant)
 
 
 def test_the_same_name_with_another_configuration_is_not_served(only_the_bundle: Path) -> None:
-    class Renamed(decode.CombineVariant):
+    class Renamed(families.CombineVariant):
         name = "combine_bf16_128"
 
     assert not bundle.availability("combine", replace(Renamed("bf16", 128), columns=64))
@@ -75,11 +77,11 @@ def test_the_same_name_with_another_configuration_is_not_served(only_the_bundle:
 
 def test_a_bundle_of_other_sources_is_not_served(only_the_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "source_hash", lambda: "of a later version")
-    variant = decode.CombineVariant("bf16", 128)
+    variant = families.CombineVariant("bf16", 128)
     (reason,) = bundle.availability("combine", variant).reasons
     assert f"the bundle at {only_the_bundle} was built from other sources" in reason
     with pytest.raises(CompileError, match="built from other sources"):
-        bundle.serve("combine", variant, _never)
+        bundle.serve("combine", variant)
 
 
 def test_a_changed_library_is_refused(only_the_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_a_changed_library_is_refused(only_the_bundle: Path, tmp_path: Path, mon
         (tmp_path / path.name).write_bytes(path.read_bytes() + (b"\0" if path.suffix == ".so" else b""))
     monkeypatch.setenv("OPENMLA_AOT_DIR", str(tmp_path))
     with pytest.raises(CompileError, match="was changed after it was built"):
-        bundle.serve("combine", decode.CombineVariant("bf16", 128), _never)
+        bundle.serve("combine", families.CombineVariant("bf16", 128))
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 99}'], ids=["empty", "garbage", "newer"])
@@ -97,12 +99,12 @@ def test_a_manifest_that_cannot_be_read_is_an_error(
     (tmp_path / "manifest.json").write_text(text)
     monkeypatch.setenv("OPENMLA_AOT_DIR", str(tmp_path))
     with pytest.raises(ConfigError, match=r"manifest\.json"):
-        bundle.availability("combine", decode.CombineVariant("bf16", 128))
+        bundle.availability("combine", families.CombineVariant("bf16", 128))
 
 
 def test_a_kernel_that_spills_is_not_bundled(tmp_path: Path) -> None:
-    def spilling(config: decode.CombineVariant, folder: Path) -> bundle.CompiledObject:
-        compiled = decode.build_combine(config, folder)
+    def spilling(config: families.CombineVariant, folder: Path) -> bundle.CompiledObject:
+        compiled = families.build_combine(config, folder)
         return replace(compiled, resources=replace(compiled.resources, local_bytes=8))
 
     with pytest.raises(CompileError, match="spills registers"):

@@ -294,11 +294,12 @@ def make_bundle(folder: Path, names: list[str]) -> None:
 
     names: of CUTE_MODS: only what 128 heads need, plain and with each of these.
     """
-    from openmla.backends.cute import bundle, decode
+    from openmla.backends.cute import bundle
+    from openmla.backends.cute.families import with_mods
 
     given = [CUTE_MODS[name] for name in names] or [*CUTE_MODS.values(), [mod_of_the_page()]]
     wanted = {"dtype": "bf16", "d_qk": 576, "page_size": 64} | ({"cluster": 2, "is_exchanged": False} if names else {})
-    families, chosen = decode.families([form_of(each) for each in given]), {}
+    families, chosen = with_mods([form_of(each) for each in given]), {}
     for name in ("schedule", "combine", "decode_dense_merge", "decode_dense_small", "decode_dense"):
         variants, build = families[name]
         if not names or name != "decode_dense_small":

@@ -149,7 +149,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> decode.FewRows:
         "decode_dense_merge": _merge_function,
     }
 
-    def serve(family: str, config: Any, build: Any) -> _Served:
+    def serve(family: str, config: Any) -> _Served:
         is_exchanged = getattr(config, "is_exchanged", False)
         return _Served(_exchanged_function if is_exchanged else functions[family])
 

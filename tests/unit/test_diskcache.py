@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from openmla import backends
-from openmla.backends.cute import bundle, decode, diskcache
+from openmla.backends.cute import bundle, diskcache, families
 from openmla.core import incidents
 from openmla.core.errors import CompileError
 
@@ -266,7 +266,7 @@ def test_rests_and_the_least_recently_used_are_removed(root: Path, monkeypatch: 
 
 def test_entries_of_other_versions_are_not_seen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another source, schema, architecture, compiler or Python is another key: an older entry cannot be loaded."""
-    variant = decode.CombineVariant()
+    variant = families.CombineVariant()
     keys = {bundle._cache_key("combine", variant)}
     for name, value in (("_CACHE_SCHEMA", 99), ("ARCH", "sm_100a"), ("source_hash", lambda: "other")):
         with monkeypatch.context() as other:
@@ -285,10 +285,10 @@ def test_entries_of_other_versions_are_not_seen(root: Path, monkeypatch: pytest.
     assert len(keys) == 8
 
 
-@pytest.mark.parametrize("family", decode.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_argument_of_a_kernel_is_in_its_key(family: str) -> None:
     """A field that is not in the key would serve one variant's code for another's."""
-    variants = decode.FAMILIES[family][0]
+    variants = families.FAMILIES[family][0]
     assert len({bundle._cache_key(family, each) for each in variants}) == len(variants)
     for each in dataclasses.fields(variants[0]):
         written = variants[0].as_dict()

@@ -56,7 +56,7 @@ def _function(
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> few_rows.SparseDecodeFew:
-    monkeypatch.setattr(bundle, "serve", lambda family, config, build: _Served(_function))
+    monkeypatch.setattr(bundle, "serve", lambda family, config: _Served(_function))
     monkeypatch.setattr(bundle, "availability", lambda family, config: Verdict())
     return few_rows.SPARSE_DECODE_FEW
 

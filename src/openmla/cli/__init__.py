@@ -223,10 +223,10 @@ def _add_compile(verbs: Any) -> None:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from openmla.backends.cute import bundle, decode
+    from openmla.backends.cute import bundle, families
     from openmla.mods import named
 
-    manifest = bundle.build(args.out, decode.families([named(each) for each in args.mods]), say)
+    manifest = bundle.build(args.out, families.with_mods([named(each) for each in args.mods]), say)
     if args.json:
         print_json({"schema": JSON_SCHEMA, "arch": args.arch, "manifest": str(manifest)})
     else:

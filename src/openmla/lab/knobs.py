@@ -198,7 +198,7 @@ def bundle(
         CompileError: a tool is missing, the compiler refused, or a setting spills registers.
     """
     from openmla.backends.cute import bundle as bundles
-    from openmla.backends.cute.decode import FAMILIES
+    from openmla.backends.cute.families import FAMILIES
 
     wanted: dict[str, dict[Any, None]] = {}
     known: dict[str, None] = {}

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from openmla.backends.base import AppendOperands, Verdict
 from openmla.backends.cute import bundle
-from openmla.backends.cute.toolchain import CompiledObject
 from openmla.backends.cute.writers import config as writers
 from openmla.backends.cute.writers.launch import launch
 from openmla.core.problem import AppendProblem
 from openmla.core.target import Target
-
-
-def build_writer(config: writers.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of writers. Needs the DSL, no GPU."""
-    from openmla.backends.cute.writers.launch import build
-
-    return build(config, folder)
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class Append:
 
     def compile(self, problem: AppendProblem, config: writers.Config, target: Target) -> Any:
         """Load the function, compiling it if neither bundle nor cache has it."""
-        return bundle.serve(writers.FAMILY, config, lambda folder: build_writer(config, folder)).function
+        return bundle.serve(writers.FAMILY, config).function
 
     def launch(self, compiled: Any, problem: AppendProblem, operands: AppendOperands, plan: None) -> None:
         """Writes the rows into their slots, on the current stream."""

@@ -1,6 +1,6 @@
 """Where a compiled kernel comes from: an ahead-of-time bundle first, else the compiler with a private disk cache.
 
-    served = bundle.serve("decode_dense", config, build)
+    served = bundle.serve("decode_dense", config)
     served.function(...)            # launch
     served.source                   # "bundle" or "jit", and in `served.origin` the file it was loaded from
 
@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,11 +30,11 @@ import torch
 
 from openmla.backends.base import Verdict
 from openmla.backends.cute import compiler, diskcache
+from openmla.backends.cute.families import FAMILIES, Family
 from openmla.backends.cute.toolchain import (
     ARCH,
     MANIFEST,
     MANIFEST_FORMAT,
-    CompiledObject,
     link_bundle,
     source_hash,
     write_manifest,
@@ -93,13 +93,12 @@ def availability(family: str, config: Variant) -> Verdict:
     return Verdict((f"{config.name} must be compiled and cannot be: {'; '.join(missing)}; {bundle}",))
 
 
-def serve(family: str, config: Variant, build: Callable[[Path], CompiledObject]) -> Served:
+def serve(family: str, config: Variant) -> Served:
     """The function of one variant, loaded once per process.
 
     Args:
-        family: kernel folder name, such as decode_dense.
+        family: key of `families.FAMILIES`; what compiles the variant when nothing is cached.
         config: the variant.
-        build: compiles the variant into a folder (`toolchain.compile_kernel`); called when nothing is cached.
 
     Raises:
         CompileError: nothing can serve it; the message says what was tried.
@@ -110,7 +109,7 @@ def serve(family: str, config: Variant, build: Callable[[Path], CompiledObject])
         return found
     with _lock:
         if key not in _served:
-            _served[key] = _from_bundle(family, config) or _from_compiler(family, config, build)
+            _served[key] = _from_bundle(family, config) or _from_compiler(family, config)
         return _served[key]
 
 
@@ -130,7 +129,7 @@ def loaded() -> dict[str, str]:
 
 def build(
     out: Path,
-    families: Mapping[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]],
+    families: Mapping[str, Family],
     progress: Callable[[str], None],
 ) -> Path:
     """Compile every variant of `families` into a bundle folder, on a machine with the DSL and no GPU.
@@ -209,14 +208,14 @@ def _from_bundle(family: str, config: Variant) -> Served | None:
     return Served(_load(library, config.name), "bundle", library)
 
 
-def _from_compiler(family: str, config: Variant, build: Callable[[Path], CompiledObject]) -> Served:
+def _from_compiler(family: str, config: Variant) -> Served:
     verdict = availability(family, config)
     if not verdict:
         raise CompileError(verdict.reasons[0])
 
     def produce(folder: Path) -> Path:
         apart = compiler.can(family, config.name)
-        made = compiler.compile_apart(family, config.name, folder) if apart else build(folder)
+        made = compiler.compile_apart(family, config.name, folder) if apart else FAMILIES[family][1](config, folder)
         return link_bundle([made.object_path], folder / "kernel.so")
 
     _note_untested_versions()

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from openmla.backends.cute.families import FAMILIES
 from openmla.backends.cute.toolchain import CompiledObject, Resources
 from openmla.core import env
 from openmla.core.errors import CompileError
@@ -25,16 +26,14 @@ COMPILE_SECONDS = 120.0  # the slowest variant takes about 6 s on one core of a 
 
 def can(family: str, name: str) -> bool:
     """Whether a child can find this variant: those of the bundle it can, one with a user's own function it cannot."""
-    from openmla.backends.cute import decode
-
-    return any(each.name == name for each in decode.FAMILIES.get(family, ((), None))[0])
+    return any(each.name == name for each in FAMILIES.get(family, ((), None))[0])
 
 
 def compile_apart(family: str, name: str, folder: Path, *, command: list[str] | None = None) -> CompiledObject:
     """Compile a variant of the bundle in a child process.
 
     Args:
-        family: key of `decode.FAMILIES`.
+        family: key of `FAMILIES`.
         name: exported function name of the variant.
         folder: receives the object file.
         command: what to run instead of this module, for tests.
@@ -74,10 +73,8 @@ def _read(found: dict[str, Any]) -> CompiledObject:
 
 def main() -> int:
     """The child."""
-    from openmla.backends.cute import decode
-
     family, name, folder = sys.argv[1:]
-    variants, build = decode.FAMILIES[family]
+    variants, build = FAMILIES[family]
     made = build(next(each for each in variants if each.name == name), Path(folder))
     sys.stdout.write(json.dumps(asdict(made), default=str) + "\n")
     return 0

@@ -8,18 +8,16 @@ on the host, so a CUDA graph holds all of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import itemgetter
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from openmla.backends.base import DecodeOperands, DecodePlan, Repeatable, Verdict, require
 from openmla.backends.cute import bundle
-from openmla.backends.cute.append import build_writer
 from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import launch as launch_large
 from openmla.backends.cute.decode_dense.launch import launch_merge
@@ -27,146 +25,19 @@ from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import launch as launch_small
 from openmla.backends.cute.decode_fp8 import config as coded
 from openmla.backends.cute.decode_fp8.launch import launch as launch_coded
-from openmla.backends.cute.decode_sparse import config as sparse
+from openmla.backends.cute.families import ScheduleVariant
 from openmla.backends.cute.inline import inlined, refusals
-from openmla.backends.cute.prefill_sparse import config as gather
-from openmla.backends.cute.toolchain import CompiledObject, compile_kernel
-from openmla.backends.cute.writers import config as writers
-from openmla.core.errors import UnsupportedError
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
-from openmla.mods import Mods
 from openmla.split.schedule import Policy
 
 PLAN_SCRATCH = 64 << 20  # bytes of partials that may stay with a plan, so that no layer allocates and carves its own
 
 
-@dataclass(frozen=True)
-class ScheduleVariant:
-    """The device plan has one variant; every number it needs is an argument."""
-
-    name: str = "decode_plan"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class CombineVariant:
-    """The merge of partials: dtype of out, and columns of one row that a CTA takes."""
-
-    dtype: Literal["bf16", "fp16"] = "bf16"
-    columns: int = 512
-
-    @property
-    def name(self) -> str:
-        """Exported function name."""
-        return f"combine_{self.dtype}_{self.columns}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the bundle's manifest."""
-        return asdict(self)
-
-
-SCHEDULE_VARIANTS = (ScheduleVariant(),)
-COMBINE_VARIANTS = tuple(CombineVariant(dtype, columns) for dtype in ("bf16", "fp16") for columns in (512, 128))
-
-
-def build_schedule(config: ScheduleVariant, folder: Path) -> CompiledObject:
-    """Compile the device plan. Needs the DSL, no GPU."""
-    from openmla.backends.cute import schedule
-
-    return compile_kernel(schedule.DecodePlan(), schedule.fake_arguments(), config.name, out_dir=folder)
-
-
-def build_combine(config: CombineVariant, folder: Path) -> CompiledObject:
-    """Compile one variant of the merge. Needs the DSL, no GPU."""
-    import cutlass
-
-    from openmla.backends.cute import combine
-
-    element = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
-    code = combine.Combine(element, config.columns)
-    return compile_kernel(code, combine.fake_arguments(element), config.name, out_dir=folder)
-
-
-def build_few_rows(config: small.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of decode_dense_small. Needs the DSL, no GPU."""
-    from openmla.backends.cute.decode_dense_small.launch import build
-
-    return build(config, folder)
-
-
-def build_many_rows(config: large.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of decode_dense. Needs the DSL, no GPU."""
-    from openmla.backends.cute.decode_dense.launch import build
-
-    return build(config, folder)
-
-
-def build_coded(config: coded.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of decode_fp8. Needs the DSL, no GPU."""
-    from openmla.backends.cute.decode_fp8.launch import build
-
-    return build(config, folder)
-
-
-def build_sparse(config: sparse.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of decode_sparse. Needs the DSL, no GPU."""
-    from openmla.backends.cute.decode_sparse.launch import build
-
-    return build(config, folder)
-
-
-def build_gather(config: gather.Config, folder: Path) -> CompiledObject:
-    """Compile one variant of prefill_sparse. Needs the DSL, no GPU."""
-    from openmla.backends.cute.prefill_sparse.launch import build
-
-    return build(config, folder)
-
-
-def build_merge(config: large.MergeConfig, folder: Path) -> CompiledObject:
-    """Compile one variant of the merge of decode_dense. Needs the DSL, no GPU."""
-    from openmla.backends.cute.decode_dense.launch import build_merge
-
-    return build_merge(config, folder)
-
-
-# What an ahead-of-time bundle holds: family -> (its variants, how to compile one).
-FAMILIES: dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]] = {
-    "schedule": (SCHEDULE_VARIANTS, build_schedule),
-    "combine": (COMBINE_VARIANTS, build_combine),
-    small.FAMILY: (small.VARIANTS, build_few_rows),
-    large.FAMILY: ((*large.VARIANTS, *large.EXCHANGED), build_many_rows),
-    large.MERGE_FAMILY: (large.MERGE_VARIANTS, build_merge),
-    coded.FAMILY: (coded.VARIANTS, build_coded),
-    sparse.FAMILY: (sparse.VARIANTS, build_sparse),
-    gather.FAMILY: (gather.VARIANTS, build_gather),
-    writers.FAMILY: (writers.VARIANTS, build_writer),
-}
-
-
-def families(mods: Sequence[Mods] = ()) -> dict[str, tuple[Sequence[Any], Callable[[Any, Path], CompiledObject]]]:
-    """FAMILIES, and the variants that inline each of `mods`, for a bundle.
-
-    Raises:
-        UnsupportedError: a form that no kernel of this backend inlines.
-    """
-    found, (plain, build) = dict(FAMILIES), FAMILIES[large.FAMILY]
-    variants = list(plain)
-    for form in mods:
-        if why := refusals(form):
-            raise UnsupportedError(f"{form} cannot be compiled into a bundle", {large.FAMILY: why}, str(form))
-        variants += [replace(each, mods=inlined(form)) for each in plain if each not in large.EXCHANGED]
-    return found | {large.FAMILY: (tuple(dict.fromkeys(variants)), build)}
-
-
 def _serve(family: str, config: Any) -> Any:
     """The launchable function of one variant."""
-    build = FAMILIES[family][1]
-    return bundle.serve(family, config, lambda folder: build(config, folder)).function
+    return bundle.serve(family, config).function
 
 
 class PlanOptions(NamedTuple):

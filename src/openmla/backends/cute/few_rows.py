@@ -17,7 +17,7 @@ import torch
 from openmla.backends.base import SparseDecodeOperands, Verdict
 from openmla.backends.cute import bundle
 from openmla.backends.cute.decode_dense_small import config as small
-from openmla.backends.cute.decode_dense_small.launch import build, launch_gathered
+from openmla.backends.cute.decode_dense_small.launch import launch_gathered
 from openmla.core.problem import SparseDecodeProblem
 from openmla.core.target import Target
 
@@ -108,7 +108,7 @@ class SparseDecodeFew:
 
     def compile(self, problem: SparseDecodeProblem, config: small.Config, target: Target) -> Compiled:
         """Load the function, compiling it if neither bundle nor cache has it."""
-        served = bundle.serve(small.FAMILY, config, lambda folder: build(config, folder))
+        served = bundle.serve(small.FAMILY, config)
         return Compiled(config, small.gathered_parts(problem, target), served.function)
 
     def launch(

@@ -15,7 +15,7 @@ import torch
 
 from openmla.backends.base import SparseDecodeOperands, SparsePrefillOperands, Verdict
 from openmla.backends.cute import bundle
-from openmla.backends.cute.decode import CombineVariant, build_combine, build_gather
+from openmla.backends.cute.families import CombineVariant
 from openmla.backends.cute.prefill_sparse import config as gather
 from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_prefill, launch_split
 from openmla.core.errors import ProblemError
@@ -59,11 +59,10 @@ def _supports(problem: gather.Problem, target: Target) -> Verdict:
 
 def _compile(problem: gather.Problem, config: gather.Config, target: Target) -> Compiled:
     """Load the functions, compiling what neither bundle nor cache has."""
-    served = bundle.serve(gather.FAMILY, config, lambda folder: build_gather(config, folder))
+    served = bundle.serve(gather.FAMILY, config)
     merge = None
     if config.split and isinstance(problem, SparseDecodeProblem):
-        variant = _merge(problem)
-        merge = bundle.serve("combine", variant, lambda folder: build_combine(variant, folder)).function
+        merge = bundle.serve("combine", _merge(problem)).function
     cut = gather.pieces(problem, target)
     return Compiled(config, gather.num_parts(problem, target), served.function, cut, merge)
 

@@ -6,19 +6,17 @@ the host, once per shape; nothing waits for the device, so a CUDA graph holds al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from openmla.backends.base import SparseDecodeOperands, Verdict
 from openmla.backends.cute import bundle
-from openmla.backends.cute.decode import CombineVariant, build_combine, build_sparse
 from openmla.backends.cute.decode_sparse import config as sparse
-from openmla.backends.cute.toolchain import CompiledObject
+from openmla.backends.cute.families import CombineVariant
 from openmla.core.problem import SparseDecodeProblem
 from openmla.core.target import Target
 
@@ -39,11 +37,6 @@ def _combine_variant(problem: SparseDecodeProblem) -> CombineVariant:
     With 512 rows narrow ones cost 1.2 us of 27 where requests have 11 pieces, and gain 0.6 of 29 where they have 16 (H200).
     """
     return CombineVariant("bf16", 128 if problem.total_q * problem.h_q < 3 * 132 else 512)
-
-
-def _serve(family: str, config: Any, build: Callable[[Any, Path], CompiledObject]) -> Any:
-    """The launchable function of one variant."""
-    return bundle.serve(family, config, lambda folder: build(config, folder)).function
 
 
 @lru_cache(maxsize=256)
@@ -78,8 +71,8 @@ class SparseDecode:
         return Compiled(
             config,
             sparse.num_parts(problem, target),
-            _serve(sparse.FAMILY, config, build_sparse),
-            _serve("combine", _combine_variant(problem), build_combine),
+            bundle.serve(sparse.FAMILY, config).function,
+            bundle.serve("combine", _combine_variant(problem)).function,
         )
 
     def launch(
