@@ -1,6 +1,7 @@
 """Habits as limits: what a reader may rely on, checked over the tree. Allow-lists below may only shrink."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,6 @@ CATCH_ALL = {
 }
 DEVICE_CODE = (
     "kernel.py",
-    "/parts/",
     "backends/cute/combine.py",
     "backends/cute/schedule.py",
     "decode_dense/merge.py",
@@ -85,6 +85,29 @@ def _body(node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[int, int]:
 def test_files_have_a_name():
     vague = [name(path) for path in [*SOURCE, *TESTS] if VAGUE & {path.stem, *path.parent.parts}]
     assert not vague, f"a file that cannot be named has not been understood: {vague}"
+
+
+def test_imports_do_not_go_round():
+    """No module needs, at any depth, one that needs it; an import inside a function, or for a type alone, counts too."""
+    modules = {_dotted(path): path for path in SOURCE}
+    needs = {module: set(_imports(path)) & modules.keys() - {module} for module, path in modules.items()}
+    graphlib.TopologicalSorter(needs).prepare()  # CycleError names the circle
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """What a file's import statements name. `from a import b` is the module a.b, or the module a where b is none."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = ROOT / "src" / node.module.replace(".", "/")
+            for alias in node.names:
+                is_module = (inside / alias.name).is_dir() or (inside / f"{alias.name}.py").is_file()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
 def test_environment_is_read_in_one_place():

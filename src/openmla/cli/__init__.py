@@ -163,7 +163,7 @@ def _add_demo(verbs: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from openmla.lab import demo, progress
+    from openmla.lab import demo, demo_report, progress
 
     try:
         with progress.on_stderr() as say:
@@ -176,7 +176,7 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result.as_dict())
     else:
-        print(result)
+        print(demo_report.summary(result))
     return 0 if result.passed else 1
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from openmla.core.problem import PrefillProblem
 from openmla.core.target import Target
 from openmla.integrations.transformers import AttentionCall, PagedModel
 from openmla.kv.cache import PagedKVCache
-from openmla.lab import ceilings, demo_measure, demo_model
-from openmla.lab.demo_measure import KVForm, Rate
-from openmla.lab.demo_serve import Request, RequestLog, Served, StepLog, Watch, serve
+from openmla.lab import ceilings, demo_measure, demo_model, demo_report
+from openmla.lab.demo_measure import Rate
+from openmla.lab.demo_result import Control, DemoResult, OracleResult, RequestResult
+from openmla.lab.demo_serve import Request, Served, Watch, serve
 from openmla.lab.progress import Say, Stages
 
 
@@ -74,104 +75,6 @@ def scenario(quick: bool) -> Scenario:
     return Scenario(requests, 64, 43, lengths, 2048, 0.25)
 
 
-@dataclass
-class RequestResult:
-    """One request: what it was given, what it wrote, and whether stock transformers wrote the same."""
-
-    log: RequestLog
-    prompt_end: str  # last characters of the prompt
-    continuation: str
-    expected: list[int]
-
-    @property
-    def is_equal(self) -> bool:
-        """True when every token equals that of `generate()`."""
-        return self.log.tokens == self.expected
-
-
-@dataclass(frozen=True)
-class Control:
-    """A deliberate mistake; `ratio` is the worst error over its limit, which a caught mistake has above 1."""
-
-    name: str
-    rule: str
-    ratio: float
-
-    @property
-    def is_caught(self) -> bool:
-        """True when the check of outputs refused it."""
-        return self.ratio > 1
-
-
-@dataclass
-class OracleResult:
-    """Every attention output of the run against fp64. `worst` is error over limit, by rule."""
-
-    outputs: int
-    rows: int
-    worst: dict[str, float]
-    where: dict[str, str]
-    failures: list[str]
-    controls: list[Control]
-
-
-@dataclass
-class DemoResult:
-    """Everything the report says; `as_dict()` is JSON-able."""
-
-    versions: dict[str, str]
-    machine: str
-    arch: str
-    threads: int
-    seed: int
-    is_quick: bool
-    model: dict[str, int]
-    page_size: int
-    num_pages: int
-    dtype: str
-    requests: list[RequestResult]
-    steps: list[StepLog]
-    oracle: OracleResult
-    integrity: tuple[str, ...]
-    choices: list[dict[str, Any]]
-    stock_tokens_per_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    tokens_per_s: float  # new tokens of all requests over the seconds of the timed run
-    served: Rate
-    sweep: list[Rate]
-    forms: list[KVForm]
-    roof: dict[str, float]
-    report: str
-    stages: list[tuple[str, float]] = field(default_factory=list)
-    narrow: dict[str, Any] | None = None  # on a GPU: the same batch in bf16
-
-    @property
-    def tokens_equal(self) -> bool:
-        """True when every request wrote what stock transformers writes."""
-        return all(request.is_equal for request in self.requests)
-
-    @property
-    def passed(self) -> bool:
-        """Tokens equal, all outputs within tolerance, cache sound, every control caught."""
-        caught = all(control.is_caught for control in self.oracle.controls)
-        return self.tokens_equal and not self.oracle.failures and not self.integrity and caught
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole run."""
-        return sum(seconds for _, seconds in self.stages)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"schema": 1, "passed": self.passed, "tokens_equal": self.tokens_equal, **asdict(self)}
-
-    def __str__(self) -> str:
-        from openmla.lab.demo_report import summary
-
-        return summary(self)
-
-
 def run_demo(
     *,
     out: Path | str,
@@ -194,8 +97,6 @@ def run_demo(
     Raises:
         ConfigError: a package is missing, the device is not there, or the report cannot be written; the message says what to do.
     """
-    from openmla.lab import demo_report
-
     demo_report.check_installed()
     where = _device(device)
     target = Target.detect(where)

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openmla.core.errors import ConfigError
 from openmla.lab.demo_measure import Rate
-
-if TYPE_CHECKING:
-    from openmla.lab.demo import DemoResult
+from openmla.lab.demo_result import DemoResult
 
 _MEANING = {
     "HARD": "each number of the output, against a bound from its number format",
