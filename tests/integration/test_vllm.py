@@ -83,6 +83,19 @@ def test_layers_of_a_step_share_one_plan(monkeypatch) -> None:
     assert len(made) == 2
 
 
+def test_the_log_names_the_kernel_once(caplog) -> None:
+    from openmla.integrations.vllm.decode import _say_once
+
+    _say_once.cache_clear()
+    caplog.set_level("INFO", "vllm.openmla")
+    q, cache, table, lengths = step()
+    for _ in range(2):
+        decode(q, cache, table, lengths, num_decodes=3, d_latent=512, scale=0.07, plans={})
+    assert [each.getMessage() for each in caplog.records] == [
+        "OpenMLA decodes: 4 query heads over rows of 576, torch.float32, by torch/decode_tiled"
+    ]
+
+
 def test_uneven_queries_are_refused() -> None:
     q, cache, table, lengths = step()
     with pytest.raises(ProblemError, match=r"3 query token\(s\) must be a multiple of the 2 request\(s\)"):

@@ -11,8 +11,8 @@ FlashAttention 3 (package fa3-fwd, built for bf16 alone) takes uneven batches to
 and get a request without keys before the first and behind the last one, so that every row of out is written whatever they
 say: thirteen small launches.
 
-cuDNN takes even batches. Uneven ones are Triton's without FlashAttention 3: cuDNN's form for them builds a graph at every call (76 ms), and FlashAttention 2, which PyTorch also has, reaches 0.43 of
-cuDNN's rate.
+cuDNN takes even batches. Uneven ones are Triton's without FlashAttention 3: cuDNN's form for them builds a graph at every
+call (76 ms), and FlashAttention 2, which PyTorch also has, reaches 0.43 of cuDNN's rate.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ MAX_COLUMNS = 256
 
 
 FLASH3 = "fa3_fwd_interface"
-# Whether PrefillFlash3 has run on a GPU as it is, against the oracle (tests/gpu/model_speed.py --section flash3_gate).
-IS_PROVED = False
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,7 @@ class PrefillFlash3:
     def supports(self, problem: PrefillProblem, target: Target) -> Verdict:
         """Where it is installed: bf16, 192 columns of q and k, 128 of v, on Hopper."""
         return require(
-            (IS_PROVED, "has not run on a GPU as it is: not chosen, whether FlashAttention 3 is installed or not"),
-            (
-                not IS_PROVED or env.is_importable(FLASH3),
-                "FlashAttention 3 is not installed: pip install --no-deps fa3-fwd",
-            ),
+            (env.is_importable(FLASH3), "FlashAttention 3 is not installed: pip install --no-deps fa3-fwd"),
             (target.arch == "sm_90a", f"was measured on sm_90a alone, the target is {target.arch}"),
             (problem.dtype == torch.bfloat16, f"fa3-fwd is built for bf16 alone, got {problem.dtype}"),
             (not problem.needs_grad, "fa3-fwd has no backward pass"),

@@ -16,9 +16,9 @@ _log = logging.getLogger("vllm.openmla")  # below "vllm", whose handlers show it
 
 
 @cache
-def _say_once(h_q: int, d_qk: int, dtype: torch.dtype) -> None:
-    """One line per process and form of call: that OpenMLA decodes, whatever vLLM calls the backend."""
-    _log.info("OpenMLA decodes: %d query heads over rows of %d, %s", h_q, d_qk, dtype)
+def _say_once(h_q: int, d_qk: int, dtype: torch.dtype, kernel: str) -> None:
+    """One line per process, form of call and kernel: that OpenMLA decodes, whatever vLLM calls the backend, and by what."""
+    _log.info("OpenMLA decodes: %d query heads over rows of %d, %s%s", h_q, d_qk, dtype, kernel)
 
 
 def decode(
@@ -61,7 +61,6 @@ def decode(
             "decode", [f"the {whole.shape[0]} query token(s) must be a multiple of the {num_decodes} request(s)"]
         )
     query = whole.view(num_decodes, -1, *whole.shape[1:])
-    _say_once(query.shape[2], query.shape[3], query.dtype)
     pages = kv_cache.unsqueeze(-2)
     options: dict[str, Any] = {"d_v": d_latent, "is_causal": is_causal}
     plan = None
@@ -70,6 +69,8 @@ def decode(
         plan = plans.get(key)
         if plan is None:
             plan = plans[key] = native.plan(query, pages, block_table, seq_lens, **options)
+    kernel = "" if plan is None else f", by {plan.backend}/{plan.kernel}"
+    _say_once(query.shape[2], query.shape[3], query.dtype, kernel)
     out, lse = native.decode(
         query, pages, block_table, seq_lens, softmax_scale=scale, plan=plan, return_lse=with_lse, **options
     )
