@@ -139,14 +139,9 @@ class Config:
 _PROBLEM_FIELDS = ("dtype", "d_qk", "page_size", "box_rows", "cluster", "mods")
 
 
-TWO_LOADERS = (("bf16", 576, 64), ("bf16", 576, 0), ("bf16", 512, 64), ("fp16", 576, 64))
-"""dtype, d_qk, page_size of what runs with two loaders, in clusters of two: what has run so on a GPU."""
-
-
 def variant(dtype: Literal["bf16", "fp16"], d_qk: int, page_size: int, box_rows: int, cluster: int) -> Config:
     """The schedule for a kind of problem. Prefetching one block of 64 rows costs 4 % (dd-10-27, -29)."""
-    loaders = 2 if cluster == 2 and (dtype, d_qk, page_size) in TWO_LOADERS else 1
-    return Config(dtype, d_qk, page_size, box_rows, cluster, prefetch=2 if cluster == 2 else 0, loaders=loaders)
+    return Config(dtype, d_qk, page_size, box_rows, cluster, prefetch=2 if cluster == 2 else 0, loaders=cluster)
 
 
 PAGES: tuple[tuple[int, int, int], ...] = ((64, 64, 2), (64, 64, 1), (0, 64, 2), (0, 64, 1), (0, 16, 1), (0, 1, 1))
