@@ -127,12 +127,13 @@ def smallest(setup: Setup) -> Made:
 
 
 def more(setup: Setup) -> Made:
-    """Beside them, not among what a record needs: rings that wrap, one block of 64 rows, lists in pieces, e4m3 queries."""
+    """Beside them, not among what a record needs: rings that wrap, merges, 64 rows, lists in pieces, e4m3 queries."""
     listed = replace(plain("sparse_decode", "fp8_656", 0, 16), seqlens_q=(1,) * 64, topk=700, has_topk_length=False)
     problems = [
         replace(listed, seqlens_k=(750,)),
         dense((700,) * 40, 16),
         dense((700,) * 40, 128),
+        dense((1024,) * 16, 128),  # four pieces each: a CTA keeps its own share of the merge
         dense((700, 64), 64),
         replace(plain("sparse_decode", "", 0, 64), seqlens_q=(1,) * 4),
     ]

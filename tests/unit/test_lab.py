@@ -403,6 +403,7 @@ def test_verify_counts_what_a_backend_does_not_support():
     assert not record.passed
     assert sum(record.tallies[0].skipped.values()) == 2
     assert "nothing ran" in str(record)
+    assert sum(json.loads(json.dumps(record.as_dict()))["tallies"][0]["skipped"].values()) == 2
 
 
 def test_verify_stops_on_time():

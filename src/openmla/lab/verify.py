@@ -71,7 +71,8 @@ class Record:
             "first_seed": self.seed,
             "utc": store.now(),
             "environment": self.environment,
-            "tallies": [asdict(each) for each in self.tallies],
+            # `asdict` would make a Counter of the pairs of a Counter
+            "tallies": [{**asdict(each), "skipped": dict(each.skipped)} for each in self.tallies],
         }
 
     def __str__(self) -> str:
