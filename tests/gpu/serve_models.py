@@ -26,6 +26,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+from openmla.core import counters
 from openmla.integrations.transformers import attach
 
 SIZES: dict[str, Any] = {
@@ -98,8 +99,9 @@ def exact(model: Any, batch: dict[str, torch.Tensor], family: str) -> Iterator[t
         yield "continuous batching", lambda: continuous(model, batch, want)
 
 
-def continuous(model: Any, batch: dict[str, torch.Tensor], want: torch.Tensor) -> None:
-    """`generate_batch`, on which stock crashes."""
+def continuous(model: Any, batch: dict[str, torch.Tensor], want: torch.Tensor) -> dict[str, int]:
+    """`generate_batch`, on which stock crashes; the launches of each kernel that served it."""
+    before = launches()
     rows = [row[mask > 0].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     settings = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     fields = transformers.ContinuousBatchingConfig.__dataclass_fields__
@@ -112,6 +114,16 @@ def continuous(model: Any, batch: dict[str, torch.Tensor], want: torch.Tensor) -
         attached.detach()
     by_prompt = {tuple(each.prompt_ids): each.generated_tokens for each in found.values()}
     assert [by_prompt[tuple(row)] for row in rows] == want.tolist(), "tokens differ"
+    return {name: count - before.get(name, 0) for name, count in launches().items() if count > before.get(name, 0)}
+
+
+def launches() -> dict[str, int]:
+    """By kernel, in this process so far."""
+    found: dict[str, int] = {}
+    for each in counters.tallies():
+        name = f"{each.backend}/{each.kernel}"
+        found[name] = found.get(name, 0) + each.calls
+    return found
 
 
 def close(model: Any, batch: dict[str, torch.Tensor], family: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -6,6 +6,7 @@ The models are tiny and random, with weights large enough that attention decides
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("transformers", reason='needs transformers: pip install "ope
 import transformers
 
 from openmla.core.errors import ProblemError, UnsupportedError
-from openmla.integrations.transformers import LatentCache, attach
+from openmla.integrations.transformers import LatentCache, attach, continuous
 from openmla.integrations.transformers import attention as seam
 from openmla.ops import native
 
@@ -292,8 +293,31 @@ def test_beam_search_and_several_tokens_at_once(v3, pages) -> None:
         attached.detach()
 
 
-def test_continuous_batching_is_repaired(v3) -> None:
-    """Stock crashes on MLA; attached, every request gets the tokens of its own `generate()`."""
+def test_requests_behind_one_another_come_to_lie_in_pages_of_their_own() -> None:
+    """Each finds its own rows, whatever lies behind the last request; sizes go in steps."""
+    lengths = [1, 64, 0, 130, 65]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    for padding in (0, 5):
+        total = sum(lengths) + padding
+        rows = torch.arange(total * 6, dtype=torch.float32).view(total, 6)
+        pages, table = continuous._in_pages(rows.chunk(2, 1), starts, max(lengths))
+        assert (pages.shape[1:], table.dtype) == ((64, 1, 6), torch.int32)
+        assert int(table.max()) < len(pages)
+        for request, length in enumerate(lengths):
+            own = pages[table[request].long()].flatten(0, 2)[:length]
+            assert torch.equal(own, rows[starts[request] : starts[request + 1]]), (padding, request)
+    assert [continuous._in_steps(n) for n in (1, 3, 33, 64, 65, 129)] == [1, 4, 64, 64, 128, 192]
+
+
+def test_continuous_batching_is_repaired(v3, monkeypatch) -> None:
+    """Stock crashes on MLA; attached, every request gets the tokens of its own `generate()`, by decodes that Hopper kernels
+    take: pages of 64, and steps of one token per request in the uniform form.
+    """
+    asked = []
+    stock = native.decode
+    monkeypatch.setattr(
+        native, "decode", lambda q, kv, *a, **o: asked.append((q.dim(), kv.shape[1])) or stock(q, kv, *a, **o)
+    )
     settings = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
     fields = transformers.ContinuousBatchingConfig.__dataclass_fields__
     size = "page_size" if "page_size" in fields else "block_size"  # renamed after 5.17
@@ -316,6 +340,8 @@ def test_continuous_batching_is_repaired(v3) -> None:
         attached.detach()
     by_prompt = {tuple(each.prompt_ids): each.generated_tokens for each in found.values()}
     assert [by_prompt[tuple(p)] for p in PROMPTS] == want
+    assert {page_size for _, page_size in asked} == {64}
+    assert sum(dim == 4 for dim, _ in asked) > len(asked) / 2
 
 
 def test_a_static_cache_decodes_as_one_compiled_graph(v3) -> None:

@@ -19,7 +19,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 
 from openmla.core.errors import UnsupportedError
+from openmla.integrations.transformers.cache import PAGE_SIZE
 from openmla.nn import forms
 from openmla.ops import native
 from openmla.ops.prefill import prefill
@@ -134,11 +135,12 @@ def _attention(
     takes_options = _takes_options(type(cache).update)
     places = {"kwargs": options} if takes_options else {n: options[n] for n in ("read_index", "write_index")}
     held = cache.update(key_states=halves[0], value_states=halves[1], layer_idx=module.layer_idx, **places)
-    rows = torch.cat(held, -1).flatten(0, -2)  # [total_k, d_latent + d_rope], request behind request; one head
+    held = [half.flatten(0, -2) for half in held]  # [total_k, columns] each, request behind request; one head
     starts_q, starts_k = options["cu_seq_lens_q"].to(torch.int32), options["cu_seq_lens_k"].to(torch.int32)
-    total_q, total_k = query.shape[2], rows.shape[0]
+    total_q, total_k = query.shape[2], held[0].shape[0]
     q = query[0].transpose(0, 1)  # [total_q, h_q, d]
     if total_q == total_k:  # nobody has a context
+        rows = torch.cat(held, -1)  # [total_k, d_latent + d_rope]
         whole_key, whole_value = seam.expand(rows[None, None, :, :d_latent], rows[None, None, :, d_latent:])
         out, _ = prefill(
             q, whole_key[0].transpose(0, 1), whole_value[0].transpose(0, 1), starts_q, starts_k, total_q, total_k,
@@ -146,12 +148,46 @@ def _attention(
         )  # fmt: skip
         return out[None], None
     w_uk, w_uv = seam.up_projections(module)
-    lengths = starts_k.diff()
-    # Pages of one token, since requests begin anywhere. The width is a number of the host; no length is longer.
-    table = starts_k[:-1, None] + torch.arange(total_k, dtype=torch.int32, device=rows.device)
+    pages, table = _in_pages(held, starts_k, _longest(options, "k", total_k))
+    longest_q = _longest(options, "q", total_q)
+    absorbed = forms.absorb(q, w_uk)
+    ways: dict[str, Any] = {"cu_seqlens_q": starts_q, "max_seqlen_q": longest_q}
+    if longest_q == 1 and total_q == len(table):  # a step of decoding: the form that every kernel takes
+        absorbed, ways = absorbed[:, None], {}
     out, _ = native.decode(
-        forms.absorb(q, w_uk), rows[:, None, None], table.clamp(max=max(total_k - 1, 0)), lengths, d_v=d_latent,
-        softmax_scale=scale, is_causal=True, cu_seqlens_q=starts_q, max_seqlen_q=total_q, return_lse=False,
-        backend=seam.backend,
+        absorbed, pages, table, starts_k.diff(), d_v=d_latent, softmax_scale=scale, is_causal=True, return_lse=False,
+        backend=seam.backend, **ways,
     )  # fmt: skip
-    return forms.project(out, w_uv)[None], None
+    return forms.project(out.view(total_q, *out.shape[-2:]), w_uv)[None], None
+
+
+def _longest(options: dict[str, Any], side: str, total: int) -> int:
+    """Tokens of the longest request, as the host knows it; all tokens where this transformers does not say."""
+    given = options.get(f"max_length_{side}", options.get(f"max_seqlen_{side}"))  # the second in 5.17
+    return min(given, total) if isinstance(given, int) and given > 0 else total
+
+
+def _in_pages(halves: Sequence[torch.Tensor], starts: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages [pages, PAGE_SIZE, 1, columns] and table [batch, columns of it] of rows that lie request behind request.
+
+    A request begins a page: requests begin anywhere in `halves` [total, columns / 2], and pages of one token, the other way
+    to say so, are for no Hopper kernel. Sizes come from numbers of the host, in steps, so that few problems are ever seen.
+    Rows behind the last request (padding) land behind its own.
+    """
+    total, half = halves[0].shape[0], halves[0].shape[-1]
+    batch, device = starts.numel() - 1, starts.device
+    each = (starts.diff() + (PAGE_SIZE - 1)) // PAGE_SIZE
+    first = each.cumsum(0, dtype=torch.int32) - each
+    row = torch.arange(total, dtype=torch.int32, device=device)
+    owner = (torch.searchsorted(starts, row, right=True, out_int32=True) - 1).clamp_(0, batch - 1)
+    slots = (first * PAGE_SIZE - starts[:-1])[owner] + row
+    pages = halves[0].new_empty(_in_steps(-(-total // PAGE_SIZE) + batch), PAGE_SIZE, 1, 2 * half)
+    rows = pages.view(-1, 2 * half)
+    rows[slots, :half], rows[slots, half:] = halves
+    columns = torch.arange(_in_steps(-(-longest // PAGE_SIZE)), dtype=torch.int32, device=device)
+    return pages, (first[:, None] + columns).clamp_(max=len(pages) - 1)
+
+
+def _in_steps(count: int) -> int:
+    """Up to the next power of two, from 64 on to the next multiple of 64."""
+    return 1 << (count - 1).bit_length() if count < 64 else -(-count // 64) * 64
