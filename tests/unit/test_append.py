@@ -61,6 +61,8 @@ def test_every_violation_is_named_at_once():
         assert rule in text, text
     with pytest.raises(ProblemError, match="3 entries like rows"):
         append(torch.zeros(2, 4, 1, 64), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 64))
+    with pytest.raises(ProblemError, match="rows has d_qk=32 columns but cache in layout fp32_64 has 64"):
+        append(torch.zeros(2, 4, 1, 64), torch.tensor([0]), torch.zeros(1, 32))
     with pytest.raises(ProblemError, match="got 8"):
         append(torch.zeros(2, 4, 1, 64), torch.tensor([8]), torch.zeros(1, 64), backend="torch")
 

@@ -123,6 +123,25 @@ def test_border_errors(change: dict[str, Any], sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
+def test_errors_speak_upstreams_words() -> None:
+    """What the native operations refuse is said with the names of this function's arguments."""
+    meta = flash_mla.get_mla_metadata()[0]
+    case = _dense()
+    flash_mla.flash_mla_with_kvcache(**case, head_dim_v=512, tile_scheduler_metadata=meta)
+    with pytest.raises(PlanMismatchError) as caught:
+        flash_mla.flash_mla_with_kvcache(**case, head_dim_v=256, tile_scheduler_metadata=meta)
+    assert caught.value.op == "flash_mla_with_kvcache"
+    assert caught.value.violations == (
+        "head_dim_v: the plan has 512, the call has 256", "call get_mla_metadata() for this shape",
+    )  # fmt: skip
+    with pytest.raises(ProblemError) as wrong:
+        flash_mla.flash_mla_with_kvcache(
+            **{**case, "k_cache": case["k_cache"].half()}, head_dim_v=512, tile_scheduler_metadata=meta
+        )
+    assert "k_cache must have the dtype of q (bfloat16), got float16" in str(wrong.value)
+    assert "name a byte layout with kv_format=" in str(wrong.value)
+
+
 @pytest.mark.parametrize("name", ["V32", "V32_NO_ROPE", "V4", "V41"])
 def test_sparse_fp8_decode_with_extra_cache(name: str) -> None:
     layout = openmla.kv_layout(flash_mla._KV_FORMATS[name])

@@ -390,7 +390,7 @@ def biased(score, b, h, q_idx, kv_idx, bias):
     ("given", "part"),
     [
         (biased, "use biased.aux(bias=...)"),
-        (lambda s: s, "is no mod; decorate it"),
+        (lambda s: s, "- <lambda> is no mod; decorate it"),
         ([mods.sigmoid(), mods.sigmoid(1.0)], "one activation at most, got 2"),
         (biased.aux(bias=torch.ones(4)), "is read with 2 indices, got shape (4,)"),
         (biased.aux(bias=torch.ones(0, 4)), "must have an element"),
@@ -403,7 +403,7 @@ def biased(score, b, h, q_idx, kv_idx, bias):
 def test_bad_arguments(given, part):
     arguments = native_arguments("decode", CASE.tensors())
     with pytest.raises(ProblemError) as caught:
-        openmla.decode(**arguments, mods=given if not callable(given) or isinstance(given, mods.Mod) else [given])
+        openmla.decode(**arguments, mods=given)
     assert part in str(caught.value)
 
 

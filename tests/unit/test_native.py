@@ -12,6 +12,7 @@ import torch
 import openmla
 from openmla.core.errors import ConfigError, PlanMismatchError, ProblemError, UnsupportedError
 from openmla.core.faults import Fault
+from openmla.core.target import Target
 from openmla.ops import dispatch
 from openmla.reference import attention
 from openmla.testing import budget
@@ -71,7 +72,10 @@ def test_all_violations_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        pytest.param({"q": None}, "q must be a tensor, got NoneType", id="no-query"),
+        pytest.param({"q": None}, "q must be a tensor [batch, s_q, h_q, d_qk], got NoneType", id="no-query"),
+        pytest.param({"q": torch.zeros(3, 4, 576)}, "got shape (3, 4, 576); .unsqueeze() adds a dimension", id="3d-query"),
+        pytest.param({"cache_seqlens": [1, 2, 3]}, "got list; make it one with torch.tensor(..., dtype=torch.int32)", id="list"),
+        pytest.param({"mods": "soft_cap"}, "1 problem(s) with the inputs\n  - 'soft_cap' is no mod", id="mod-by-name"),
         pytest.param({"d_v": 600}, "d_v must be 1 to 576", id="d_v-beyond-d_qk"),
         pytest.param({"window": 0}, "window must be at least 1 key or None, got 0", id="window-0"),
         pytest.param({"softmax_scale": float("nan")}, "softmax_scale must be a finite number, got nan", id="nan-scale"),
@@ -80,7 +84,7 @@ def test_all_violations_are_named_at_once() -> None:
         pytest.param({"kv_cache": torch.zeros(4, 16, 1, 576)}, "kv_cache must have the dtype of q (bfloat16)", id="fp32-cache"),
         pytest.param({"kv_cache": torch.zeros(4, 16, 3, 576).bfloat16()}, "h_q must be a positive multiple of h_kv=3", id="heads"),
         pytest.param({"kv_layout": "fp8_999"}, "unknown KV layout 'fp8_999'; use one of: fp8_656", id="unknown-layout"),
-        pytest.param({"kv_layout": "fp8_656"}, "must have a 1-byte dtype, got bfloat16", id="layout-dtype"),
+        pytest.param({"kv_layout": "fp8_656"}, "must have a 1-byte dtype, got bfloat16; drop kv_layout=", id="layout-dtype"),
         pytest.param({"policy": "fair"}, "policy must be one of balanced, batch_invariant, got 'fair'", id="policy"),
         pytest.param({"lse_base": "10"}, "lse_base must be 'e' (natural) or '2', got '10'", id="lse-base"),
         pytest.param({"cu_seqlens_q": torch.zeros(4, dtype=torch.int32)}, "q must be [total_q, h_q, d_qk] when", id="varlen-rank"),
@@ -90,6 +94,11 @@ def test_bad_metadata_gets_one_clear_error(change: dict[str, Any], sentence: str
     with pytest.raises(ProblemError) as caught:
         openmla.decode(**{**_decode_case(), **change})
     assert sentence in str(caught.value)
+
+
+def test_workspace_bytes_refuses_what_decode_refuses() -> None:
+    with pytest.raises(ProblemError, match="policy must be one of balanced, batch_invariant, got 'fair'"):
+        openmla.workspace_bytes(**_decode_case(), policy="fair")  # type: ignore[arg-type]
 
 
 def test_last_dimension_must_be_contiguous() -> None:
@@ -143,6 +152,7 @@ def test_a_named_backend_never_falls_back() -> None:
         openmla.decode(**_decode_case(), backend="triton")
     text = str(caught.value)
     assert "decode cannot run on" in text
+    assert "; backend='auto' would run torch/decode_tiled\n" in text
     assert "problem: batch=3 s_q=2" in text
     assert "torch/" in text
 
@@ -264,6 +274,22 @@ def test_a_problem_describes_what_is_unusual() -> None:
     assert str(usual).startswith("batch=128 s_q=1")
     assert "is_" not in str(usual)
     assert str(dataclasses.replace(usual, is_aligned=False, is_causal=True)).endswith("is_causal=True is_aligned=False")
+
+
+def test_what_names_no_problem_or_layout_is_refused() -> None:
+    with pytest.raises(ConfigError, match="problem must be a Problem or the name of an operation, got 3"):
+        openmla.explain(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown KV layout 656; use one of: fp8_656"):
+        openmla.kv_layout(656)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_has_a_name() -> None:
+    for call in (lambda: Target.detect("cuda"), lambda: openmla.PagedKVCache("bf16_576", 2, device="cuda:1")):
+        with pytest.raises(
+            ConfigError, match=r"no device cuda:[01]: PyTorch sees no CUDA device here; pass device='cpu'"
+        ):
+            call()
 
 
 def test_explain_does_not_raise_when_nobody_can() -> None:

@@ -180,7 +180,7 @@ def select(problem: Problem, target: Target, backend: str = "auto") -> Selection
     chosen = next((kernel for kernel, verdict in verdicts if verdict), None)
     if chosen is None:
         raise UnsupportedError(
-            f"{problem.op} cannot run on {target} with backend={backend!r}",
+            f"{problem.op} cannot run on {target} with backend={backend!r}{_way_out(problem, target, backend)}",
             {f"{kernel.backend}/{kernel.name}": verdict.reasons for kernel, verdict in verdicts},
             str(problem),
         )
@@ -188,6 +188,13 @@ def select(problem: Problem, target: Target, backend: str = "auto") -> Selection
         _note_fallbacks(problem, target, chosen, verdicts)
     rows = tuple(Candidate(k.backend, k.name, verdict, k is chosen) for k, verdict in verdicts)
     return Selection(chosen, chosen.configs(problem, target)[0], rows)
+
+
+def _way_out(problem: Problem, target: Target, backend: str) -> str:
+    """What the default would run where a named backend cannot; empty where nothing can."""
+    others = () if backend == "auto" else _verdicts(problem, target, "auto")
+    found = next((f"{kernel.backend}/{kernel.name}" for kernel, verdict in others if verdict), None)
+    return f"; backend='auto' would run {found}" if found else ""
 
 
 def _note_fallbacks(problem: Problem, target: Target, chosen: Kernel, verdicts: list[tuple[Kernel, Verdict]]) -> None:
@@ -276,6 +283,8 @@ def explain(
         target: a Target or the name of a preset ("h100_sxm"); default: this machine.
         backend: as the `backend=` of the operations; default: OPENMLA_BACKEND.
     """
+    if not isinstance(problem, str | Problem):
+        raise ConfigError(f"problem must be a Problem or the name of an operation, got {problem!r}")
     asked = typical_problem(problem) if isinstance(problem, str) else problem
     where = Target.preset(target) if isinstance(target, str) else target or Target.detect()
     wanted = backend or env.BACKEND.read()

@@ -166,7 +166,7 @@ def kv_layout(name: str | KVLayout) -> KVLayout:
         return name
     if name in _BYTE_LAYOUTS:
         return _BYTE_LAYOUTS[name]
-    match = _PLAIN_RULE.fullmatch(name)
+    match = _PLAIN_RULE.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         legal = ", ".join((*_BYTE_LAYOUTS, "bf16_<d_qk>", "fp16_<d_qk>", "fp32_<d_qk>"))
         raise ConfigError(f"unknown KV layout {name!r}; use one of: {legal}")

@@ -17,6 +17,7 @@ import torch
 from openmla.core.errors import ConfigError
 from openmla.core.layout import KVLayout, kv_layout, plain_layout
 from openmla.core.violations import Violations as _Violations
+from openmla.core.violations import got as _got
 from openmla.core.violations import short as _short
 
 if TYPE_CHECKING:  # a layer above
@@ -48,12 +49,11 @@ def _heads(bad: _Violations, h_q: int, h_kv: int) -> None:
 
 def _cache(
     bad: _Violations, name: str, cache: object, layout: KVLayout | str | None, dtype: torch.dtype, d_qk: int, d_v: int,
-    device: torch.device,
+    device: torch.device, beside: str = "q",
 ) -> KVLayout | None:  # fmt: skip
-    """Checks one paged cache and returns its layout, or None after recording what is wrong."""
+    """Checks one paged cache and returns its layout, or None after recording what is wrong; `beside` has its columns."""
     if not isinstance(cache, torch.Tensor) or cache.dim() != 4:
-        got = tuple(cache.shape) if isinstance(cache, torch.Tensor) else type(cache).__name__
-        bad.found.append(f"{name} must be a tensor [num_pages, page_size, h_kv, row], got {got}")
+        bad.found.append(f"{name} must be a tensor [num_pages, page_size, h_kv, row], got {_got(cache, 4)}")
         return None
     if not bad.rule(cache.layout == torch.strided, f"{name} must be a strided tensor, got {cache.layout}"):
         return None
@@ -69,14 +69,14 @@ def _cache(
         return None
     bad.rule(cache.device == device, f"{name} must be on {device} like q, got {cache.device}")
     if found.is_quantised:
-        bytes_like = cache.dtype.itemsize == 1
-        bad.rule(bytes_like, f"{name} in layout {found} must have a 1-byte dtype, got {_short(cache.dtype)}")
+        dtype_got = f"{_short(cache.dtype)}; drop kv_layout= for plain elements"
+        bad.rule(cache.dtype.itemsize == 1, f"{name} in layout {found} must have a 1-byte dtype, got {dtype_got}")
         bad.rule(cache.shape[2] == 1, f"{name} in layout {found} has one KV head, got h_kv={cache.shape[2]}")
         page_bytes = cache.shape[1] * found.bytes_per_token
+        is_packed = cache.stride(-1) == 1 and (cache.shape[1] <= 1 or cache.stride(1) == found.row_elements)
         bad.rule(
-            cache.stride(-1) == 1
-            and (cache.shape[1] <= 1 or cache.stride(1) == found.row_elements)
-            and (cache.shape[0] <= 1 or cache.stride(0) >= page_bytes),
+            cache.shape[-1] != found.row_elements  # said below
+            or (is_packed and (cache.shape[0] <= 1 or cache.stride(0) >= page_bytes)),
             f"{name} in layout {found} must hold each page as {page_bytes} contiguous bytes, got strides {cache.stride()}",
         )
         aligned = {"fp32": 4}.get(found.scale_format, 2 if found.d_rope_stored else 1)
@@ -97,7 +97,7 @@ def _cache(
     )
     bad.rule(
         found.d_qk == d_qk,
-        f"q has d_qk={d_qk} columns but {name} in layout {found} has {found.d_qk}; both must agree",
+        f"{beside} has d_qk={d_qk} columns but {name} in layout {found} has {found.d_qk}; both must agree",
     )
     bad.rule(
         1 <= d_v <= found.d_qk and (not found.is_quantised or d_v == found.d_v),
@@ -112,10 +112,10 @@ def _query(
 ) -> tuple[int, int, int, int] | None:
     """(batch, s_q, total_q, varlen?) is not decided here: returns (leading, s_q, h_q, d_qk) or None."""
     if not isinstance(q, torch.Tensor):
-        bad.found.append(f"q must be a tensor, got {type(q).__name__}")
+        bad.found.append(f"q must be a tensor [batch, s_q, h_q, d_qk], got {type(q).__name__}")
         return None
     if cu_seqlens_q is None:
-        if not bad.tensor("q", q, 4, dtypes, q.device, "[batch, s_q, h_q, d_qk]"):
+        if not bad.tensor("q", q, 4, dtypes, q.device, "[batch, s_q, h_q, d_qk] unless cu_seqlens_q is given"):
             return None
         return (q.shape[0], q.shape[1], q.shape[2], q.shape[3])
     fine = bad.tensor("q", q, 3, dtypes, q.device, "[total_q, h_q, d_qk] when cu_seqlens_q is given")
@@ -345,8 +345,7 @@ class SparseDecodeProblem:
         lead = "total_q" if is_varlen else "batch, s_q"
         _scale(bad, softmax_scale)
         if not isinstance(q, torch.Tensor) or q.dim() not in (3, 4):
-            got = tuple(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
-            bad.found.append(f"q must be a tensor [batch, s_q, h_q, d_qk] or [total_q, h_q, d_qk], got {got}")
+            bad.found.append(f"q must be a tensor [batch, s_q, h_q, d_qk] or [total_q, h_q, d_qk], got {_got(q, 4)}")
             bad.raise_if_any()
         bad.tensor("q", q, q.dim(), QUERY_DTYPES, q.device, f"[{lead}, h_q, d_qk]")
         h_q, d_qk, rows = q.shape[-2], q.shape[-1], tuple(q.shape[:-2])
@@ -578,7 +577,8 @@ class AppendProblem:
         if not fine:
             bad.raise_if_any()
         d_qk = rows.shape[1]
-        found = _cache(bad, "cache", cache, layout, getattr(cache, "dtype", rows.dtype), d_qk, min(d_qk, 512), device)
+        dtype = getattr(cache, "dtype", rows.dtype)
+        found = _cache(bad, "cache", cache, layout, dtype, d_qk, min(d_qk, 512), device, "rows")
         if found is not None:
             bad.rule(cache.shape[2] == 1, f"cache must have one KV head, got {cache.shape[2]}; append head by head")
         if descale is not None:

@@ -39,14 +39,19 @@ class Target:
 
     @staticmethod
     def detect(device: torch.device | str | None = None) -> Target:
-        """The target behind a device; without one, the current CUDA device if there is any, else the CPU."""
+        """The target behind a device; without one, the current CUDA device if there is any, else the CPU.
+
+        Raises ConfigError for a CUDA device that PyTorch does not see.
+        """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         if device.type == "cpu":
             return _detect_cpu(torch.get_num_threads())
         if device.type == "cuda":
-            return _detect_cuda(torch.cuda.current_device() if device.index is None else device.index)
+            if device.index is not None:
+                return _detect_cuda(device.index)
+            return _detect_cuda(torch.cuda.current_device() if torch.cuda.is_available() else 0)
         return Target(name=device.type, arch=device.type, num_sms=1)
 
     def __str__(self) -> str:
@@ -76,6 +81,12 @@ _RATES = (("H200", "h200_sxm"), ("H800", "h800_sxm"), ("H20", "h20"), ("H100", "
 
 @cache
 def _detect_cuda(index: int) -> Target:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        seen = f"{count} CUDA device(s)" if count else "no CUDA device"
+        raise ConfigError(
+            f"no device cuda:{index}: PyTorch sees {seen} here; pass device='cpu', or ask `openmla doctor` why"
+        )
     facts = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = str(facts.gcnArchName).split(":")[0]

@@ -20,6 +20,7 @@ import torch
 
 from openmla.core.errors import OutOfPagesError, ProblemError
 from openmla.core.layout import KVLayout, kv_layout
+from openmla.core.target import Target
 from openmla.kv.allocator import PageAllocator
 from openmla.mods import Rope
 from openmla.ops.append import append
@@ -41,7 +42,7 @@ class PagedKVCache:
         reserved: pages at the front that no request gets, for padding rows to point at.
 
     Raises:
-        ProblemError: a size makes no sense. ConfigError: unknown layout.
+        ProblemError: a size makes no sense. ConfigError: unknown layout, or a device that is not there.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class PagedKVCache:
     ) -> None:
         if num_layers < 1:
             raise ProblemError("PagedKVCache", [f"num_layers must be at least 1, got {num_layers}"])
+        Target.detect(device)  # a device that is not there has a name here, not in an assertion of PyTorch's
         self.layout = kv_layout(layout)
         self.allocator = PageAllocator(num_pages, page_size, reserved=reserved)
         self._pools = tuple(self.layout.empty_cache(num_pages, page_size, device=device) for _ in range(num_layers))

@@ -162,7 +162,10 @@ def attach(mods: Attachable) -> Attached | None:
     Raises:
         ModError: something else, two activations, two ropes, or a table that was not given.
     """
-    given = (mods,) if isinstance(mods, Mod | Rope) else tuple(mods or ())
+    if isinstance(mods, Mod | Rope | str) or callable(mods):  # a bare function or a name is refused as one thing
+        given: tuple[Mod | Rope, ...] = (mods,)
+    else:
+        given = tuple(mods or ())
     if not given:
         return None
     form = form_of(given)
@@ -191,7 +194,7 @@ def form_of(given: Sequence[Mod | Rope | RopeForm]) -> Mods:
         elif isinstance(each, Rope | RopeForm):
             ropes.append(each.form if isinstance(each, Rope) else each)
         else:
-            name = getattr(each, "__name__", type(each).__name__)
+            name = getattr(each, "__name__", repr(each))
             broken.append(f"{name} is no mod; decorate it with @score_mod, @mask_mod or @activation of openmla.mods")
     for what, found in (("activation", kinds["activation"]), ("Rope", ropes)):
         if len(found) > 1:

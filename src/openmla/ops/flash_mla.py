@@ -16,6 +16,7 @@ Source: deepseek-ai/FlashMLA, flash_mla/flash_mla_interface.py at 02fe0d0 and 92
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -49,6 +50,19 @@ _KV_FORMATS = {
     "V41": "fp8_528_mx",
     "V41_FP4": "fp4_288",
 }
+# Words of the native operations in what they raise -> upstream's.
+_UPSTREAM_WORDS = {
+    "kv_cache": "k_cache",
+    "extra_kv_cache": "extra_k_cache",
+    "extra_indices": "extra_indices_in_kvcache",
+    "d_v": "head_dim_v",
+    "is_causal": "causal",
+    "kv_layout": "kv_format",
+    "extra_kv_layout": "extra_kv_format",
+    " unless cu_seqlens_q is given": "",
+    "make a plan for this call with openmla.plan(...)": "call get_mla_metadata() for this shape",
+}
+_NATIVE_WORD = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in _UPSTREAM_WORDS))
 # What upstream deduces from the bytes of a row. 528 stands for two formats; upstream reads it as V4.1.
 _BY_ROW_BYTES = {656: "fp8_656", 584: "fp8_584", 528: "fp8_528_mx", 288: "fp4_288", 576: "fp8_576"}
 
@@ -193,27 +207,36 @@ def flash_mla_with_kvcache(
     layout = _layout_of(k_cache, is_quantised, kv_format, "k_cache")
     if meta is not None:
         _check_config(meta, q, k_cache, causal, is_quantised, indices, extra_k_cache, extra_indices_in_kvcache)
-    if indices is not None:
-        if causal:
-            raise ProblemError("flash_mla_with_kvcache", ["causal must be False with indices: they are the mask"])
-        if descale_q is not None or descale_k is not None:
-            raise ProblemError("flash_mla_with_kvcache", ["descale_q and descale_k are for the dense form; drop them"])
-        has_extra = extra_k_cache is not None
-        result, lse = native.sparse_decode(
-            q, k_cache, indices, kv_layout=layout, d_v=head_dim_v, softmax_scale=softmax_scale,
-            topk_length=topk_length, attn_sink=attn_sink, extra_kv_cache=extra_k_cache,
-            extra_indices=extra_indices_in_kvcache, extra_topk_length=extra_topk_length,
-            extra_kv_layout=_layout_of(extra_k_cache, is_quantised, extra_kv_format, "extra_k_cache") if has_extra else None,
-            out=out, backend=backend,
-        )  # fmt: skip
-    else:
-        result, lse = _dense(
-            q, k_cache, block_table, cache_seqlens, head_dim_v, meta, softmax_scale, causal, layout, attn_sink,
-            (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length), enable_batch_invariant, out,
-            backend, (descale_q, descale_k),
-        )  # fmt: skip
+    if indices is not None and causal:
+        raise ProblemError("flash_mla_with_kvcache", ["causal must be False with indices: they are the mask"])
+    if indices is not None and (descale_q is not None or descale_k is not None):
+        raise ProblemError("flash_mla_with_kvcache", ["descale_q and descale_k are for the dense form; drop them"])
+    has_extra = extra_k_cache is not None
+    try:
+        if indices is not None:
+            result, lse = native.sparse_decode(
+                q, k_cache, indices, kv_layout=layout, d_v=head_dim_v, softmax_scale=softmax_scale,
+                topk_length=topk_length, attn_sink=attn_sink, extra_kv_cache=extra_k_cache,
+                extra_indices=extra_indices_in_kvcache, extra_topk_length=extra_topk_length,
+                extra_kv_layout=_layout_of(extra_k_cache, is_quantised, extra_kv_format, "extra_k_cache") if has_extra else None,
+                out=out, backend=backend,
+            )  # fmt: skip
+        else:
+            result, lse = _dense(
+                q, k_cache, block_table, cache_seqlens, head_dim_v, meta, softmax_scale, causal, layout, attn_sink,
+                (extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length), enable_batch_invariant, out,
+                backend, (descale_q, descale_k),
+            )  # fmt: skip
+    except ProblemError as error:
+        raise _in_upstream_words(error) from None
     assert lse is not None
     return result, _border_lse(lse)
+
+
+def _in_upstream_words(error: ProblemError) -> ProblemError:
+    """The same error, of this function and with the names of its arguments."""
+    said = [_NATIVE_WORD.sub(lambda found: _UPSTREAM_WORDS[found[0]], each) for each in error.violations]
+    return type(error)("flash_mla_with_kvcache", said)
 
 
 def _border_lse(lse: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,8 @@ class Plan:
             f"{field.name}: the plan has {getattr(self.problem, field.name)}, the call has {getattr(problem, field.name)}"
             for field in fields(problem)
             if getattr(problem, field.name) != getattr(self.problem, field.name)
+            and str(getattr(problem, field.name))
+            != str(getattr(self.problem, field.name))  # a layout has d_v in it, too
         ]
         if (kernel.backend, kernel.name) != (self.backend, self.kernel):
             differing.append(
@@ -248,6 +250,7 @@ def decode(
     Notes:
         Determinism: same inputs and plan, same bits; with `batch_invariant` also whatever the batch mates are.
         CUDA graphs: safe after one warm call. Values inside tensors are guarded, see `openmla.check_errors`.
+        Gradients: none, the result is detached from q; `openmla.prefill` and `openmla.nn` in the expanded form have them.
         NaN: what no query of a request attends to never matters. A NaN key that one query attends to may reach the other
         queries of the same request, which is_causal or window keep from it: weight 0 times NaN is NaN.
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
@@ -327,13 +330,18 @@ def _workspace(
         raise ProblemError("decode", [f"workspace must be a strided tensor or None, got {type(given).__name__}"])
     wrong = []
     if given.dtype != torch.uint8 or given.dim() != 1 or not given.is_contiguous():
-        wrong.append(f"workspace must be a contiguous uint8 tensor [bytes], got {given.dtype} {tuple(given.shape)}")
+        fix = "torch.empty(openmla.workspace_bytes(...), dtype=torch.uint8, device=q.device) makes one"
+        wrong.append(
+            f"workspace must be a contiguous uint8 tensor [bytes], got {given.dtype} {tuple(given.shape)}; {fix}"
+        )
     if given.device != device:
         wrong.append(f"workspace must be on {device} like q, got {given.device}")
     if given.numel() < needed:
         wrong.append(f"workspace must have {needed} bytes (openmla.workspace_bytes), got {given.numel()}")
     if given.data_ptr() % 256:
-        wrong.append("workspace must start at a multiple of 256 bytes")
+        wrong.append(
+            f"workspace must start at a multiple of 256 bytes, got {given.data_ptr() % 256} beyond one; cut it there"
+        )
     if wrong:
         raise ProblemError("decode", wrong)
     return given
@@ -361,6 +369,7 @@ def workspace_bytes(
     Raises:
         ProblemError: as `decode`.
     """
+    _check_policy(policy)
     prepared = _prepare_decode(
         q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
         attach(mods), kv_layout, backend, policy,
@@ -441,7 +450,7 @@ def sparse_decode(
         UnsupportedError: no permitted backend; lists every reason.
 
     Notes:
-        Determinism: same inputs, same bits. CUDA graphs: safe after one warm call.
+        Determinism: same inputs, same bits. CUDA graphs: safe after one warm call. Gradients: none, as `decode`.
         Source: DeepSeek-V3.2 sparse attention as in deepseek-ai/FlashMLA, sparse decoding.
     """
     if torch.compiler.is_compiling() and out is None:
@@ -521,7 +530,7 @@ def sparse_prefill(
         UnsupportedError: no permitted backend; lists every reason.
 
     Notes:
-        Determinism: same inputs, same bits. CUDA graphs: safe after one warm call.
+        Determinism: same inputs, same bits. CUDA graphs: safe after one warm call. Gradients: none, as `decode`.
         Source: sparse prefill of deepseek-ai/FlashMLA.
     """
     if torch.compiler.is_compiling() and out is None:
