@@ -10,12 +10,26 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from openmla.cli import main
 from openmla.lab import store, study
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("doctor", "explain", "demo", "bench", "report", "roofline", "profile", "tune", "study", "verify", "compile")
+VERBS = (
+    "doctor",
+    "explain",
+    "demo",
+    "bench",
+    "report",
+    "roofline",
+    "profile",
+    "tune",
+    "study",
+    "verify",
+    "compile",
+    "learn",
+)
 TINY = '[[case]]\nbatch = 2\ns_k = 70\nh_q = 4\ndtype = "fp32"\n'
 
 
@@ -120,6 +134,39 @@ def test_wrong_value_is_2_with_one_message(arguments, environment, message, monk
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--out", "no/such/page.html"), "there is no folder no/such; make it, or give another path"),
+        (("roofline", "--out", "."), "must be a file, got the folder ."),
+        (("tune", "--table", "no/such/tuned.json"), "there is no folder no/such"),
+        (("explain", "--batch", "x"), "argument --batch: must be a whole number, got 'x'"),
+        (("explain", "--batch", "-3"), "must be at least 1, got -3"),
+        (("bench", "--seconds", "soon"), "must be a positive number, got 'soon'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_work(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_for_rows_is_tried_before_the_measurement(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--out", str(tmp_path / "file" / "rows.jsonl")]) == 2
+    err = capsys.readouterr().err
+    assert "cannot append to" in err
+    assert "case 1 of" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("verb", ["bench", "roofline", "profile", "tune", "verify", "demo"])
+def test_a_device_that_is_not_there_is_2(verb, capsys):
+    assert main([verb, "--device", "cuda"]) == 2
+    assert "cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from openmla.cli import laboratory
-from openmla.cli.arguments import add_verb, positive, positive_number
+from openmla.cli.arguments import SHAPES, add_device, add_verb, new_file, positive, positive_number
 from openmla.cli.output import JSON_SCHEMA, fold, print_json, say
 from openmla.core.errors import ConfigError, OpenMLAError
 
@@ -87,20 +87,24 @@ def _doctor(args: argparse.Namespace) -> int:
 
 # explain
 
-_SHAPE = ("batch", "s_q", "h_q", "h_kv", "d_qk", "d_v", "page_size", "topk", "s_kv")
+_SHAPE = {
+    **{name: SHAPES[name] for name in ("batch", "s_q", "h_q", "h_kv", "d_qk", "d_v", "page_size")},
+    "topk": "selected slots of a query token",
+    "s_kv": "rows that sparse prefill selects from",
+}
 
 
 def _add_explain(verbs: Any) -> None:
     parser = add_verb(verbs, "explain", _explain, "which kernel a problem gets, and why not the others")
-    parser.add_argument("op", nargs="?", help="decode, sparse_decode, sparse_prefill or prefill; default: all four")
+    parser.add_argument("op", nargs="?", help="decode, sparse_decode, sparse_prefill, prefill or append; default: all")
     parser.add_argument("--target", metavar="NAME", help="a preset such as h100_sxm; default: this machine")
     parser.add_argument("--backend", metavar="NAME", help="auto, cute, triton or torch; default: OPENMLA_BACKEND")
-    for name in _SHAPE:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N")
+    for name, meaning in _SHAPE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=meaning)
     parser.add_argument("--s-k", type=positive, metavar="N", help="keys per request that the block table can hold")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the queries")
     parser.add_argument("--kv-layout", metavar="NAME", help="bf16_576, fp8_656, ...")
-    parser.add_argument("--causal", action="store_true", default=None)
+    parser.add_argument("--causal", action="store_true", default=None, help="a query sees no later key")
     parser.add_argument("--mod", action="append", metavar="NAME", help="'soft_cap(30.0)', alibi, my_module:my_mod, ...")
 
 
@@ -156,9 +160,9 @@ def _asked_problem(args: argparse.Namespace, op: str) -> Any:
 
 def _add_demo(verbs: Any) -> None:
     parser = add_verb(verbs, "demo", _demo, "a real MLA model through the paged latent cache, checked and measured")
-    parser.add_argument("--out", type=Path, default=Path("openmla-report.html"), help="the HTML report")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--out", type=new_file, default=Path("openmla-report.html"), help="the HTML report")
+    parser.add_argument("--seed", type=int, default=0, help="of the dice that choose among likely tokens; default: 0")
+    add_device(parser)
     parser.add_argument("--quick", action="store_true", help="a smaller run of some seconds")
 
 
@@ -187,10 +191,16 @@ def _add_verify(verbs: Any) -> None:
     parser = add_verb(verbs, "verify", _verify, "compare every kernel that runs here with the fp64 oracle")
     parser.add_argument("--op", action="append", metavar="NAME", help="repeatable; default: all")
     parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: all that run here")
-    parser.add_argument("--cases", type=positive, default=200, help="at most so many per operation and backend")
+    parser.add_argument(
+        "--cases",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="at most so many per operation and backend; default: 200",
+    )
     parser.add_argument("--seconds", type=positive_number, default=60.0, help="stop after so long; default: 60")
     parser.add_argument("--seed", type=int, default=0, help="the first case")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    add_device(parser)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from openmla.core.errors import ConfigError
 
-_SWEEPS = {
+SHAPES = {  # what a case is made of -> its meaning
     "batch": "requests",
     "s_q": "query tokens per request",
     "h_q": "query heads",
@@ -27,18 +29,45 @@ _SWEEPS = {
 
 def positive(text: str) -> int:
     """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.strip().lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def positive_number(text: str) -> float:
     """A finite number above 0, for argparse."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written when the work is done, for argparse: told before the minutes, not after them."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}; make it, or give another path")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: no permission; give another path")
+    return path
+
+
+def _new_page(text: str) -> Path:
+    """A page that can be drawn and written."""
+    from openmla.lab import page
+
+    try:
+        page.check_installed()
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return new_file(text)
 
 
 def add_verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -54,6 +83,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
 
 
+def add_page(parser: argparse.ArgumentParser, meaning: str = "also write a page") -> None:
+    """--out, the page of a verb."""
+    parser.add_argument("--out", type=_new_page, metavar="PAGE.html", help=meaning)
+
+
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """What to look at: a suite, or a sweep made on the spot."""
     parser.add_argument("--suite", metavar="NAME|PATH", help="default: smoke, unless a sweep is given")
@@ -61,7 +95,7 @@ def add_cases(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sweep", "instead of a suite: every combination of the values given, such as --s-k 1k..32k --h-q 16,128"
     )
-    for name, meaning in _SWEEPS.items():
+    for name, meaning in SHAPES.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=choices, metavar="A,B,..", help=meaning)
     group.add_argument("--causal", action="store_true", help="queries are the last tokens and see no later key")
 
@@ -93,7 +127,7 @@ def chosen_cases(args: argparse.Namespace, default: str = "smoke") -> tuple[Any,
     """(suite, cases) of the command line. Raises ConfigError for a suite and a sweep at once."""
     from openmla.lab import suite as suites
 
-    choices: dict[str, Any] = {name: getattr(args, name) for name in _SWEEPS if getattr(args, name) is not None}
+    choices: dict[str, Any] = {name: getattr(args, name) for name in SHAPES if getattr(args, name) is not None}
     if args.causal:
         choices["is_causal"] = True
     if choices and args.suite:

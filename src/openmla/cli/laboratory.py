@@ -10,9 +10,11 @@ from openmla.cli import output
 from openmla.cli.arguments import (
     add_cases,
     add_device,
+    add_page,
     add_verb,
     chosen_cases,
     known_backends,
+    new_file,
     positive,
     positive_number,
 )
@@ -63,6 +65,8 @@ def _bench_cases(args: argparse.Namespace, suite: Any, cases: Any) -> int:
     rows = bars.resumed(args.out, target, output.say) if args.resume else []
     kept = {row.case for row in rows}
     cases = [case for case in cases if case.name not in kept]
+    if args.out:
+        store.append(args.out, [])  # a file that cannot be written is an error before the measurement
     results = []
     with progress.on_stderr() as say:
         for result in runner.run(suite, cases, options, target, say):
@@ -92,7 +96,7 @@ def add_report(verbs: Any) -> None:
     )
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="written by openmla bench --out")
     parser.add_argument("--against", type=Path, metavar="OLDER.jsonl", help="compare with the same cases in this file")
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page that holds everything")
+    add_page(parser, "also write a page that holds everything")
     parser.add_argument(
         "--into", type=Path, action="append", default=[], metavar="PAGE.md",
         help="fill the places of this file in a Markdown page (<!-- rows: ROWS.jsonl, times -->); repeatable",
@@ -121,7 +125,7 @@ def add_roofline(verbs: Any) -> None:
     parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
     parser.add_argument("--seconds", type=positive_number, default=0.5, help="per rate and case; default: 0.5")
     add_device(parser)
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    add_page(parser)
 
 
 def _roofline(args: argparse.Namespace) -> int:
@@ -160,7 +164,7 @@ def add_profile(verbs: Any) -> None:
     parser.add_argument(
         "--record", type=Path, metavar="FILE.json", help="show what --json wrote elsewhere; nothing runs"
     )
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    add_page(parser)
 
 
 def _profile(args: argparse.Namespace) -> int:
@@ -192,7 +196,9 @@ def add_tune(verbs: Any) -> None:
     parser.add_argument("--parameter", metavar="A,B", default="", help="search these alone; default: all")
     add_device(parser)
     parser.add_argument("--trials", type=Path, metavar="TRIALS.jsonl", help="append trials here, and continue from it")
-    parser.add_argument("--table", type=Path, metavar="TUNED.json", help="write the tuned table with its provenance")
+    parser.add_argument(
+        "--table", type=new_file, metavar="TUNED.json", help="write the tuned table with its provenance"
+    )
     parser.add_argument("--record", type=Path, metavar="TUNED.json", help="show a table made elsewhere; nothing runs")
     parser.add_argument(
         "--bundle",
@@ -201,7 +207,7 @@ def add_tune(verbs: Any) -> None:
         help="nothing runs: compile what a search on --target can try into a bundle",
     )
     parser.add_argument("--target", default="h100_sxm", metavar="NAME", help="of --bundle; default: h100_sxm")
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    add_page(parser)
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -249,7 +255,7 @@ def add_study(verbs: Any) -> None:
     parser.add_argument(
         "--record", type=Path, metavar="FILE.json", help="show what --json wrote elsewhere; nothing runs"
     )
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="also write a page")
+    add_page(parser)
 
 
 def _study(args: argparse.Namespace) -> int:

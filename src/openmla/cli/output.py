@@ -36,7 +36,6 @@ def show(args: argparse.Namespace, found: Any, as_page: Any) -> None:
     if args.out:
         from openmla.lab import page
 
-        page.check_installed()
         page.write(as_page(found), args.out)
     if args.json:
         print_json({**found.as_dict(), "page": str(args.out) if args.out else None})
