@@ -81,8 +81,14 @@ VLLM_CPU = Variable(
     ("0", "1"),
     "1: on vLLM's CPU platform, which knows no custom backend, OpenMLA takes the place of its CPU_MLA.",
 )
+SGLANG = Variable(
+    "OPENMLA_SGLANG",
+    "0",
+    ("0", "1"),
+    "1: in SGLang's processes OpenMLA takes the place of FlashMLA (`--attention-backend flashmla`).",
+)
 
-ALL: tuple[Variable, ...] = (BACKEND, CHECKS, CACHE_DIR, AOT_DIR, VLLM_CPU)
+ALL: tuple[Variable, ...] = (BACKEND, CHECKS, CACHE_DIR, AOT_DIR, VLLM_CPU, SGLANG)
 if _STORE is not os.environ:
     _KEYS.update({each.name: os.environ.encodekey(each.name) for each in ALL})
 
