@@ -1,1 +1,1 @@
-"""The laboratory: suites, runner, measured ceilings, reports, and the demo."""
+"""The laboratory: suites and bars, runner, peers, ceilings; a module per verb; the pages; and the demo."""

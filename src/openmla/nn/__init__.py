@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention as a PyTorch module: naive and absorbed, from a checkpoint, over heads of many ranks."""
+"""Multi-head Latent Attention as a PyTorch module: expanded and absorbed, from a checkpoint, over heads of many ranks."""
 
 from openmla.nn.decoder import Decoder as Decoder
 from openmla.nn.decoder import DecoderConfig as DecoderConfig

@@ -1,1 +1,1 @@
-"""What happens on this machine: the doctor, and counters."""
+"""What happens on this machine: the doctor, metrics and their exporter, the watchdog, the rollout beside another backend."""
