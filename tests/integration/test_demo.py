@@ -17,9 +17,9 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib: pip install
 from openmla.core.errors import ConfigError, ProblemError, UnsupportedError
 from openmla.integrations.transformers import PagedModel
 from openmla.kv.cache import PagedKVCache
-from openmla.lab import demo, demo_model, demo_report
-from openmla.lab.demo_report import duration, render_demo_report
-from openmla.lab.demo_serve import Watch, serve
+from openmla.lab.demo import report, run, tiny
+from openmla.lab.demo.report import duration, render_demo_report
+from openmla.lab.demo.serve import Watch, serve
 from openmla.lab.progress import LiveDisplay, Stages
 from openmla.ops import native
 
@@ -28,19 +28,19 @@ from openmla.ops import native
 def result(tmp_path_factory):
     said = []
     path = tmp_path_factory.mktemp("demo") / "report.html"
-    found = demo.run_demo(out=path, device="cpu", quick=True, progress=said.append)
+    found = run.run_demo(out=path, device="cpu", quick=True, progress=said.append)
     assert said[0].startswith("[1/8] ")
     return found
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return demo.scenario(quick=True)
+    return run.scenario(quick=True)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return demo_model.load()
+    return tiny.load()
 
 
 def layers(model) -> int:
@@ -79,8 +79,8 @@ def test_numbers_are_of_this_machine(result) -> None:
     assert (forms["MLA"].demo_bytes, forms["MLA-FP8"].demo_bytes) == (1152, 656)
     assert forms["MHA"].deepseek_v3_bytes == 128 * (192 + 128) * 2
     assert json.loads(json.dumps(result.as_dict()))["passed"] is True
-    assert "torch/" in demo_report.summary(result)
-    assert "roofline" in demo_report.summary(result)
+    assert "torch/" in report.summary(result)
+    assert "roofline" in report.summary(result)
 
 
 def test_report_is_one_whole_page(result) -> None:
@@ -111,7 +111,7 @@ def test_report_of_a_failure_says_what_is_wrong(result, tmp_path) -> None:
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Something is wrong" in page
     assert "page 3 is free twice" in page
-    assert "FAILED" in demo_report.summary(wrong)
+    assert "FAILED" in report.summary(wrong)
     with pytest.raises(ConfigError, match="cannot write the report"):
         render_demo_report(wrong, tmp_path / "nowhere" / "r.html")
 
@@ -157,7 +157,7 @@ def test_wrong_pages_change_the_tokens(model, plan, monkeypatch) -> None:
 
 def test_chunked_prompt_equals_whole_prompt(model, plan) -> None:
     """Absorbed attention over cached context gives the logits of the expanded prefill."""
-    prompt = list(demo_model.text(90))
+    prompt = list(tiny.text(90))
     paged = attach(model, plan)
     try:
         paged.cache.alloc("whole")
@@ -177,7 +177,7 @@ def test_chunked_prompt_equals_whole_prompt(model, plan) -> None:
 def test_prompts_of_one_length_prefill_together(model, plan) -> None:
     watch = Watch()
     paged = attach(model, plan, observe=watch)
-    prompts = [list(demo_model.text(80)[i * 40 : i * 40 + 40]) for i in range(2)]
+    prompts = [list(tiny.text(80)[i * 40 : i * 40 + 40]) for i in range(2)]
     try:
         for name in ("x", "y"):
             paged.cache.alloc(name)
@@ -192,7 +192,7 @@ def test_prompts_of_one_length_prefill_together(model, plan) -> None:
 
 
 def test_fp8_cache_serves_the_model_in_bf16(plan) -> None:
-    model = demo_model.load().to(torch.bfloat16)
+    model = tiny.load().to(torch.bfloat16)
     cache = PagedKVCache("fp8_656", plan.num_pages, plan.page_size, layers(model))
     logs = serve(PagedModel(model, cache), plan.requests[:2]).requests
     assert [len(log.tokens) for log in logs] == [6, 9]
@@ -200,10 +200,10 @@ def test_fp8_cache_serves_the_model_in_bf16(plan) -> None:
 
 def test_the_batch_in_bf16_stays_within_the_tolerance_of_bf16(plan) -> None:
     """The extra pass of a GPU run, here on the CPU."""
-    model = demo_model.load()
+    model = tiny.load()
     paged = attach(model, plan)
-    served = serve(paged, plan.requests, choose=demo_model.Dice(0).choose)
-    found = demo._narrow(model, paged, plan, demo_model.Dice(0), torch.device("cpu"), None, served, lambda share: None)
+    served = serve(paged, plan.requests, choose=tiny.Dice(0).choose)
+    found = run._narrow(model, paged, plan, tiny.Dice(0), torch.device("cpu"), None, served, lambda share: None)
     assert found["failures"] == []
     assert found["outputs"] > 50
     assert 0 < found["same_tokens"] <= found["tokens"] == 27
@@ -227,14 +227,14 @@ def test_attached_model_refuses_what_it_cannot_do(model, plan) -> None:
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(demo_report, "find_spec", lambda name: None if name == "jinja2" else object())
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(ConfigError, match=r"needs jinja2; run: pip install \"openmla\[demo\]\""):
-        demo.run_demo(out=tmp_path / "r.html")
+        run.run_demo(out=tmp_path / "r.html")
 
 
 def test_device_that_is_not_there_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"device must be cpu.* on this machine, got 'tpu:0'"):
-        demo.run_demo(out=tmp_path / "r.html", device="tpu:0")
+        run.run_demo(out=tmp_path / "r.html", device="tpu:0")
 
 
 def test_request_that_can_never_fit_is_named(model, plan) -> None:
@@ -247,13 +247,13 @@ def test_request_that_can_never_fit_is_named(model, plan) -> None:
 
 
 def test_a_missing_model_is_named_with_the_command(monkeypatch) -> None:
-    monkeypatch.setattr(demo_model, "FILES", ("config.json", "nothing.safetensors"))
+    monkeypatch.setattr(tiny, "FILES", ("config.json", "nothing.safetensors"))
     with pytest.raises(ConfigError, match=r"nothing\.safetensors.*run: python models/openmla-tiny/train\.py"):
-        demo_model.home()
+        tiny.home()
 
 
 def test_the_text_is_python() -> None:
-    content = demo_model.readable(demo_model.text(400))
+    content = tiny.readable(tiny.text(400))
     assert '"""' in content
     assert "\n    " in content
 
@@ -261,10 +261,10 @@ def test_the_text_is_python() -> None:
 def test_the_dice_throw_what_the_softmax_says() -> None:
     """Every position has its own noise, the same each time; over many positions the shares are those of the softmax."""
     logits = torch.tensor([1.0, 0.0, -1.0, -9.0])
-    dice = demo_model.Dice(5, temperature=0.5)
+    dice = tiny.Dice(5, temperature=0.5)
     thrown = [dice.choose(position, logits) for position in range(3000)]
-    assert thrown == [demo_model.Dice(5, 0.5).choose(position, logits) for position in range(3000)]
-    assert thrown != [demo_model.Dice(6, 0.5).choose(position, logits) for position in range(3000)]
+    assert thrown == [tiny.Dice(5, 0.5).choose(position, logits) for position in range(3000)]
+    assert thrown != [tiny.Dice(6, 0.5).choose(position, logits) for position in range(3000)]
     shares = torch.tensor(thrown).bincount(minlength=4) / 3000
     assert (shares - (logits / 0.5).softmax(0)).abs().max() < 0.03
     ids = torch.zeros(2, 7, dtype=torch.int64)
@@ -272,9 +272,9 @@ def test_the_dice_throw_what_the_softmax_says() -> None:
 
 
 def test_text_has_an_end() -> None:
-    assert demo_model.text(10) == demo_model.text(100)[:10]
+    assert tiny.text(10) == tiny.text(100)[:10]
     with pytest.raises(ValueError, match="asked for"):
-        demo_model.text(10**9)
+        tiny.text(10**9)
 
 
 def test_durations_read_well() -> None:

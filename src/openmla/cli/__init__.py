@@ -167,11 +167,12 @@ def _add_demo(verbs: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from openmla.lab import demo, demo_report, progress
+    from openmla.lab import progress
+    from openmla.lab.demo import report, run
 
     try:
         with progress.on_stderr() as say:
-            result = demo.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=say)
+            result = run.run_demo(out=args.out, seed=args.seed, device=args.device, quick=args.quick, progress=say)
     except ImportError as error:
         if (error.name or "").startswith("openmla"):
             raise
@@ -180,7 +181,7 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result.as_dict())
     else:
-        print(demo_report.summary(result))
+        print(report.summary(result))
     return 0 if result.passed else 1
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from openmla.core.errors import ConfigError
-from openmla.lab.demo_measure import Rate
-from openmla.lab.demo_result import DemoResult
+from openmla.lab.demo.measure import Rate
+from openmla.lab.demo.result import DemoResult
 
 _MEANING = {
     "HARD": "each number of the output, against a bound from its number format",
@@ -214,7 +214,7 @@ def render_demo_report(result: DemoResult, path: Path) -> None:
     check_installed()
     from jinja2 import Environment, PackageLoader
 
-    from openmla.lab import demo_figures
+    from openmla.lab.demo import figures
 
     environment = Environment(loader=PackageLoader("openmla.lab", "templates"), autoescape=True, trim_blocks=True)
     environment.filters |= {"duration": duration, "times": _times}
@@ -241,11 +241,11 @@ def render_demo_report(result: DemoResult, path: Path) -> None:
         ],
         mla=next(form for form in result.forms if form.name == "MLA"),
         versions_text=", ".join(f"{name} {version}" for name, version in result.versions.items()),
-        schedule=demo_figures.schedule(logs, result.steps, result.num_pages),
-        time=demo_figures.decode_time(result.sweep),
-        bandwidth=demo_figures.decode_bandwidth(result.sweep, result.roof["read_gbps"]),
-        memory_demo=demo_figures.kv_memory(result.forms, is_deepseek=False, layers=result.model["layers"]),
-        memory_deepseek=demo_figures.kv_memory(result.forms, is_deepseek=True, layers=result.model["layers"]),
+        schedule=figures.schedule(logs, result.steps, result.num_pages),
+        time=figures.decode_time(result.sweep),
+        bandwidth=figures.decode_bandwidth(result.sweep, result.roof["read_gbps"]),
+        memory_demo=figures.kv_memory(result.forms, is_deepseek=False, layers=result.model["layers"]),
+        memory_deepseek=figures.kv_memory(result.forms, is_deepseek=True, layers=result.model["layers"]),
         seconds=result.seconds,
         **_texts(result),
         **{key: getattr(result, key) for key in asdict(result)},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openmla.lab.demo_measure import DEEPSEEK_V3_LAYERS, KVForm, Rate
-from openmla.lab.demo_serve import RequestLog, StepLog
+from openmla.lab.demo.measure import DEEPSEEK_V3_LAYERS, KVForm, Rate
+from openmla.lab.demo.serve import RequestLog, StepLog
 from openmla.lab.plot import GRID, MUTED, POINT, SERIES, draw, end_labels, lengths_axis, plain_log
 
 

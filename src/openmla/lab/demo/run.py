@@ -27,10 +27,11 @@ from openmla.core.problem import PrefillProblem
 from openmla.core.target import Target
 from openmla.integrations.transformers import AttentionCall, PagedModel
 from openmla.kv.cache import PagedKVCache
-from openmla.lab import ceilings, demo_measure, demo_model, demo_report
-from openmla.lab.demo_measure import Rate
-from openmla.lab.demo_result import Control, DemoResult, OracleResult, RequestResult
-from openmla.lab.demo_serve import Request, Served, Watch, serve
+from openmla.lab import ceilings
+from openmla.lab.demo import measure, report, tiny
+from openmla.lab.demo.measure import Rate
+from openmla.lab.demo.result import Control, DemoResult, OracleResult, RequestResult
+from openmla.lab.demo.serve import Request, Served, Watch, serve
 from openmla.lab.progress import Say, Stages
 
 
@@ -48,7 +49,7 @@ class Scenario:
 
 def scenario(quick: bool) -> Scenario:
     """The full one, or a small one for tests and the impatient."""
-    content = demo_model.text(1024 if quick else 4096)
+    content = tiny.text(1024 if quick else 4096)
 
     def take(begin: int, end: int) -> tuple[int, ...]:
         return tuple(content[begin:end])
@@ -97,13 +98,13 @@ def run_demo(
     Raises:
         ConfigError: a package is missing, the device is not there, or the report cannot be written; the message says what to do.
     """
-    demo_report.check_installed()
+    report.check_installed()
     where = _device(device)
     target = Target.detect(where)
     plan, stages = scenario(quick), Stages(8 if not target.is_cuda else 9, progress)
-    dice = demo_model.Dice(seed)
+    dice = tiny.Dice(seed)
     with stages.stage("load openmla-tiny"):
-        model = demo_model.load().to(where)
+        model = tiny.load().to(where)
     with stages.stage("measure what this machine can do"):
         roof = ceilings.measure(target, ("fp32", "bf16"), 0.1 if quick else 1.0)
     with stages.stage("stock transformers: generate() for every request") as share:
@@ -125,7 +126,7 @@ def run_demo(
         budget = plan.seconds_per_point
         roof = _higher(roof, where, budget)
         assert watch.largest is not None, "every scenario decodes"
-        batch_rate, problem = demo_measure.replay_rate(watch.largest, roof, backend, 2 * budget)
+        batch_rate, problem = measure.replay_rate(watch.largest, roof, backend, 2 * budget)
         sweep = _sweep(paged, plan, roof, target, backend, share)
     paged.detach()
     result = DemoResult(
@@ -136,11 +137,11 @@ def run_demo(
         stock_tokens_per_s=sum(len(tokens) for tokens in expected.values()) / stock_seconds,
         prefill_tokens_per_s=timed.prefill_tokens / sum(step.prefill_seconds for step in timed.steps),
         decode_tokens_per_s=timed.decode_tokens / sum(step.decode_seconds for step in timed.steps),
-        tokens_per_s=sum(len(tokens) for tokens in expected.values()) / timed.seconds, served=batch_rate, sweep=sweep, forms=demo_measure.kv_forms(*_head_sizes(model)),
+        tokens_per_s=sum(len(tokens) for tokens in expected.values()) / timed.seconds, served=batch_rate, sweep=sweep, forms=measure.kv_forms(*_head_sizes(model)),
         roof=roof.as_dict(), report=os.fspath(out), stages=stages.seconds, narrow=narrow,
     )  # fmt: skip
     with stages.stage("write the report"):
-        demo_report.render_demo_report(result, Path(out))
+        report.render_demo_report(result, Path(out))
     return result
 
 
@@ -161,7 +162,7 @@ def _head_sizes(model: Any) -> tuple[int, int, int]:
 
 
 def _stock(
-    model: Any, plan: Scenario, dice: demo_model.Dice, device: torch.device, share: Callable[[float], None]
+    model: Any, plan: Scenario, dice: tiny.Dice, device: torch.device, share: Callable[[float], None]
 ) -> tuple[dict[str, list[int]], float]:
     """Tokens of each request by transformers alone, under the same dice, and the seconds for all of them."""
     ids = torch.tensor([plan.requests[0].prompt], device=device)
@@ -185,7 +186,7 @@ def _cache(plan: Scenario, layers: int, dtype: torch.dtype, device: torch.device
 
 
 def _serve_checked(
-    model: Any, plan: Scenario, dice: demo_model.Dice, device: torch.device, backend: str | None, watch: Watch,
+    model: Any, plan: Scenario, dice: tiny.Dice, device: torch.device, backend: str | None, watch: Watch,
     share: Callable[[float], None],
 ) -> tuple[Served, PagedModel]:  # fmt: skip
     cache = _cache(plan, model.config.num_hidden_layers, model.dtype, device)
@@ -200,7 +201,7 @@ def _serve_checked(
 
 
 def _narrow(
-    model: Any, paged: PagedModel, plan: Scenario, dice: demo_model.Dice, device: torch.device, backend: str | None,
+    model: Any, paged: PagedModel, plan: Scenario, dice: tiny.Dice, device: torch.device, backend: str | None,
     wide: Served, share: Callable[[float], None],
 ) -> dict[str, Any]:  # fmt: skip
     """The batch in bf16: outputs are held to the tolerance of bf16; tokens may differ where two logits are close."""
@@ -234,7 +235,7 @@ def _oracle(watch: Watch, backend: str | None) -> OracleResult:
     controls = []
     for name, mistake in mistakes:
         reports = watch.largest.check(*watch.largest.run(backend=backend, **mistake))
-        worst = max((finding for report in reports for finding in report.findings), key=lambda finding: finding.ratio)
+        worst = max((finding for each in reports for finding in each.findings), key=lambda finding: finding.ratio)
         controls.append(Control(name, worst.rule, worst.ratio))
     ratios = {rule: finding.ratio for rule, finding in watch.worst.items()}
     return OracleResult(watch.outputs, watch.rows, ratios, watch.where, watch.failures, controls)
@@ -258,24 +259,23 @@ def _sweep(
     attention, expand = paged.stock(0)
     narrow, wide = ("bf16_576", torch.bfloat16), ("fp32_576", torch.float32)
     series = [narrow, ("fp8_656", torch.bfloat16)] if target.is_cuda else [wide, narrow, ("fp8_656", torch.bfloat16)]
-    measure = partial(
-        demo_measure.decode_rate, batch=4, h_q=paged.model.config.num_attention_heads, roof=roof, device=device, backend=backend,
+    timed = partial(
+        measure.decode_rate, batch=4, h_q=paged.model.config.num_attention_heads, roof=roof, device=device, backend=backend,
         budget=plan.seconds_per_point,
     )  # fmt: skip
     found = []
     for done, s_k in enumerate(plan.sweep, 1):
-        found += [measure(name, dtype, s_k=s_k) for name, dtype in series]
+        found += [timed(name, dtype, s_k=s_k) for name, dtype in series]
         if s_k <= plan.expanded_up_to:
-            found.append(demo_measure.expanded_rate(attention, expand, 4, s_k, roof, budget=plan.seconds_per_point))
+            found.append(measure.expanded_rate(attention, expand, 4, s_k, roof, budget=plan.seconds_per_point))
         share(done / len(plan.sweep))
     return found
 
 
 def _request_results(served: Served, plan: Scenario, expected: dict[str, list[int]]) -> list[RequestResult]:
-    ends = {request.name: demo_model.readable(list(request.prompt[-32:])) for request in plan.requests}
+    ends = {request.name: tiny.readable(list(request.prompt[-32:])) for request in plan.requests}
     return [
-        RequestResult(log, ends[log.name], demo_model.readable(log.tokens), expected[log.name])
-        for log in served.requests
+        RequestResult(log, ends[log.name], tiny.readable(log.tokens), expected[log.name]) for log in served.requests
     ]
 
 

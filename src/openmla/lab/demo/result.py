@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from openmla.lab.demo_measure import KVForm, Rate
-from openmla.lab.demo_serve import RequestLog, StepLog
+from openmla.lab.demo.measure import KVForm, Rate
+from openmla.lab.demo.serve import RequestLog, StepLog
 
 
 @dataclass

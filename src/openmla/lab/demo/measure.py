@@ -15,7 +15,7 @@ from openmla.core.problem import DecodeProblem
 from openmla.kv.cache import PagedKVCache
 from openmla.lab import clock
 from openmla.lab.ceilings import Ceilings
-from openmla.lab.demo_serve import Replay
+from openmla.lab.demo.serve import Replay
 from openmla.ops import native
 
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

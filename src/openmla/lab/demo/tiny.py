@@ -27,7 +27,7 @@ def home() -> Path:
         ConfigError: there is none, or a file of it is missing.
     """
     package = Path(__file__).resolve().parent
-    places = (package.parents[2] / "models" / "openmla-tiny", package / "openmla_tiny")
+    places = (package.parents[3] / "models" / "openmla-tiny", package / "openmla_tiny")
     for place in places:
         if all((place / name).is_file() for name in FILES):
             return place
