@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from openmla.core.errors import ProblemError
+from openmla.core.errors import ProblemError, UnsupportedError
 from openmla.core.layout import plain_layout
 from openmla.kv.cache import PagedKVCache
 from openmla.nn import MLA, MLAConfig, Pass, Rope, YaRN
@@ -270,3 +270,16 @@ def test_refusals_say_rule_value_and_fix() -> None:
         ProblemError, match=r"(?s)heads must be at least 1.*q_lora_rank must be at least 1.*d_rope must be even"
     ):
         MLAConfig(4, 0, q_lora_rank=0, d_rope=15)
+
+
+def test_cute_has_no_dense_prefill_and_a_block_of_it_none_the_less_takes_prompts() -> None:
+    """`cute` binds decoding; the expanded form is kept libraries' there, as by default."""
+    config = MLAConfig(hidden=32, heads=2)
+    x, rotation = torch.randn(1, 5, 32), torch.arange(5)[None]
+    with torch.no_grad():
+        want = MLA(config)
+        block = MLA(config, backend="cute")
+        block.load_state_dict(want.state_dict())
+        assert torch.equal(block(x, rotation), want(x, rotation))
+        with pytest.raises(UnsupportedError, match="backend='cute'"):
+            block(x, rotation, form="absorbed")

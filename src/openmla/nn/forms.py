@@ -28,6 +28,11 @@ def up_projections(weight: torch.Tensor, d_nope: int, d_v: int) -> tuple[torch.T
     return both[:, :d_nope], both[:, d_nope:]
 
 
+def prefill_backend(backend: str | None) -> str | None:
+    """Who runs the expanded form where `backend` was asked for: `cute` has no dense prefill, kept libraries serve it."""
+    return None if backend == "cute" else backend
+
+
 def expand(
     latent: torch.Tensor, rope: torch.Tensor, weight: torch.Tensor, d_nope: int, d_v: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,7 +108,7 @@ class MLA(nn.Module):
         config: sizes.
         group: tensor parallelism: this rank holds `heads / world` heads (q, kv_b and o projections), the latent
             projections are whole on every rank, and the output is summed over the ranks.
-        backend: of the operators; default OPENMLA_BACKEND.
+        backend: of the operators; default OPENMLA_BACKEND. `cute` has no dense prefill: prompts then run as by default.
         device, dtype: of the parameters.
 
     Raises:
@@ -217,7 +217,7 @@ class MLA(nn.Module):
             key, value = self._expand(rows.flatten(0, 1))
             out, _ = prefill(
                 q.flatten(0, 1), key, value, offsets, offsets, s_q, s_q, softmax_scale=config.softmax_scale,
-                is_causal=True, backend=self.backend,
+                is_causal=True, backend=forms.prefill_backend(self.backend),
             )  # fmt: skip
             return out
         w_uk, w_uv = forms.up_projections(self.kv_b_proj.weight, config.d_nope, config.d_v)
@@ -239,7 +239,7 @@ class MLA(nn.Module):
         key, value = self._expand(rows)
         out, _ = prefill_behind(
             q, key, value, step.offsets(step.counts), max(step.counts, default=0), self._context(step, layer, rows.dtype),
-            softmax_scale=self.config.softmax_scale, backend=self.backend,
+            softmax_scale=self.config.softmax_scale, backend=forms.prefill_backend(self.backend),
         )  # fmt: skip
         return out
 

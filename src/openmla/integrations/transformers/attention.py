@@ -86,7 +86,7 @@ def attach(model: Any, *, backend: str | None = None, step_graphs: bool = False)
 
     Args:
         model: any MLA family (DeepSeek-V2, V3, V3.2, Kimi, GLM, LongCat, MiniCPM3, ...), transformers >= 5.16.
-        backend: of the operators; default OPENMLA_BACKEND.
+        backend: of the operators; default OPENMLA_BACKEND. `cute` has no dense prefill: prompts then run as by default.
         step_graphs: replay decoding steps over an `attached.cache()` as a CUDA graph, see `steps`.
 
     Raises:
@@ -214,7 +214,9 @@ class _Call:
             return self.stock(0.0, None, {})
         batch, _, s_q, _ = self.query.shape
         expanded = self.seam.expand(self.latent[:, :, :s_q], self.rope[:, :, :s_q])
-        if self.query.is_cuda and self.seam.backend is None:  # prompts of one length are what PyTorch's engines are for
+        if (
+            self.query.is_cuda and forms.prefill_backend(self.seam.backend) is None
+        ):  # prompts of one length are what PyTorch's engines are for
             given, _ = sdpa_attention_forward(
                 self.module, self.query, *expanded, None, dropout=0.0, scaling=self.scale, is_causal=True
             )
@@ -224,7 +226,7 @@ class _Call:
         offsets = torch.arange(0, batch * s_q + 1, s_q, dtype=torch.int32, device=q.device)
         out, _ = prefill(
             q, key, value, offsets, offsets, s_q, s_q, softmax_scale=self.scale, is_causal=True,
-            backend=self.seam.backend,
+            backend=forms.prefill_backend(self.seam.backend),
         )  # fmt: skip
         heads: torch.Tensor = out.unflatten(0, (batch, s_q))
         return heads

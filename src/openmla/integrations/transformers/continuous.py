@@ -144,7 +144,7 @@ def _attention(
         whole_key, whole_value = seam.expand(rows[None, None, :, :d_latent], rows[None, None, :, d_latent:])
         out, _ = prefill(
             q, whole_key[0].transpose(0, 1), whole_value[0].transpose(0, 1), starts_q, starts_k, total_q, total_k,
-            softmax_scale=scale, is_causal=True, backend=seam.backend,
+            softmax_scale=scale, is_causal=True, backend=forms.prefill_backend(seam.backend),
         )  # fmt: skip
         return out[None], None
     w_uk, w_uv = seam.up_projections(module)

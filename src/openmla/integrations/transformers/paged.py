@@ -75,7 +75,7 @@ class PagedModel:
     Args:
         model: transformers `...ForCausalLM` whose attention modules have `expand_kv` and `kv_b_proj`, in eval mode.
         cache: one pool per layer of the model; its layout has d_latent + d_rope columns, d_latent of them values.
-        backend: of `openmla.decode` and `openmla.prefill`; default OPENMLA_BACKEND.
+        backend: of the operators; default OPENMLA_BACKEND. `cute` has no dense prefill: prompts then run as by default.
         observe: called after every attention.
 
     Raises:
@@ -194,7 +194,7 @@ class PagedModel:
         expand = self._stock_expand[self._attentions.index(module)]
         q, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, *expand(latent, rope)))
         offsets = torch.arange(0, batch * s_q + 1, s_q, dtype=torch.int32, device=q.device)
-        run = partial(prefill, softmax_scale=scale, is_causal=True, backend=self.backend)
+        run = partial(prefill, softmax_scale=scale, is_causal=True, backend=forms.prefill_backend(self.backend))
         out, lse = run(q, key, value, offsets, offsets, s_q, s_q)
         if self.observe is not None:
             self.observe(
