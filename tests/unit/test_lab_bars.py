@@ -198,3 +198,11 @@ def test_a_loss_never_looks_like_a_draw():
         "1.00",
         "1.00",
     ]
+
+
+def test_a_missed_bar_never_looks_met():
+    """1.078 misses 1.08; both would read 1.08x."""
+    assert [bars.text(value, "ratio", 1.08) for value in (1.078, 1.08, 1.09)] == ["1.078x", "1.08x", "1.09x"]
+    assert bars.text(10.04, "median_us", 10.0) == "10.04 us"
+    assert bars.text(0.9497, "read", 0.95) == "94.97 %"
+    assert bars.text(0.94, "read", 0.95) == "94.0 %"

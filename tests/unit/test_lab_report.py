@@ -84,6 +84,16 @@ def test_page_of_a_report():
     assert "3.000x" in html
 
 
+def test_the_title_names_what_was_measured():
+    sparse = row(case="sparse_decode-b16-sq1-hq16-sk16384-bf16-fp8_656-topk2048")
+    for given, title in (
+        (rows(), "MLA decode on d"),
+        ([sparse], "MLA sparse decode on d"),
+        ([*rows(), sparse], "MLA attention on d"),
+    ):
+        assert report_page.page(report.build(given, "r.jsonl")).title == title
+
+
 def test_page_with_bars_and_without_lengths():
     name = "decode-b1-sq1-hq16-sk4096-bf16"
     html = page.render(report_page.page(report.build([row(suite="decode_dense", case=name, median_us=12.0)], "r")))

@@ -162,13 +162,21 @@ def _value(kind: str, case: str, table: dict[str, list[Row]]) -> float | None:
     return own.median_us / base.median_us - 1 if base else None
 
 
-def text(value: float | None, kind: str) -> str:
-    """A value in its unit."""
+def text(value: float | None, kind: str, limit: float | None = None) -> str:
+    """A value in its unit; with one more digit where it would read as the limit that it is not."""
     if value is None:
         return ""
+    shown = _text(value, kind, 0)
+    is_alike = limit is not None and value != limit and shown == _text(limit, kind, 0)
+    return _text(value, kind, 1) if is_alike else shown
+
+
+def _text(value: float, kind: str, more: int) -> str:
     if kind == "median_us":
-        return f"{value:.1f} us"
-    return f"{ratio(value)}x" if kind == "ratio" else f"{100 * value:.1f} %"
+        return f"{value:.{1 + more}f} us"
+    if kind == "ratio":
+        return f"{value:.3f}x" if more else f"{ratio(value)}x"
+    return f"{100 * value:.{1 + more}f} %"
 
 
 def ratio(value: float) -> str:
@@ -184,6 +192,8 @@ def table_text(judgements: Sequence[Judgement]) -> str:
         limit = f"{'>=' if bar.is_floor else '<='} {text(bar.limit, bar.value)}"
         verdict = {"met": "met", "missed": "MISSED", "not measured": "not measured"}[each.verdict]
         count = f"{len(each.measured)} of {len(each.cells)}"
-        lines.append(f"  {verdict:<12} {bar.name[:56]:<56} {text(each.value, bar.value):>8} {limit:>10} {count:>8}")
-        lines += [f"      {cell.case:<60} {text(cell.value, bar.value):>8}" for cell in each.short]
+        lines.append(
+            f"  {verdict:<12} {bar.name[:56]:<56} {text(each.value, bar.value, bar.limit):>8} {limit:>10} {count:>8}"
+        )
+        lines += [f"      {cell.case:<60} {text(cell.value, bar.value, bar.limit):>8}" for cell in each.short]
     return "\n".join(lines)

@@ -59,7 +59,7 @@ def verdicts(report: Report) -> str:
         # A geometric mean is one promise; of the others each cell is one.
         held = f"{len(each.measured) - len(each.short)} of {len(each.cells)}" if bar.over == "each" else ""
         verdict = f"**{each.verdict}**" if each.verdict == "missed" else each.verdict
-        lines.append(_line((bar.name, verdict, bars.text(each.value, bar.value), wanted, held)))
+        lines.append(_line((bar.name, verdict, bars.text(each.value, bar.value, bar.limit), wanted, held)))
     return "\n".join([*lines, "", _source(report)])
 
 

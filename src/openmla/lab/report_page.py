@@ -26,14 +26,16 @@ def page(report: Report) -> Page:
         _memory(known.values()),
         _numbers(report),
     ]
-    return Page(_title(report), _lead(report), sections, _tiles(report), _footer(report))
+    return Page(_title(report, known.values()), _lead(report), sections, _tiles(report), _footer(report))
 
 
-def _title(report: Report) -> str:
+def _title(report: Report, known: Iterable[Case]) -> str:
     if report.before:
         changed = sum(each.verdict != "same" for each in report.changes)
         return f"{report.source} against {report.before}: {changed} of {len(report.changes)} changed"
-    return f"MLA decode on {report.devices[0]}" if len(report.devices) == 1 else f"MLA decode, {report.source}"
+    ops = {case.op for case in known}
+    what = f"MLA {ops.pop().replace('_', ' ')}" if len(ops) == 1 else "MLA attention"
+    return f"{what} on {report.devices[0]}" if len(report.devices) == 1 else f"{what}, {report.source}"
 
 
 def _lead(report: Report) -> str:
@@ -77,12 +79,12 @@ def _bars(report: Report) -> Iterator[Section]:
         bar = each.bar
         rows.append([
             Cell(each.verdict, _TONES.get(each.verdict, "")),  # type: ignore[arg-type]
-            bar.name, bars.text(each.value, bar.value) or "-",
+            bar.name, bars.text(each.value, bar.value, bar.limit) or "-",
             f"{'at least' if bar.is_floor else 'at most'} {bars.text(bar.limit, bar.value)}",
             f"{len(each.measured)} of {len(each.cells)}",
         ])  # fmt: skip
         for cell in each.short if len(each.cells) > 1 else ():
-            rows.append(["", f"`{cell.case}`", bars.text(cell.value, bar.value), "", ""])
+            rows.append(["", f"`{cell.case}`", bars.text(cell.value, bar.value, bar.limit), "", ""])
     table = Table("bars", ("", "bar", "worst cell or mean", "wanted", "cells"), rows, left=(0, 1))
     text = "What the suite promises, from the newest run of each cell. Cells that miss stand below their bar."
     yield Section("Bars", [text], tables=[table])

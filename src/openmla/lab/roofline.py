@@ -117,7 +117,9 @@ def of_rows(rows: Sequence[Row]) -> Roof:
         raise ConfigError(
             "these rows carry no ceilings (gemm_<dtype>_tflops and read_gbps); measure them with openmla bench"
         )
-    return Roof(str(rows[0].environment.get("device", "?")), "rows", gemm, read, copy_gbps=copy or None)
+    return Roof(
+        str(rows[0].environment.get("device", "?")), "measured beside these rows", gemm, read, copy_gbps=copy or None
+    )
 
 
 def place(case: Case, roof: Roof, row: Row | None = None, note: str = "") -> Place:
