@@ -5,7 +5,7 @@
 FILE is sglang/kernels/ops/attention/flash_mla_interface.py of SGLang 0.5.23; it imports nothing of SGLang's. It is loaded
 twice, over each library, and called as flashmla_backend.py and dsa_backend.py call it: pages of 64, tables that are slices of
 wider buffers with -1 behind the last page, schedule tensors copied into static buffers; eagerly and in a CUDA graph that is
-replayed with other lengths.
+replayed with other lengths. With --times instead: a captured step of 20 layers over each library, each with its own cache.
 
 One JSON row per case; exit 1 where results are apart. Without sgl-flash-mla (or with --device cpu) OpenMLA's are compared
 with the oracle in fp64 alone.
@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,28 +182,71 @@ def prefill_apart(found: dict[str, ModuleType], device: torch.device, h_q: int) 
     return apart(*(found[name].flash_mla_sparse_fwd(*given) for name in ("openmla", "sgl-flash-mla")))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interface", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device, wrong = torch.device(options.device), 0
-    has_peer = device.type == "cuda" and importlib.util.find_spec("flash_mla") is not None
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    for name, case in cases(interfaces(options.interface, has_peer), device):
+def judged(found: dict[str, ModuleType], device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row per case."""
+    for name, case in cases(found, device):
         row: dict[str, Any] = {"what": "sglang_interface", "case": name}
         try:
             row["apart"] = round(case(), 6)
             row["is_right"] = row["apart"] < APART
         except Exception as error:  # the next case is worth a look
             row |= {"is_right": False, "found": f"{type(error).__name__}: {error}"[:400]}
-        wrong += not row["is_right"]
-        text = json.dumps(row | {"beside": "sgl-flash-mla" if has_peer else "oracle", "device": machine})
+        yield row
+
+
+def times(found: dict[str, ModuleType], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Microseconds per layer of a captured step, schedules made outside as SGLang does; libraries in turn."""
+    layers, pages_each = 20, 65
+    for batch, h_q in ((64, 16), (64, 128), (8, 16), (8, 128)):
+        step = Step(device, h_q, 1)
+        step.q = torch.randn(batch, 1, h_q, 576, device=device).bfloat16()
+        step.lengths = torch.full((batch,), 4096, dtype=torch.int32, device=device)
+        step.table = torch.randperm(batch * pages_each, device=device).to(torch.int32).view(batch, pages_each)
+        graphs = {}
+        for name, interface in found.items():
+            calls = []
+            for _ in range(layers if batch < 64 else 4):  # caches that the L2 cannot hold, in turn
+                step.rows = torch.randn(batch * pages_each * PAGE, 1, 576, device=device, dtype=torch.bfloat16)
+                calls.append(dense(interface, step, False))
+            calls[0]()
+            torch.cuda.synchronize()
+            graphs[name] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[name]):
+                for layer in range(layers):
+                    calls[layer % len(calls)]()
+        took: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(12):
+            for name, graph in graphs.items():
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                took[name].append(begin.elapsed_time(end) * 1e3 / layers)
+        median = {name: round(statistics.median(each[2:]), 2) for name, each in took.items()}
+        row = {"what": "sglang_interface_times", "batch": batch, "h_q": h_q, "s_k": 4096, "layers": layers}
+        yield row | {"median_us_per_layer": median}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interface", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device, wrong = torch.device(options.device), 0
+    has_peer = device.type == "cuda" and importlib.util.find_spec("flash_mla") is not None
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    beside = {"beside": "sgl-flash-mla" if has_peer else "oracle", "device": machine}
+    found = interfaces(options.interface, has_peer)
+    for row in times(found, device) if options.times else judged(found, device):
+        text = json.dumps(row | beside)
         print(text, flush=True)
         if options.out:
             with options.out.open("a") as file:
                 file.write(text + "\n")
+        wrong += row.get("is_right") is False
     print(f"{wrong} wrong", flush=True)
     return int(wrong > 0)
 
