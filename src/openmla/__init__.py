@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from openmla.core.layout import kv_layout as kv_layout
     from openmla.core.target import Target as Target
     from openmla.kv.cache import PagedKVCache as PagedKVCache
+    from openmla.ops.append import append as append
     from openmla.ops.native import decode as decode
     from openmla.ops.native import plan as plan
     from openmla.ops.native import sparse_decode as sparse_decode
@@ -31,6 +32,7 @@ _HOME = {
     "KVLayout": "openmla.core.layout",
     "PagedKVCache": "openmla.kv.cache",
     "Target": "openmla.core.target",
+    "append": "openmla.ops.append",
     "check_errors": "openmla.core.faults",
     "decode": "openmla.ops.native",
     "decode_shared_prefix": "openmla.ops.prefix",

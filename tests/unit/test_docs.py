@@ -23,6 +23,9 @@ OPERATIONS = [
     openmla.sparse_decode,
     openmla.sparse_prefill,
     openmla.prefill,
+    openmla.append,
+    openmla.plan,
+    openmla.workspace_bytes,
 ]
 BORDER = [
     getattr(openmla.flash_mla, name)

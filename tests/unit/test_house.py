@@ -17,7 +17,7 @@ MAX_LINES, MAX_KERNEL_LINES = 600, 1500
 MAX_FUNCTION_LINES = 80
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 PUBLIC = [
-    "Fault", "KVLayout", "PagedKVCache", "Target", "check_errors", "decode", "decode_shared_prefix", "explain", "flash_mla",
+    "Fault", "KVLayout", "PagedKVCache", "Target", "append", "check_errors", "decode", "decode_shared_prefix", "explain", "flash_mla",
     "kv_layout", "plan", "prefill", "sparse_decode", "sparse_prefill", "workspace_bytes",
 ]  # fmt: skip
 

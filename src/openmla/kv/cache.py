@@ -138,7 +138,7 @@ class PagedKVCache:
             layer: which pool.
             slots: [n] int64, page * page_size + offset, from `extend` or `slots`. A slot of -1 is skipped.
             rows: [n, d_qk] bf16|fp16|fp32: latent, then RoPE, of each token.
-            rope, positions: rotate the RoPE columns on their way, see `openmla.ops.append.append`; default: they are rotated.
+            rope, positions: rotate the RoPE columns on their way, see `openmla.append`; default: they are rotated.
 
         Raises:
             ProblemError: shapes contradict each other or the layout; on a CPU also a slot outside of the cache, which on a

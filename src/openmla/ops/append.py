@@ -39,6 +39,9 @@ def append(
             448; default 1. The `descale_k` of `decode`.
         backend: auto, cute, triton or torch; default OPENMLA_BACKEND. A named one never falls back.
 
+    Returns:
+        Nothing; cache is changed in place.
+
     Raises:
         ProblemError: shapes, dtypes, devices or strides contradict each other; lists all violations. Backend torch also
             looks at the slots, and raises for one that is neither -1 nor in the cache.
@@ -46,7 +49,8 @@ def append(
 
     Notes:
         Backends cute and triton do not wait for the device: a bad slot stores nothing and is reported by `openmla.check_errors`.
-        CUDA graphs: safe after one warm call. Deterministic where slots are distinct.
+        Determinism: same inputs, same bits where slots are distinct. CUDA graphs: safe after one warm call. Gradients: none.
+        Source: `concat_and_cache_mla` of vLLM, with RoPE and every layout of `openmla.core.layout`.
     """
     tables = (
         (None, None, None) if rope is None else (*map(dispatch.signature, (rope.cos, rope.sin)), rope.is_interleaved)

@@ -113,8 +113,17 @@ def plan(
         policy: `balanced`, or `batch_invariant` where the bits of a row must not depend on its batch mates.
         d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, mods, kv_layout, backend: as for `decode`.
 
+    Returns:
+        A Plan for `decode(plan=...)`: good for every call with these shapes, options and lengths.
+
     Raises:
         ProblemError: as `decode`.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Determinism: same lengths, same pieces. On a GPU they are computed there: no wait for the device, and safe inside a CUDA graph
+        after one warm call.
+        Source: the tile scheduler of deepseek-ai/FlashMLA, whose tensors it makes (`openmla.split.schedule`).
     """
     _check_policy(policy)
     prepared = _prepare_decode(
@@ -366,8 +375,21 @@ def workspace_bytes(
 ) -> int:
     """Bytes of scratch that `decode` with these arguments needs; the same for all lengths, 0 on a CPU.
 
+    Args:
+        q, kv_cache, block_table, cache_seqlens: as for `decode`; only their metadata is read.
+        policy: as for `plan`.
+        d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, mods, kv_layout, backend: as for `decode`.
+
+    Returns:
+        Bytes, for `workspace=` of `decode`: torch.empty(bytes, dtype=torch.uint8, device=q.device).
+
     Raises:
         ProblemError: as `decode`.
+        UnsupportedError: no permitted backend; lists every reason.
+
+    Notes:
+        Determinism: a function of shapes and options alone.
+        Source: fp32 partials (out, lse) of every piece of a split request, `openmla.split.combine`.
     """
     _check_policy(policy)
     prepared = _prepare_decode(
