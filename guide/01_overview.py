@@ -75,8 +75,8 @@ def mla(s_k: int = 4096, h_q: int = 128, s_q: int = 1, layout: str = "bf16_576")
 
 cache_bytes = {
     "MHA, 128 KV heads": 128 * (192 + 128) * 2,
-    "GQA, 8 KV heads": 8 * (128 + 128) * 2,
-    "MQA, 1 KV head": 1 * (128 + 128) * 2,
+    "GQA, 8 KV heads": 8 * (192 + 128) * 2,
+    "MQA, 1 KV head": 1 * (192 + 128) * 2,
     "MLA, bf16": kv_layout("bf16_576").bytes_per_token,
     "MLA, fp8_656": kv_layout("fp8_656").bytes_per_token,
 }
@@ -125,8 +125,8 @@ h100 = Target.preset("h100_sxm")  # data-sheet rates; what cards really reach is
 ridge = 1e3 * h100.bf16_tflops / h100.hbm_gbps
 shapes = {
     "MHA": cost(attention_of(128, 192, 128)),
-    "GQA 8": cost(attention_of(8, 128, 128)),
-    "MQA": cost(attention_of(1, 128, 128)),
+    "GQA 8": cost(attention_of(8, 192, 128)),
+    "MQA": cost(attention_of(1, 192, 128)),
     "MLA, 16 heads": cost(mla(h_q=16)),
     "MLA": cost(mla()),
     "MLA, 2 tokens": cost(mla(s_q=2)),
