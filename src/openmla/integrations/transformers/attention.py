@@ -238,27 +238,30 @@ class _Call:
         lengths = torch.full((len(table),), self.latent.shape[2], dtype=torch.int32, device=pages.device)
         return self._decode(pages, table, lengths)
 
-    def _pages(self) -> tuple[torch.Tensor, int]:
+    def _pages(self, order: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         """Latent and RoPE side by side in pages of PAGE_SIZE [pages, PAGE_SIZE, 1, columns], and pages per request.
 
-        The size is the same at every step, else GPU kernels would be compiled at every token.
+        The size is the same at every step, else GPU kernels would be compiled at every token. With `order` [batch, s_k] the
+        tokens of a request stand in that order.
         """
         batch, _, s_k, d_latent = self.latent.shape
         each = -(-s_k // PAGE_SIZE)
         rows = self.latent.new_empty(batch, each * PAGE_SIZE, d_latent + self.rope.shape[-1])
-        rows[:, :s_k, :d_latent] = self.latent[:, 0]
-        rows[:, :s_k, d_latent:] = self.rope[:, 0]
+        parts = [self.latent[:, 0], self.rope[:, 0]]
+        if order is not None:
+            parts = [torch.take_along_dim(part, order[:, :, None], 1) for part in parts]
+        rows[:, :s_k, :d_latent], rows[:, :s_k, d_latent:] = parts
         return rows.view(batch * each, PAGE_SIZE, 1, -1), each
 
     def visible(self, seen: torch.Tensor) -> torch.Tensor:
-        """Absorbed; the one query of each request sees the keys of `seen` [batch, s_k], whatever their pattern."""
-        rows = torch.cat([self.latent, self.rope], -1)[:, 0]
-        batch, s_k = rows.shape[:2]
-        # Pages of one token: those that are seen first, in order.
-        first = torch.argsort(~seen, dim=1, stable=True)
-        table = first + torch.arange(batch, device=rows.device)[:, None] * s_k
-        lengths = seen.sum(1, dtype=torch.int32)
-        return self._decode(rows.reshape(batch * s_k, 1, 1, -1), table.to(torch.int32), lengths)
+        """Absorbed; the one query of each request sees the keys of `seen` [batch, s_k], whatever their pattern.
+
+        Those that are seen come first, in order: pages of PAGE_SIZE, which Hopper kernels read. A table of single tokens would
+        save the copy, but is Triton's alone.
+        """
+        pages, each = self._pages(torch.argsort(~seen, dim=1, stable=True))
+        table = torch.arange(len(pages), dtype=torch.int32, device=pages.device).view(-1, each)
+        return self._decode(pages, table, seen.sum(1, dtype=torch.int32))
 
     def _decode(self, cache: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         q, w_uv = _absorbed(self.module, self.seam, self.query)
