@@ -6,7 +6,7 @@
 Tiny random models of DeepSeek-V2, V3 and V3.2 with the true latent sizes (512 + 64), prompts of unequal length:
 
     fp32    tokens equal stock's: transformers' dynamic and static caches, pages, captured steps, continuous batching
-    bf16    logits beside those of stock in bf16: pages, and FP8 pages; captured steps over both give the eager tokens
+    bf16    logits beside those of stock in bf16: its own cache, pages, and FP8 pages; captured steps over both give the eager tokens
 
 One JSON row per case; exit 1 where one is wrong. Needs transformers.
 """
@@ -114,7 +114,7 @@ def continuous(model: Any, batch: dict[str, torch.Tensor], want: torch.Tensor) -
         attached.detach()
     by_prompt = {tuple(each.prompt_ids): each.generated_tokens for each in found.values()}
     assert [by_prompt[tuple(row)] for row in rows] == want.tolist(), "tokens differ"
-    return {name: count - before.get(name, 0) for name, count in launches().items() if count > before.get(name, 0)}
+    return since(before)
 
 
 def launches() -> dict[str, int]:
@@ -124,6 +124,11 @@ def launches() -> dict[str, int]:
         name = f"{each.backend}/{each.kernel}"
         found[name] = found.get(name, 0) + each.calls
     return found
+
+
+def since(before: dict[str, int]) -> dict[str, int]:
+    """The launches after `before`."""
+    return {name: count - before.get(name, 0) for name, count in launches().items() if count > before.get(name, 0)}
 
 
 def close(model: Any, batch: dict[str, torch.Tensor], family: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -142,14 +147,15 @@ def close(model: Any, batch: dict[str, torch.Tensor], family: str) -> Iterator[t
 
     want = logits(transformers.DynamicCache(config=model.config))
 
-    def compare(layout: str | None) -> object:
-        attached = attach(model)
+    def compare(layout: str | None, is_own: bool = False) -> object:
+        attached, before = attach(model), launches()
         try:
-            apart = float((logits(attached.cache(layout)) - want).norm() / want.norm())
+            cache = transformers.DynamicCache(config=model.config) if is_own else attached.cache(layout)
+            apart = float((logits(cache) - want).norm() / want.norm())
         finally:
             attached.detach()
         assert apart < APART[layout], f"logits are {apart:.3f} apart, at most {APART[layout]}"
-        return {"apart": round(apart, 5)}
+        return {"apart": round(apart, 5), **since(before)}
 
     def captured(layout: str | None) -> object:
         found = []
@@ -165,6 +171,7 @@ def close(model: Any, batch: dict[str, torch.Tensor], family: str) -> Iterator[t
         assert replays == NEW - 3, f"{replays} replays of {NEW} steps"
         return {"replays": replays}
 
+    yield "dynamic cache", lambda: compare(None, is_own=True)
     for layout in APART:
         name = layout or "bf16"
         yield f"{name} pages", lambda layout=layout: compare(layout)
