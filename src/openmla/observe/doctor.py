@@ -145,7 +145,7 @@ _PACKAGES = (
     _Package("rich", ("rich",), "prettier tables", "pip install 'openmla[lab]'"),
     _Package("flash_mla", ("sgl-flash-mla", "flash-mla"), "peer in the bench", "pip install --no-deps sgl-flash-mla"),
     _Package("flashinfer", ("flashinfer-python", "flashinfer"), "peer in the bench", "pip install flashinfer-python"),
-    _Package("fa3_fwd_interface", ("fa3-fwd",), "peer in the bench", "pip install --no-deps fa3-fwd"),
+    _Package("fa3_fwd_interface", ("fa3-fwd",), "dense prefill, peer in the bench", "pip install --no-deps fa3-fwd"),
 )
 
 
