@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import linecache
 import re
@@ -15,6 +16,7 @@ import openmla
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"(?<![\w./\"-])openmla(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 OPERATIONS = [
@@ -50,6 +52,26 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_name_of_ours_that_is_written_is_there() -> None:
+    """`openmla.x.y` in a page, a chapter, a docstring or a message, wherever its module does not need another library."""
+    texts = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "guide").glob("*.py"), *(ROOT / "src").rglob("*.py")]
+    found = {name for path in texts for name in NAME.findall(path.read_text(encoding="utf-8"))}
+    assert len(found) > 100
+    assert [name for name in sorted(found) if not _is_there(name)] == []
+
+
+def _is_there(name: str) -> bool:
+    value: object = openmla
+    for number, part in enumerate(name.split(".")[1:], 2):
+        module = ".".join(name.split(".")[:number])
+        if module.startswith("openmla.integrations."):  # their modules import their hosts
+            return importlib.util.find_spec(module) is not None
+        if not hasattr(value, part) and importlib.util.find_spec(module) is None:
+            return False
+        value = getattr(value, part) if hasattr(value, part) else importlib.import_module(module)
+    return True
 
 
 @pytest.mark.parametrize("operation", [*OPERATIONS, *BORDER], ids=lambda op: op.__name__)

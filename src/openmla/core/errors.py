@@ -62,7 +62,7 @@ class CompileError(OpenMLAError, RuntimeError):
 class DeviceLostError(OpenMLAError, RuntimeError):
     """The device is in a state that only a new process can clear (a sticky CUDA error, or a fork after CUDA began).
 
-    Nothing runs on it any more: no other backend is tried, `openmla.health()` is failed, and the process should end.
+    Nothing runs on it any more: no other backend is tried, `openmla.observe.metrics.health()` is failed, and the process should end.
 
     Args:
         device: the device.

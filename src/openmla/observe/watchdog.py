@@ -166,7 +166,7 @@ def start(seconds: float = 10.0, *, exit_code: int | None = None) -> Watchdog:
     Args:
         seconds: a mark that has not passed after so long counts as a hang. Longer than the longest work of any library
             on the same stream: the mark waits for that, too.
-        exit_code: end the process with it after a hang; default: go on, with `openmla.health()` failed and every later
+        exit_code: end the process with it after a hang; default: go on, with `openmla.observe.metrics.health()` failed and every later
             call on the device raising DeviceLostError.
 
     Raises:
