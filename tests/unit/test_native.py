@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import openmla
+from openmla import backends
 from openmla.core.errors import ConfigError, PlanMismatchError, ProblemError, UnsupportedError
 from openmla.core.faults import Fault
 from openmla.core.target import Target
@@ -281,6 +282,15 @@ def test_what_names_no_problem_or_layout_is_refused() -> None:
         openmla.explain(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown KV layout 656; use one of: fp8_656"):
         openmla.kv_layout(656)  # type: ignore[arg-type]
+
+
+def test_what_is_no_kernel_never_enters_the_table() -> None:
+    before = dict(backends.TABLE)
+    with pytest.raises(ConfigError, match="int lacks backend, name, supports"):
+        backends.extend("decode", 3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a kernel of append, not of decode"):
+        backends.extend("decode", backends.kernels("append")[-1])
+    assert before == backends.TABLE
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -255,6 +255,8 @@ def test_refusals_say_rule_value_and_fix() -> None:
     x, positions = torch.randn(1, 3, 48), torch.arange(3)[None]
     with pytest.raises(ProblemError, match="train in the expanded form"):
         mla(x, positions, form="absorbed")
+    with pytest.raises(ProblemError, match=r"positions must be \(1, 3\) like x without its columns, got \(1, 2\)"):
+        mla(x, positions[:, :2])
     with pytest.raises(ProblemError, match=r"(?s)form must be auto.*'fast'.*hidden=48, got \(1, 3, 47\)"):
         mla(x[..., :47], positions, form="fast")
     cache = PagedKVCache("fp32_576", 2)

@@ -298,3 +298,11 @@ def test_padded_pages_and_no_rows(name):
     none = torch.zeros(0, dtype=torch.int64)
     assert read_rows(dense, name, none).shape == (0, layout.d_qk)
     write_rows(dense, name, none, torch.zeros(0, layout.d_qk))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 8, 1, 512)])
+def test_what_has_no_pages_or_other_columns_is_refused(shape):
+    with pytest.raises(ProblemError, match=r"latent must be \[num_pages, page_size, h_kv, d_qk=576\] for fp8_656"):
+        quantise(torch.zeros(shape), "fp8_656")
+    with pytest.raises(ProblemError, match="row_elements=656"):
+        dequantise(torch.zeros(shape, dtype=torch.uint8), "fp8_656")

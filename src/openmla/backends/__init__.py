@@ -126,8 +126,17 @@ def value_kernel() -> Callable[[Any, Any, Tensor], None] | None:
 
 
 def extend(op: str, kernel: Kernel, *, before: str | None = None) -> None:
-    """Add a kernel of your own, in front of the first kernel of backend `before` (default: in front of all)."""
+    """Add a kernel of your own, in front of the first kernel of backend `before` (default: in front of all).
+
+    Raises ConfigError for an unknown operation, or what is no kernel of it (`openmla.backends.base.Kernel`).
+    """
     present = kernels(op)
+    verbs = ("backend", "name", "supports", "configs", "compile", "launch")
+    missing = [verb for verb in verbs if not hasattr(kernel, verb)]
+    if missing:
+        raise ConfigError(f"a kernel needs {', '.join(verbs)}; {type(kernel).__name__} lacks {', '.join(missing)}")
+    if kernel.op != op:
+        raise ConfigError(f"this is a kernel of {kernel.op}, not of {op}; extend({kernel.op!r}, ...)")
     position = next((i for i, other in enumerate(present) if other.backend == before), 0) if before else 0
     TABLE[op] = (*TABLE[op][:position], kernel, *TABLE[op][position:])
     select.cache_clear()

@@ -160,7 +160,7 @@ def _checked(kind: Kind, function: Callable[..., Any]) -> Mod:
     tree = _parse(name, function)
     reader = _Reader(kind, tree, _captures(function))
     if reader.broken:
-        raise ModError(name, reader.broken)
+        raise ModError(name, list(dict.fromkeys(reader.broken)))
     captured = tuple(sorted(reader.captured.items()))
     tables = tuple((each, reader.tables[each]) for each in reader.extra)
     body = "\n".join(ast.dump(line) for line in reader.lines)

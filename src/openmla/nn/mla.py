@@ -181,6 +181,7 @@ class MLA(nn.Module):
         self._check(x, step, form)
         config = self.config
         rotation = positions if isinstance(positions, Rotation) else config.rope(positions)
+        _check_positions(rotation.cos.shape[:-1], x.shape[:-1])
         if self.config.q_lora_rank is None:
             q = self.q_proj(distributed.shared_input(x, self.group))
         else:
@@ -347,3 +348,10 @@ def _dequantise(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """FP8 weight [rows, columns] times one scale per 128 x 128 block, in fp32."""
     spread = scale.float().repeat_interleave(_BLOCK, 0)[: weight.shape[0]]
     return weight.float() * spread.repeat_interleave(_BLOCK, 1)[:, : weight.shape[1]]
+
+
+def _check_positions(given: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """One position for each token, or one row of them for all requests."""
+    pairs = zip(reversed(given), reversed(tokens), strict=False)
+    if len(given) > len(tokens) or any(have not in (1, want) for have, want in pairs):
+        raise ProblemError("MLA", [f"positions must be {tuple(tokens)} like x without its columns, got {tuple(given)}"])

@@ -244,8 +244,16 @@ def quantise(latent: torch.Tensor, layout: KVLayout | str) -> torch.Tensor:
 
     Returns:
         [num_pages, page_size, 1, row_elements] with the layout's page padding; uint8 for a byte format.
+
+    Raises:
+        ProblemError: latent has another shape.
     """
     layout = kv_layout(layout)
+    if latent.dim() != 4 or latent.shape[-1] != layout.d_qk:
+        rule = (
+            f"latent must be [num_pages, page_size, h_kv, d_qk={layout.d_qk}] for {layout}, got {tuple(latent.shape)}"
+        )
+        raise ProblemError("quantise", [rule])
     cache = layout.empty_cache(latent.shape[0], latent.shape[1], latent.shape[2], device=latent.device)
     if not layout.is_quantised:
         return cache.copy_(latent)
@@ -255,8 +263,16 @@ def quantise(latent: torch.Tensor, layout: KVLayout | str) -> torch.Tensor:
 
 
 def dequantise(cache: torch.Tensor, layout: KVLayout | str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """The tokens of a cache as [num_pages, page_size, h_kv, d_qk] in `dtype`; a wider dtype holds the bf16 values."""
+    """The tokens of a cache as [num_pages, page_size, h_kv, d_qk] in `dtype`; a wider dtype holds the bf16 values.
+
+    Raises:
+        ProblemError: the cache is not one in `layout`.
+    """
     layout = kv_layout(layout)
+    if cache.dim() != 4 or cache.shape[-1] != layout.row_elements:
+        got = tuple(cache.shape)
+        rule = f"cache must be [num_pages, page_size, h_kv, row_elements={layout.row_elements}] for {layout}, got {got}"
+        raise ProblemError("dequantise", [rule])
     if not layout.is_quantised:
         return cache.to(dtype)
     slots = torch.arange(cache.shape[0] * cache.shape[1], device=cache.device)
