@@ -68,6 +68,14 @@ def test_tables_made_from_rows_are_what_the_rows_make(page: Path) -> None:
         )
 
 
+def test_the_index_of_results_lists_what_is_there() -> None:
+    index = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"`(\w+\.jsonl?)`", index)) == sorted(file.name for file in RESULTS.iterdir())
+    scripts = re.findall(r"`((?:tests|models)/[\w/.-]+)`", index)
+    assert scripts
+    assert [each for each in scripts if not (ROOT / each).is_file()] == []
+
+
 def test_the_list_of_exceptions_only_shrinks() -> None:
     stale = [page for page in NOT_MEASURED if not MEASURED.search((ROOT / page).read_text())]
     assert not stale, f"these pages quote no number any more, take them off the list: {stale}"
