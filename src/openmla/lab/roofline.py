@@ -263,10 +263,15 @@ def _sections(found: Roofline) -> Iterator[Section]:
         for each in found.places
     ]  # fmt: skip
     head = ("case", "measured", "of the roof", "bound by", "at best", "FLOP per byte", "GFLOP", "MB")
+    text = ["Bytes are the fewest that must move: every attended row once, queries once, results once."]
+    if any((each.share or 0) > 1.05 for each in found.places):
+        text.append(
+            "A case beyond 100 % multiplies faster than the product that the roof is made of, or reads from a cache."
+        )
     sentences = [[f"`{each.case}`", each.sentence] for each in found.places]
     yield Section(
         "Each case",
-        ["Bytes are the fewest that must move: every attended row once, queries once, results once."],
+        text,
         tables=[
             Table("cases", head, rows, left=(0, 3)),
             Table("in one sentence each", ("case", ""), sentences, (0, 1), True),
