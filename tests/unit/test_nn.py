@@ -275,7 +275,7 @@ def test_refusals_say_rule_value_and_fix() -> None:
 
 
 def test_cute_has_no_dense_prefill_and_a_block_of_it_none_the_less_takes_prompts() -> None:
-    """`cute` binds decoding; the expanded form is kept libraries' there, as by default."""
+    """`cute` binds decoding; the expanded form is maintained libraries' there, as by default."""
     config = MLAConfig(hidden=32, heads=2)
     x, rotation = torch.randn(1, 5, 32), torch.arange(5)[None]
     with torch.no_grad():

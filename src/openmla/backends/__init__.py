@@ -74,7 +74,7 @@ TABLE: dict[str, tuple[Slot | Kernel, ...]] = {
             "prefill",
             "cute",
             "prefill_varlen",
-            "not built yet: kept libraries are faster: FlashAttention 3 where it is installed, cuDNN for even batches",
+            "not built: maintained libraries are faster: FlashAttention 3 where it is installed, cuDNN for even batches",
         ),
         Slot("openmla.backends.torch", "PREFILL_FLASH3"),
         Slot("openmla.backends.torch", "PREFILL_CUDNN"),

@@ -187,7 +187,7 @@ class RepeatableKernel(DecodeKernel, Protocol):
 
 @dataclass(frozen=True)
 class Unbuilt:
-    """A kernel of the design that does not exist yet; its verdict says so, so that nobody wonders."""
+    """A kernel that one would look for and that is not there; its verdict says why, so that nobody wonders."""
 
     op: str
     backend: str

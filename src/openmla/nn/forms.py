@@ -29,7 +29,7 @@ def up_projections(weight: torch.Tensor, d_nope: int, d_v: int) -> tuple[torch.T
 
 
 def prefill_backend(backend: str | None) -> str | None:
-    """Who runs the expanded form where `backend` was asked for: `cute` has no dense prefill, kept libraries serve it."""
+    """Who runs the expanded form where `backend` was asked for: `cute` has no dense prefill, maintained libraries serve it."""
     return None if backend == "cute" else backend
 
 

@@ -1,4 +1,4 @@
-"""Dense prefill by kept libraries: FlashAttention 3 where it is installed, else cuDNN through PyTorch.
+"""Dense prefill by maintained libraries: FlashAttention 3 where it is installed, else cuDNN through PyTorch.
 
 Both compute out and lse, forward only: that is all that a backward pass here needs, and Triton's takes them. Which one is
 faster was measured (bench/results/model_speed.jsonl, dense_prefill).
