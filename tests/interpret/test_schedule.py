@@ -76,14 +76,14 @@ def test_whole_requests_of_more_than_one_step(lengths, merge):
 
 def test_turns_to_whole_requests_at_the_same_price():
     lengths = [random.Random(i).randint(300, 360) for i in range(67)]
-    whole = []
-    for merge in range(40):
-        expected = plan_decode(lengths, 12, block_tokens=BLOCK, merge_blocks=merge)
+    plans = [plan_decode(lengths, 12, block_tokens=BLOCK, merge_blocks=merge) for merge in range(40)]
+    whole = [plan.num_pieces == len(lengths) for plan in plans]
+    turn = whole.index(True)
+    assert turn > 0 and all(whole[turn:])
+    for merge in (0, turn - 1, turn, turn + 1, 39):
         metadata, splits = device_plan(lengths, 12, 0, 5, merge)
-        assert torch.equal(splits, expected.num_splits_tensor()), merge
-        assert torch.equal(metadata, expected.tile_scheduler_metadata()), merge
-        whole.append(expected.num_pieces == len(lengths))
-    assert not whole[0] and whole[-1]
+        assert torch.equal(splits, plans[merge].num_splits_tensor()), merge
+        assert torch.equal(metadata, plans[merge].tile_scheduler_metadata()), merge
 
 
 def test_lengths_are_clamped():
