@@ -386,20 +386,23 @@ else:
 # Before you look: 604 MB of keys, 9.7 GFLOP. Which level reaches the rate of the memory? The last bar is PyTorch adding up the same bytes, in the same run.
 
 # %%
-measured = [json.loads(line) for line in LEVEL_ROWS.read_text(encoding="utf-8").splitlines()][-7:]
-rate = {each["name"]: each["gbps"] for each in measured}
-print(f"{measured[0]['environment']['device']}, {measured[0]['keys']:,} keys of 576 columns, 16 query rows")
-for each in measured:
+rates: dict[str, dict[str, float]] = {}  # device -> level -> GB/s
+for each in map(json.loads, LEVEL_ROWS.read_text(encoding="utf-8").splitlines()):
+    device = each["environment"]["device"]
+    if device not in rates:
+        print(f"{device}, {each['keys']:,} keys of 576 columns, 16 query rows")
+    rates.setdefault(device, {})[each["name"]] = each["gbps"]
     print(f"{each['level'] or ' '} {each['name']:9}{each['median_us']:9.1f} us {each['gbps']:6.0f} GB/s")
+rate = rates["NVIDIA H200"]
 bars(
-    {f"{each['level'] or ''} {each['name']}".strip(): each["gbps"] for each in measured}, unit="GB/s of keys and scores (logarithmic)", is_log=True,
-    salt="levels", caption="Six levels and a bare read of the same bytes. From level 4 on there is nothing left to win: memory is the limit.",
+    {f"{number % 7 or ''} {name}".strip(): gbps for number, (name, gbps) in enumerate(rate.items(), 1)}, unit="GB/s of keys and scores (logarithmic)",
+    is_log=True, salt="levels", caption="H200: six levels and a bare read of the same bytes. From level 4 on there is nothing left to win: memory is the limit.",
 )  # fmt: skip
 
 # %% [markdown]
 # - **1 to 2**: the tensor cores take over, and it is eight times as fast. The limit is now the copy into shared memory, two bytes at a time by every thread.
 # - **2 to 3**: the copy engine takes over, and it is six times as fast again. Each CTA still waits for its one tile, but two CTAs fit on an SM, and one waits while the other works: a pipeline that nobody wrote.
-# - **3 to 4**: a pipeline that somebody wrote. Half as fast again, and faster than PyTorch's sum.
+# - **3 to 4**: a pipeline that somebody wrote. Half as fast again on the H200, an eighth on the H100, whose memory is slower; on both faster than PyTorch's sum.
 # - **5 and 6**: nothing. With 16 rows the arithmetic is done long before the next tile is there, so who issues copies and whose exponentials overlap does not matter. Roles and turns pay where the tensor cores are the limit
 #   (128 heads, chapter 4), and where a warp that loads can run ahead into the next request. *An optimisation is worth what it removes from the limit, and nothing anywhere else.*
 #
@@ -416,7 +419,8 @@ bars(
 # %%
 assert per[2] < per[1]
 assert 6 < rate["wgmma"] / rate["loop"] < 10 and 4 < rate["TMA"] / rate["wgmma"] < 8
-assert rate["pipeline"] > 1.2 * rate["TMA"] and rate["pipeline"] > rate["read"]
+assert rate["pipeline"] > 1.2 * rate["TMA"]
+assert all(each["pipeline"] > 1.1 * each["TMA"] and each["pipeline"] > each["read"] for each in rates.values())
 assert all(0.9 < rate[name] / rate["pipeline"] < 1.1 for name in ("roles", "seesaw"))
 for name in counts:
     assert (counts[name]["HGMMA"] == 36) == (name != "loop")

