@@ -95,6 +95,8 @@ class Recorder:
                 signature[name] = "fp32"
             if is_aligned:
                 attributes[(place,)] = [["tt.divisibility", 16]]
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
         return ASTSource(self.kernel, signature, constants, attributes), options
 
 
@@ -106,6 +108,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     for name in ("decode_kernel", "selected_kernel", "combine_kernel", "plan_kernel"):
         found[name] = Recorder(getattr(launch, name))
         monkeypatch.setattr(launch, name, found[name])
+    if config.has_gluon():
+        found["selected_sm90_kernel"] = Recorder(launch.sm90_kernel())
+        monkeypatch.setattr(launch, "sm90_kernel", lambda: found["selected_sm90_kernel"])
     for name in ("prefill_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel"):
         found[name] = Recorder(getattr(prefill_launch, name))
         monkeypatch.setattr(prefill_launch, name, found[name])
@@ -315,22 +320,47 @@ def test_sparse_decode(target, options, most, recorded, tmp_path):
     within_limits(compiled(recorder, target), problem, choice, target, most, tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_sparse_prefill(target, recorded, tmp_path):
+def run_sparse_prefill(target: str, recorded: dict[str, Recorder], columns: int = 576) -> tuple[Any, Any]:
+    """Launches 4 tokens of 128 heads, whose rows are `columns` apart; returns problem and config."""
     problem = SparsePrefillProblem(
         s_q=4, s_kv=64, h_q=128, h_kv=1, d_qk=576, d_v=512, dtype=torch.bfloat16, topk=64, has_topk_length=True
     )
     dtype, rows = torch.bfloat16, torch.zeros(4, 128)
     operands = SparsePrefillOperands(
-        torch.zeros(4, 128, 576, dtype=dtype), torch.zeros(64, 1, 576, dtype=dtype),
+        torch.zeros(4, 128, columns, dtype=dtype)[..., :576], torch.zeros(64, 1, 576, dtype=dtype),
         torch.zeros(4, 1, 64, dtype=torch.int32), 0.04, torch.zeros(4, 128, 512, dtype=dtype), rows, rows,
         torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32),
     )  # fmt: skip
     where = Target.preset(target)
     choice = SPARSE_PREFILL.configs(problem, where)[0]
     SPARSE_PREFILL.launch(SPARSE_PREFILL.compile(problem, choice, where), problem, operands, None)
+    return problem, choice
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sparse_prefill(target, recorded, tmp_path, monkeypatch):
+    from openmla.backends.triton import launch
+
+    monkeypatch.setattr(launch, "is_scheduled", lambda *_: False)  # the portable kernel everywhere
+    problem, choice = run_sparse_prefill(target, recorded)
     found = compiled(recorded["selected_kernel"], target)
     within_limits(found, problem, choice, target, 64, tmp_path)
+
+
+def test_sparse_prefill_in_its_own_order(recorded, tmp_path):
+    run_sparse_prefill("h100_sxm", recorded, 577)  # rows between 16 bytes
+    assert recorded["selected_kernel"].arguments
+    recorded["selected_kernel"].arguments = ()
+    run_sparse_prefill("h100_sxm", recorded)
+    assert not recorded["selected_kernel"].arguments
+    found = compiled(recorded["selected_sm90_kernel"], "h100_sxm")
+    assert found.metadata.shared <= Target.preset("h100_sxm").smem_bytes
+    assert spilled(found, tmp_path) <= 96
+    ptx = found.asm["ptx"]
+    loop = ptx[ptx.index("m64n256k16") :]
+    scores, wait = loop.index("m64n32k16"), loop.index("wgmma.wait_group")
+    assert scores < wait, "the next scores are issued behind the products with the values, before those are waited for"
+    assert "wgmma.wait_group.sync.aligned \t2" in ptx or re.search(r"wgmma\.wait_group\.sync\.aligned\s+2", ptx)
 
 
 def run_prefill(target: str, recorded: dict[str, Recorder], d_qk: int, dtype: torch.dtype) -> tuple[Any, Any]:

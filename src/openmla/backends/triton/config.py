@@ -8,6 +8,7 @@ tile whose shared memory does not fit the target is passed over. Reasons: docs/k
 
 from __future__ import annotations
 
+import importlib.metadata
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +79,15 @@ def is_interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+@cache
+def has_gluon() -> bool:
+    """True when this Triton has Gluon with Hopper's instructions, as of 3.6."""
+    if not is_installed():
+        return False
+    numbers = importlib.metadata.version("triton").split(".")[:2]
+    return tuple(int(each) for each in numbers) >= (3, 6)
 
 
 def family(target: Target) -> str | None:
@@ -181,6 +191,16 @@ def kept_apart(config: Config, problem: AnyProblem, target: Target) -> str:
     if not (is_sm90 and config.block_m == 64 and config.num_warps == 8) or is_wide(problem):
         return ""
     return "all" if problem.d_qk > problem.d_v and not has_bytes(problem) else "scores"
+
+
+def is_scheduled(problem: AnyProblem, config: Config, target: Target) -> bool:
+    """Whether `selected_sm90`, which orders copies and products itself, may run it: sparse prefill of DeepSeek's rows on sm_90."""
+    return (
+        isinstance(problem, SparsePrefillProblem)
+        and (problem.d_qk, problem.d_v, config.block_n) == (576, 512, 64)
+        and kept_apart(config, problem, target) == "all"
+        and has_gluon()
+    )
 
 
 def candidates(problem: AnyProblem, target: Target) -> tuple[Config, ...]:

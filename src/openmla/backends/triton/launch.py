@@ -20,6 +20,7 @@ from openmla.backends.triton.config import (
     AnyProblem,
     Config,
     dims,
+    is_scheduled,
     is_wide,
     kept_apart,
     num_parts,
@@ -51,6 +52,7 @@ class Ready:
     splits: int  # of a selection; 1 where there is none
     constants: dict[str, Any]  # of the attention kernel
     merge: dict[str, Any]  # of the combine kernel
+    is_scheduled: bool = False  # by `selected_sm90`, where rows lie at multiples of 16 bytes
 
     @property
     def options(self) -> dict[str, int]:
@@ -88,7 +90,7 @@ def make_ready(problem: AnyProblem, config: Config, target: Target) -> Ready:
         splits = sparse_splits(problem, config, target) if isinstance(problem, SparseDecodeProblem) else 1
         merge["SPLITS"] = splits
         constants |= {"SPLITS": splits, "HAS_LENGTH": problem.has_topk_length, **_sources(problem)}
-    return Ready(config, parts, splits, constants, merge)
+    return Ready(config, parts, splits, constants, merge, is_scheduled(problem, config, target))
 
 
 def _mixed(problem: DecodeProblem) -> str:
@@ -309,6 +311,9 @@ def sparse_prefill(problem: SparsePrefillProblem, ready: Ready, operands: Sparse
     if problem.s_q == 0:
         return
     num_tiles = tiles(problem, ready.config)
+    if ready.is_scheduled and _is_aligned(o.q) and _is_aligned(o.kv):
+        _sparse_prefill_sm90(problem, ready, o, num_tiles)
+        return
     with on_device(o.q.device):
         selected_kernel[(problem.s_q * problem.h_kv * num_tiles, 1)](
             o.q, o.kv, o.indices, _or(o.topk_length, o.indices), o.kv, o.indices, o.indices, _or(o.attn_sink, o.lse),
@@ -317,4 +322,31 @@ def sparse_prefill(problem: SparsePrefillProblem, ready: Ready, operands: Sparse
             0, o.kv.stride(1), 0, o.indices.stride(0), o.indices.stride(1), 0, 1, 0, 0, 0, 0, 0, 0,
             o.out.stride(0), o.out.stride(1), 0, o.lse.stride(0), o.lse.stride(1), KV_ROW_STRIDE=o.kv.stride(0), EXTRA_ROW_STRIDE=0,
             **ready.constants, **ready.options,
+        )  # fmt: skip
+
+
+def _is_aligned(rows: torch.Tensor) -> bool:
+    """Whether every row of a 2-byte tensor begins at a multiple of 16 bytes, so that copies of 16 bytes may be asked for."""
+    return rows.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in rows.stride()[:-1])
+
+
+@cache
+def sm90_kernel() -> Any:
+    """Imported by whoever runs it alone: Gluon is younger than the oldest Triton that serves the others."""
+    from openmla.backends.triton.selected_sm90 import selected_sm90_kernel
+
+    return selected_sm90_kernel
+
+
+def _sparse_prefill_sm90(
+    problem: SparsePrefillProblem, ready: Ready, o: SparsePrefillOperands, num_tiles: int
+) -> None:  # fmt: skip
+    with on_device(o.q.device):
+        sm90_kernel()[(problem.s_q * problem.h_kv * num_tiles,)](
+            o.q, o.kv, o.indices, _or(o.topk_length, o.indices), _or(o.attn_sink, o.lse), o.out, o.lse, o.max_logits,
+            o.fault_word, *sign_and_scale(o.softmax_scale), abs(o.softmax_scale), num_tiles, problem.topk,
+            min(problem.s_kv, MAX_INT32), o.q.stride(0) // 8, o.q.stride(1) // 8, o.kv.stride(1) // 8, o.indices.stride(0),
+            o.indices.stride(1), o.out.stride(0), o.out.stride(1), o.lse.stride(0), o.lse.stride(1),
+            KV_ROW_STRIDE=o.kv.stride(0), H_KV=problem.h_kv, GROUP=problem.h_q // problem.h_kv,
+            HAS_LENGTH=problem.has_topk_length, HAS_SINK=problem.has_sink, num_warps=8,
         )  # fmt: skip
