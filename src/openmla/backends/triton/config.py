@@ -83,11 +83,11 @@ def is_interpreted() -> bool:
 
 @cache
 def has_gluon() -> bool:
-    """True when this Triton has Gluon with Hopper's instructions, as of 3.6."""
+    """True when this Triton's Gluon is one that `selected_sm90` is known to compile with: tried with 3.6 and 3.9."""
     if not is_installed():
         return False
     numbers = importlib.metadata.version("triton").split(".")[:2]
-    return tuple(int(each) for each in numbers) >= (3, 6)
+    return (3, 6) <= tuple(int(each) for each in numbers) < (3, 10)
 
 
 def family(target: Target) -> str | None:
