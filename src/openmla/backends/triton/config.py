@@ -86,7 +86,10 @@ def has_gluon() -> bool:
     """True when this Triton's Gluon is one that `selected_sm90` is known to compile with: tried with 3.6 and 3.9."""
     if not is_installed():
         return False
-    numbers = importlib.metadata.version("triton").split(".")[:2]
+    try:
+        numbers = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:  # a build under another name
+        return False
     return (3, 6) <= tuple(int(each) for each in numbers) < (3, 10)
 
 
