@@ -174,9 +174,8 @@ def selected_sm90_kernel(
     member = tile * ROWS + gl.arange(0, ROWS, rows)
     q = q_ptr + token * q_token_step * 8
     copy_rows(q_latent, q_rope, q, (kv_head * GROUP + member).to(gl.int64) * q_head_step * 8, member < GROUP)
-    strays = gl.zeros([KEYS], gl.int32, rows)
     present = is_present(slot, num_slots)
-    strays |= gl.where(present | (slot == -1), 0, 1)
+    strays = gl.where(present | (slot == -1), 0, 1)
     copy_rows(latents.index(0), ropes.index(0), kv, gl.where(present, slot, 0).to(gl.int64) * KV_ROW_STRIDE, present)
     slot = load_slots(indices, 1, length, rows)
 
