@@ -230,9 +230,27 @@ def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
     assert 1 <= parts * sparse.row_blocks(asked) * s_q <= H100.num_sms
 
 
-@pytest.mark.parametrize(("batch", "parts"), [(1, 33), (2, 22), (3, 33), (128, 33)])
+@pytest.mark.parametrize(("batch", "parts"), [(1, 16), (2, 22), (3, 33), (128, 33)])
 def test_two_tiles_per_part_become_three(batch, parts):
     assert sparse.num_parts(problem(batch=batch, total_q=2 * batch), H100) == parts
+
+
+@pytest.mark.parametrize(
+    ("batch", "s_q", "h_q", "topk", "parts"),
+    [
+        (1, 2, 128, 2048, 16),  # 8,192 partial rows to merge if each tile is a piece
+        (1, 1, 128, 2048, 16),
+        (2, 2, 128, 1024, 16),
+        (1, 1, 64, 2048, 32),  # 2,048
+        (1, 1, 16, 2048, 32),
+        (1, 1, 128, 1024, 16),
+        (4, 2, 128, 512, 32),  # 8,192, but only eight for each row
+        (8, 1, 128, 512, 64),
+    ],
+)
+def test_no_more_parts_than_tiles_and_half_as_many_where_the_merge_is_long(batch, s_q, h_q, topk, parts):
+    asked = problem(batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, topk=topk)
+    assert sparse.num_parts(asked, H100) == parts
 
 
 def test_three_tiles_per_part_are_three():

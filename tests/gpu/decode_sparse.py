@@ -390,7 +390,8 @@ def timing_case(layout, batch, s_q, h_q, topk, extra=0):
     name = f"{layout} b{batch} s_q{s_q} h{h_q} topk{topk}" + (f"+{extra}" if extra else "")
     c = SimpleNamespace(name=name, layout=layout, operands=operands)
     blocks = sparse.tiles(topk, extra)
-    return planned(c, sparse.plan(batch, blocks, sparse.parts(max(132 // (-(-h_q // 64) * s_q), 1), batch * blocks)))
+    most = max(132 // (-(-h_q // 64) * s_q), 1)
+    return planned(c, sparse.plan(batch, blocks, sparse.parts(most, batch, blocks, batch * s_q * h_q)))
 
 
 def planned(c, plan):

@@ -32,11 +32,12 @@ class Compiled:
 
 
 def _combine_variant(problem: SparseDecodeProblem) -> CombineVariant:
-    """Narrow columns where whole rows would leave SMs idle: fewer rows than three per SM of an H100.
+    """Narrow columns where whole rows would leave SMs idle: fewer than 256 rows.
 
-    With 512 rows narrow ones cost 1.2 us of 27 where requests have 11 pieces, and gain 0.6 of 29 where they have 16 (H200).
+    With 128 rows narrow ones gain 0.6 us of 20 where requests have 16 pieces, with 256 they cost 0.5 of 21, with 512 1.2 of
+    25 (H100, rows ds-12-*).
     """
-    return CombineVariant("bf16", 128 if problem.total_q * problem.h_q < 3 * 132 else 512)
+    return CombineVariant("bf16", 128 if problem.total_q * problem.h_q < 256 else 512)
 
 
 @lru_cache(maxsize=256)
