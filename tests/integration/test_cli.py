@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from openmla.cli import main
+from openmla.core import env
 from openmla.lab import store, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +153,13 @@ def test_what_cannot_work_is_said_before_the_work(arguments, message, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [("compile", "--out"), ("tune", "--bundle")])
+def test_compiling_without_the_compiler_says_what_to_install(verb, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(env, "is_importable", lambda module: module != "cutlass")
+    assert main([*verb, str(tmp_path / "bundle")]) == 2
+    assert "by nvidia-cutlass-dsl; run: pip install 'openmla[cuda]' (no GPU needed)" in capsys.readouterr().err
 
 
 def test_a_file_for_rows_is_tried_before_the_measurement(tmp_path, capsys):

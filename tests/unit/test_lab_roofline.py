@@ -65,7 +65,7 @@ def test_rates_of_rows_and_of_a_data_sheet():
         roofline.of_rows([row(ceilings={})])
     with pytest.raises(ConfigError, match="cpu has no data-sheet rates"):
         roofline.data_sheet("cpu")
-    with pytest.raises(ConfigError, match="no rate for fp32 in data sheet; it has bf16, fp16"):
+    with pytest.raises(ConfigError, match="no rate for fp32 in data sheet; choose cases in bf16 or fp16"):
         roofline.data_sheet("h100_sxm").ridge("fp32")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from openmla.cli import laboratory
-from openmla.cli.arguments import SHAPES, add_device, add_verb, new_file, positive, positive_number
+from openmla.cli.arguments import SHAPES, add_device, add_verb, check_compiler, new_file, positive, positive_number
 from openmla.cli.output import JSON_SCHEMA, fold, print_json, say
 from openmla.core.errors import ConfigError, OpenMLAError
 
@@ -225,7 +225,9 @@ def _add_compile(verbs: Any) -> None:
     parser = add_verb(
         verbs, "compile", _compile, "compile the Hopper kernels into a bundle, on any machine with the DSL"
     )
-    parser.add_argument("--arch", choices=("sm_90a",), default="sm_90a")
+    parser.add_argument(
+        "--arch", choices=("sm_90a",), default="sm_90a", help="Hopper, the one there is; no GPU is needed"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
     parser.add_argument(
         "--mods", action="append", nargs="+", default=[], metavar="NAME",
@@ -237,6 +239,7 @@ def _compile(args: argparse.Namespace) -> int:
     from openmla.backends.cute import bundle, families
     from openmla.mods import named
 
+    check_compiler()
     manifest = bundle.build(args.out, families.with_mods([named(each) for each in args.mods]), say)
     if args.json:
         print_json({"schema": JSON_SCHEMA, "arch": args.arch, "manifest": str(manifest)})

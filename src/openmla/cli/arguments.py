@@ -70,6 +70,18 @@ def _new_page(text: str) -> Path:
     return new_file(text)
 
 
+def check_compiler() -> None:
+    """Raises ConfigError, with the command to install it, unless the compiler of the Hopper kernels is there."""
+    from openmla.core import env
+
+    packages = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi"}
+    missing = [package for module, package in packages.items() if not env.is_importable(module)]
+    if missing:
+        raise ConfigError(
+            f"Hopper kernels are compiled by {', '.join(missing)}; run: pip install 'openmla[cuda]' (no GPU needed)"
+        )
+
+
 def add_verb(verbs: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     """A verb with --json; `run` takes the parsed arguments and returns the exit code."""
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])

@@ -12,6 +12,7 @@ from openmla.cli.arguments import (
     add_device,
     add_page,
     add_verb,
+    check_compiler,
     chosen_cases,
     known_backends,
     new_file,
@@ -120,7 +121,11 @@ def add_roofline(verbs: Any) -> None:
     """`openmla roofline`."""
     parser = add_verb(verbs, "roofline", _roofline, "ceilings of this machine, where each case stands, what bounds it")
     add_cases(parser)
-    parser.add_argument("--target", metavar="NAME", help="nothing runs: rates of a data sheet, such as h100_sxm")
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        help="nothing runs: rates of a data sheet, such as h100_sxm; default suite: decode_dense",
+    )
     parser.add_argument("--rows", type=Path, metavar="ROWS.jsonl", help="nothing runs: cases and rates of this file")
     parser.add_argument("--backend", action="append", metavar="NAME", help="repeatable; default: OPENMLA_BACKEND")
     parser.add_argument("--seconds", type=positive_number, default=0.5, help="per rate and case; default: 0.5")
@@ -137,7 +142,7 @@ def _roofline(args: argparse.Namespace) -> int:
     if args.rows:
         found = roofline.from_rows(store.read(args.rows))
     else:
-        suite, cases = chosen_cases(args)
+        suite, cases = chosen_cases(args, "decode_dense" if args.target else "smoke")
         if args.target:
             found = roofline.planned(cases, roofline.data_sheet(args.target))
         else:
@@ -221,6 +226,7 @@ def _tune(args: argparse.Namespace) -> int:
     (backend,) = known_backends([args.backend] if args.backend else None)
     parameters = tuple(filter(None, args.parameter.split(",")))
     if args.bundle:
+        check_compiler()
         manifest = knobs.bundle(cases, Target.preset(args.target), args.bundle, backend, parameters, output.say)
         print_json({"schema": JSON_SCHEMA, "manifest": str(manifest)}) if args.json else print(f"wrote {manifest}")
         return 0

@@ -44,7 +44,7 @@ class Roof:
         """FLOP per byte at which arithmetic becomes the tighter limit. Raises ConfigError for a dtype without a rate."""
         if dtype not in self.gemm_tflops:
             raise ConfigError(
-                f"{self.device}: no rate for {dtype} in {self.source}; it has {', '.join(self.gemm_tflops)}"
+                f"{self.device}: no rate for {dtype} in {self.source}; choose cases in {' or '.join(self.gemm_tflops)}, as with --dtype or --suite"
             )
         return 1e3 * self.gemm_tflops[dtype] / self.read_gbps
 
