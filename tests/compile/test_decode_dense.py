@@ -16,6 +16,7 @@ from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.mods import soft_cap
+from openmla.mods.attached import form_of
 
 BUDGET = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text(encoding="utf-8"))["decode_dense"]
 H100 = Target.preset("h100_sxm")
@@ -77,12 +78,18 @@ def test_ring_holds_what_two_pieces_need(config):
     assert config.prefetch <= 16
 
 
-def test_two_loaders_know_neither_mods_nor_the_exchange():
+def test_two_loaders_know_the_soft_cap_alone_and_no_exchange():
     plain = dense.VARIANTS[0]
     assert plain.loaders == 2
     assert replace(plain, is_exchanged=True).loaders == 1
-    assert replace(plain, mods=(soft_cap(30.0),)).loaders == 1
+    assert replace(plain, mods=(soft_cap(30.0),)).loaders == 2
+    assert replace(plain, mods=(soft_cap(60.0),)).loaders == 1, "a cap without the form"
+    assert replace(plain, page_size=0, mods=(soft_cap(30.0),)).loaders == 1, "has not run"
     assert all(config.loaders == config.cluster for config in dense.VARIANTS)
+    # where two clusters read the same keys, one loader costs less with a cap
+    for s_q, mods, loaders in ((1, (), 2), (2, (), 2), (1, (soft_cap(30.0),), 2), (2, (soft_cap(30.0),), 1)):
+        given = problem(s_q=s_q, total_q=4 * s_q, mods=form_of(mods) if mods else None)
+        assert dense.configs(given, H100)[0].loaders == loaders
 
 
 def test_names_tell_variants_apart():

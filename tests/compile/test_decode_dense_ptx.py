@@ -142,9 +142,10 @@ def test_pieces_are_merged_by_whoever_computed_them_in_any_order(loaders, seeds)
     assert all(torch.equal(bits[0], each) for each in bits)
 
 
+@pytest.mark.parametrize("loaders", [1, 2])
 @pytest.mark.parametrize("times", [1.0, 20.0])  # within the polynomial of the soft cap's own form, and beyond
-def test_a_soft_cap(times):
-    call = Call((130,), cap=30.0, times=times, parts=2, sink=True)
+def test_a_soft_cap(times, loaders):
+    call = Call((130,), cap=30.0, times=times, parts=2, sink=True, loaders=loaders)
     call.run(3)
     call.check()
 

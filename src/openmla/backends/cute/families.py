@@ -149,5 +149,6 @@ def with_mods(mods: Sequence[Mods] = ()) -> dict[str, Family]:
     for form in mods:
         if why := refusals(form):
             raise UnsupportedError(f"{form} cannot be compiled into a bundle", {large.FAMILY: why}, str(form))
-        variants += [replace(each, mods=inlined(form)) for each in plain if each not in large.EXCHANGED]
+        inlining = [replace(each, mods=inlined(form)) for each in plain if each not in large.EXCHANGED]
+        variants += [*inlining, *(replace(each, loaders=1) for each in inlining)]  # see `decode_dense.config.configs`
     return found | {large.FAMILY: (tuple(dict.fromkeys(variants)), build)}

@@ -57,6 +57,11 @@ class TwoLoaders(DecodeDense):
 
     idle_at = 15
 
+    @property
+    def keeps_share(self) -> bool:
+        """A soft cap has no registers left for it: 13 would spill."""
+        return self.config.cap is None
+
     def warps_that_load(self) -> int:
         """Two of keys, one of RoPE and Q."""
         return 3
@@ -67,7 +72,8 @@ class TwoLoaders(DecodeDense):
 
     @cute.jit
     def run_values(self, c: cutlass.Constexpr):
-        self.merge(c, self.values(c))
+        own = self.values(c)
+        self.merge(c, own if const_expr(self.keeps_share) else None)
 
     @cute.jit
     def run_loads(self, c: cutlass.Constexpr, warp_idx: Int32, row: cute.Tensor, near: cute.Tensor):
@@ -285,7 +291,8 @@ class TwoLoaders(DecodeDense):
                 slot1 = slot + 1 if slot + 1 < cfg.slots else Int32(0)
                 buf, phase = (turn >> 3) & 1, (turn >> 4) & 1
                 cute.arch.mbarrier_wait(c.p_full + buf, phase)
-                self.rescale(c, accs, buf)
+                if const_expr(cfg.cap is None):
+                    self.rescale(c, accs, buf)
                 if c.valid[slot] != FULL:
                     self.clear_unseen(c, slot, slot1, turn >> 30)
                 cute.arch.mbarrier_wait(c.go + (turn >> 30) * 2 + buf, phase)
@@ -321,17 +328,18 @@ class TwoLoaders(DecodeDense):
             self.store_out(c, accs, turn & PIECES - 1, turn >> 30, row0)
             if (c.piece[SPLIT_SLOT, turn & PIECES - 1] >= 0) & (c.is_merged != 0):
                 self.announce(c, turn & PIECES - 1)
-                self.keep_share(c, accs, turn & PIECES - 1, turn >> 30)
+                if const_expr(self.keeps_share):
+                    self.keep_share(c, accs, turn & PIECES - 1, turn >> 30)
             self.arrive(c.piece_empty + (turn & PIECES - 1))
             turn = turn & -8 | turn + 1 & 7
             tiles = cute.arch.make_warp_uniform(c.piece[TILES, turn & PIECES - 1])
-        return c.own[turn & PIECES - 1]
+        return c.own[turn & PIECES - 1] if const_expr(self.keeps_share) else Int32(0)
 
     @cute.jit
     def store_units(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, units: cute.Tensor, index: Int32, half: Int32):
         for h in cutlass.range_constexpr(2):
             quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
-            stays = self.is_own(c, index, half, h)
+            stays = self.is_own(c, index, half, h) if const_expr(self.keeps_share) else Boolean(False)
             if not stays:
                 for i in cutlass.range_constexpr(16):
                     cute.autovec_copy(quads[None, i], units[None, i, h])
