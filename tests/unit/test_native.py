@@ -199,6 +199,16 @@ def test_a_plan_serves_many_layers_and_refuses_another_problem() -> None:
     assert "batch: the plan has 3, the call has 2" in str(caught.value)
 
 
+def test_a_plan_takes_a_scale_below_zero() -> None:
+    """Its sign decides which kernel may run; the default is a plan for every positive one."""
+    case = _decode_case()
+    below = openmla.plan(**case, softmax_scale=-0.1)
+    assert torch.equal(*(openmla.decode(**case, softmax_scale=-0.1, plan=each)[0] for each in (below, None)))
+    with pytest.raises(PlanMismatchError, match="is_scale_positive: the plan has True, the call has False"):
+        openmla.decode(**case, softmax_scale=-0.1, plan=openmla.plan(**case))
+    assert openmla.workspace_bytes(**case, softmax_scale=-0.1) == 0
+
+
 @pytest.mark.parametrize("options", [{}, {"return_lse": False}, {"workspace": torch.zeros(256, dtype=torch.uint8)}])
 def test_what_is_no_plan_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ProblemError, match=r"plan must come from openmla\.plan"):

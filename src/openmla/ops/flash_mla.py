@@ -272,7 +272,7 @@ def _dense(
             meta.plan = None
         if meta.plan is None:
             meta.plan = native.plan(
-                q, k_cache, block_table, cache_seqlens, policy=policy, d_v=head_dim_v, is_causal=is_causal,
+                q, k_cache, block_table, cache_seqlens, policy=policy, d_v=head_dim_v, softmax_scale=softmax_scale, is_causal=is_causal,
                 attn_sink=attn_sink, kv_layout=layout, backend=backend,
             )  # fmt: skip
             meta.tile_scheduler_metadata, meta.num_splits = meta.plan.tile_scheduler_metadata, meta.plan.num_splits

@@ -97,6 +97,7 @@ def plan(
     *,
     policy: Policy = "balanced",
     d_v: int = 512,
+    softmax_scale: float | None = None,
     is_causal: bool = False,
     window: int | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
@@ -111,6 +112,7 @@ def plan(
     Args:
         q, kv_cache, block_table, cache_seqlens: as for `decode`; only their metadata and the lengths are read.
         policy: `balanced`, or `batch_invariant` where the bits of a row must not depend on its batch mates.
+        softmax_scale: as for `decode`; only its sign counts here, so the default serves every positive one.
         d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, mods, kv_layout, backend: as for `decode`.
 
     Returns:
@@ -127,8 +129,8 @@ def plan(
     """
     _check_policy(policy)
     prepared = _prepare_decode(
-        q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
-        attach(mods), kv_layout, backend, policy,
+        q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
+        attn_sink, attach(mods), kv_layout, backend, policy,
     )  # fmt: skip
     kernel, pieces = prepared.kernel, dispatch.plan_pieces(prepared, cache_seqlens, policy)
     return Plan(prepared.problem, policy, kernel.backend, kernel.name, pieces, cache_seqlens.clone())
@@ -364,6 +366,7 @@ def workspace_bytes(
     *,
     policy: Policy = "balanced",
     d_v: int = 512,
+    softmax_scale: float | None = None,
     is_causal: bool = False,
     window: int | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
@@ -378,6 +381,7 @@ def workspace_bytes(
     Args:
         q, kv_cache, block_table, cache_seqlens: as for `decode`; only their metadata is read.
         policy: as for `plan`.
+        softmax_scale: as for `decode`; only its sign counts here, so the default serves every positive one.
         d_v, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink, mods, kv_layout, backend: as for `decode`.
 
     Returns:
@@ -393,8 +397,8 @@ def workspace_bytes(
     """
     _check_policy(policy)
     prepared = _prepare_decode(
-        q, kv_cache, block_table, cache_seqlens, d_v, None, is_causal, window, cu_seqlens_q, max_seqlen_q, attn_sink,
-        attach(mods), kv_layout, backend, policy,
+        q, kv_cache, block_table, cache_seqlens, d_v, softmax_scale, is_causal, window, cu_seqlens_q, max_seqlen_q,
+        attn_sink, attach(mods), kv_layout, backend, policy,
     )  # fmt: skip
     return cast(DecodeKernel, prepared.kernel).workspace_bytes(prepared.compiled, prepared.problem, policy)
 
