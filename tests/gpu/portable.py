@@ -93,6 +93,10 @@ def section_kernels(device: str) -> Iterator[Item]:
     for h_q, s_q, is_coded in itertools.product((128, 16), (1, 2), (False, True)) if device != "cpu" else ():
         name = f"decode fp8_576 h_q={h_q} s_q={s_q}{' codes of q' if is_coded else ''}"
         yield name, lambda a=h_q, b=s_q, c=is_coded: judge_codes(a, b, c, device)
+    for dtype, more, d_v in itertools.product((torch.bfloat16, torch.float16, torch.float32), (0, 1, 7), (512, 40)):
+        if device != "cpu" or dtype != torch.bfloat16:  # which the interpreter truncates
+            name = f"parts merged {str(dtype).removeprefix('torch.')} {1 + more} of {d_v}"
+            yield name, lambda a=dtype, b=more, c=d_v: judge_parts(a, b, c, device)
     for scale, share in itertools.product((0.04, 1.0), (0.0, 0.2)) if device != "cpu" else ():  # at 1.0 peaks move
         selected = Case(
             op="sparse_prefill", seed=2, family="unit", dtype=torch.bfloat16, h_q=128, h_kv=1, d_qk=576, d_v=512,
@@ -172,6 +176,32 @@ def judge_codes(h_q: int, s_q: int, is_coded: bool, device: str) -> dict[str, An
     report = budget.check(out.cpu(), lse.cpu(), golden, dtype=torch.bfloat16)
     report.require()
     return {"worst": max(finding.ratio for finding in report.findings)}
+
+
+def judge_parts(dtype: torch.dtype, more: int, d_v: int, device: str) -> dict[str, Any]:
+    """Results over other keys, some without any and full of NaN, against the law in fp64: fp32 sums, rounded once."""
+    from openmla.backends.triton import parts
+    from openmla.split import combine
+
+    random = torch.Generator().manual_seed(1)
+    outs = torch.randn(1 + more, 5, 3, 24, d_v, generator=random).to(dtype)
+    lses, sink = 30 * torch.randn(1 + more, 5, 24, 3, generator=random), torch.linspace(-20, 20, 24)
+    empty = torch.rand(lses.shape, generator=random) < 0.3
+    empty[:, 0, 0, 0] = True
+    outs, lses = outs.masked_fill(empty.transpose(2, 3)[..., None], torch.nan), lses.masked_fill(empty, -torch.inf)
+    want, want_lse = combine.merge(outs.double(), lses.double().transpose(2, 3))
+    want = want * torch.sigmoid(want_lse - sink)[..., None]
+    given = to(device, {"o": outs, "l": lses, "s": sink})
+    runs = [
+        parts.merge(given["o"][0], given["l"][0], given["o"][1:], given["l"][1:], given["s"], 1.0) for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "another result from the same input"
+    out, lse = (each.cpu().double() for each in runs[0])
+    limit = (torch.finfo(dtype).eps / 2 + 1e-6) * want.abs() + 3e-6
+    worst = float(((out - want).abs() / limit).max())
+    assert worst <= 1 and lse[0, 0, 0] == -torch.inf, worst
+    torch.testing.assert_close(lse, want_lse.transpose(1, 2), rtol=1e-6, atol=1e-5)
+    return {"worst": worst}
 
 
 def section_mods(device: str) -> Iterator[Item]:
