@@ -236,7 +236,7 @@ assert 0.001 < difference < 0.05
 # ## Changing the mathematics: mods (`mods/`)
 #
 # A *mod* is a Python function of a few lines that every backend inlines: the PyTorch kernel calls it, Triton translates its source, and the Hopper kernel for many rows calls it while it is compiled, so
-# it costs instructions per score and no launch: nothing for a sliding window, 12 to 16 % of the time for a function of each score where the tensor cores decide, 2 % for a soft cap, which has a form of its own (one H200, beside the plain kernel of the same schedule). It is its own oracle. This one lets keys fade with their age:
+# it costs instructions per score and no launch: nothing for a sliding window, 12 to 23 % of the time for a function of each score where the tensor cores decide, a few percent for a soft cap, which has a form of its own ([measured](../docs/mods.md)). It is its own oracle. This one lets keys fade with their age:
 
 # %%
 

@@ -46,7 +46,7 @@ assert {check.state for check in diagnosis.checks} <= {"ok", "absent", "note", "
 #
 # - **Change one import.** `from openmla import flash_mla` has FlashMLA's functions, arguments and conventions. `flash_mla.install()` puts it in the place of the module `flash_mla` for code that you do not own.
 # - **transformers**: [attach](../docs/transformers.md) it to a loaded model.
-# - **vLLM**: [a backend](../docs/vllm.md), chosen by a flag. **SGLang**: [through the compatible module](../docs/sglang.md), experimental. Each page says what ran and what did not.
+# - **vLLM**: [a backend](../docs/vllm.md), chosen by a flag. **SGLang**: [a plugin](../docs/sglang.md), experimental. Each page says what ran and what did not.
 # - **Your own server**: `openmla.PagedKVCache`, `openmla.plan` once per step, `openmla.decode(plan=...)` per layer.
 #
 # The Hopper kernels compile on first use, which takes seconds. In an image, do it beforehand, on a machine without a GPU: `openmla compile --out DIR`, and set `OPENMLA_AOT_DIR=DIR`. A bundle
@@ -184,7 +184,7 @@ for name in PRESET_NAMES:
     print(f"{name:10} {taken[0]:28} {taken[1]:28} {ridge}")
 
 # %% [markdown]
-# What stands here is what the table of kernels allows. What has been *run*, and where, is on the kernels' pages: the CuTe kernels on an H100, everything on CPUs, the Triton kernels in the interpreter and on the GPUs that
+# What stands here is what the table of kernels allows. What has been *run*, and where, is on the kernels' pages: the CuTe kernels on an H100 and an H200, everything on CPUs, the Triton kernels in the interpreter and on the GPUs that
 # [their page](../docs/kernels/triton.md) names. On hardware of your own, `openmla verify` runs the hostile cases of the test suite for a minute and prints the command that repeats a failure.
 #
 # ## A checklist
