@@ -1,8 +1,7 @@
 """What a cache writer is compiled for, and which problems it takes. No DSL import.
 
-A warp stores four tokens. Of each it loads columns in two halves of 256, eight columns (16 bytes) per lane and half, so that a
-token's codes are 8-byte stores of 256 adjacent bytes; the last 64 columns of all four tokens are one load more, eight lanes
-per token, where RoPE turns them.
+A warp stores four tokens, eight lanes each. A lane has eight columns (16 bytes) of every 64, so that groups of scales and the
+last 64 columns, which RoPE turns, are lanes and chunks of one token: nothing crosses from token to token.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from openmla.core.problem import AppendProblem
 from openmla.core.target import Target
 
 FAMILY = "writers"
-TOKENS = 4  # per warp
-D_ROPE = 64  # the columns that RoPE turns, if it turns any
+LANES = 8  # per token
+TOKENS = 32 // LANES  # per warp
+CHUNK = 64  # columns that the lanes of a token load together
+D_ROPE = CHUNK  # the columns that RoPE turns, if it turns any
 MAX_SLOTS = 2**31 - 1
 LAYOUTS = ("bf16_576", "bf16_512", *BYTE_LAYOUT_NAMES)
 
@@ -40,12 +41,6 @@ class Config:
     def stored(self) -> KVLayout:
         """The layout."""
         return kv_layout(self.layout)
-
-    @property
-    def d_main(self) -> int:
-        """Columns that a token's 32 lanes load: all of them where the turned ones are quantised, else those before."""
-        stored = self.stored
-        return stored.d_qk if stored.d_quant == stored.d_qk else stored.d_qk - D_ROPE
 
     @property
     def name(self) -> str:

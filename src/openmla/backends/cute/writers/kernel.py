@@ -6,12 +6,11 @@ Computes
     e2m1   scale = e4m3(min(max(amax / 6, 2 ** -9), 448))    code = e2m1(x / scale)
 
 Schedule
-    A warp stores four tokens. It asks for their slots and positions, then at once for all of their columns (4.5 KB), so that
-    a token costs one latency of memory, two with RoPE, whose tables hang on the position. Then token by token:
-        lane l: columns 8 l to 8 l + 7 and the same 256 further on, 16 bytes each; a group's largest magnitude by shuffles,
-        both halves in one register; codes out, 8 bytes per lane and half (e2m1: 4); scales, a lane per group and half
-        lane 8 t + c: the last 64 columns of token t, 16 bytes each, where they are rotated. Stored from there (layouts with
-        bf16 columns), or handed to lanes 24 to 31 of the second half, which quantise them
+    A warp stores four tokens, eight lanes each: lane 8 t + c has columns 64 j + 8 c to 64 j + 8 c + 7 of token t, chunk j for
+    chunk, 16 bytes each. It asks for their slots and positions, then at once for all of their columns (4.5 KB), so that a token
+    costs one latency of memory; the tables of RoPE, which hang on the position, are waited for where all columns but the last
+    64 are done. Groups of scales are lanes of one token: their largest magnitudes meet by shuffles, two groups in one register.
+    Codes out, 8 bytes per lane and chunk (e2m1: 4); scales at the end, a lane per group.
     No shared memory, no barrier. Address 0 stands for a token that is not stored; its row is read like the others.
 
 Exactness
@@ -33,9 +32,9 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
-from openmla.backends.cute.writers.config import D_ROPE, TOKENS, Config
+from openmla.backends.cute.writers.config import CHUNK, LANES, TOKENS, Config
 
 FAULT_INDEX = 8
 PAIRS, HALVES = 1, 2  # how RoPE pairs columns; 0: it turns none
@@ -54,13 +53,18 @@ class Writer:
         self.smem_bytes = 0
         layout = self.layout
         self.is_e2m1 = layout.data_format == "e2m1"
-        self.lanes = max(layout.scale_group // 8, 1)  # per group
+        self.chunks = layout.d_qk // CHUNK
+        # A unit is a chunk, or as many as a group of scales has: lanes of it that share a scale, such groups in it.
+        self.unit = max(layout.scale_group // CHUNK, 1)
+        self.lanes = min(max(layout.scale_group // 8, 1), LANES)
+        self.groups = LANES // self.lanes
+        self.units = layout.d_quant // CHUNK // self.unit
+        self.packs = -(-self.units // 2)  # unit i and unit i + packs share registers
         # Bytes between tokens of a page, and where a token's bf16 columns and scales begin.
         self.row_bytes = layout.data_bytes if layout.scales_behind_page else layout.bytes_per_token
         coded = layout.d_quant // 2 if self.is_e2m1 else layout.d_quant
-        self.tail = coded + (0 if layout.scales_behind_page else layout.scale_bytes) if coded else 2 * config.d_main
+        self.tail = coded + (0 if layout.scales_behind_page else layout.scale_bytes)
         self.scales = coded
-        self.merges = layout.d_quant == layout.d_qk  # turned columns are quantised
 
     @cute.jit
     def __call__(
@@ -90,6 +94,7 @@ class Writer:
         ).launch(
             grid=[cute.ceil_div(rows.shape[0], per_cta), 1, 1],
             block=[32 * self.config.warps, 1, 1],
+            max_number_threads=[1024, 1, 1],
             stream=stream,
         )  # fmt: skip
 
@@ -116,46 +121,36 @@ class Writer:
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         lane = cute.arch.lane_idx()
-        chunk = lane & 7
+        c = lane & (LANES - 1)
         count = rows.shape[0]
-        first = (block * self.config.warps + tid // 32) * TOKENS
-        token = first + (lane >> 3)
+        token = (block * self.config.warps + tid // 32) * TOKENS + lane // LANES
         is_token = token < count
-        low, high = self.number(slots, token if is_token else count - 1, slot_words, wide & 1)
-        where_low, where_high = Int32(0), Int32(0)
+        token = token if is_token else count - 1  # behind the last one the last
+        low, high = self.number(slots, token, slot_words, wide & 1)
+        at, is_beyond = Int32(0), cutlass.Boolean(False)
         if rope != 0:
-            where_low, where_high = self.number(positions, token if is_token else count - 1, position_words, wide & 2)
-        # Columns of all tokens, behind the last one those of the last.
-        begin = rows.iterator.toint()
-        step = Int64(rows.stride[0]) * 2
-        words = [
-            self.load(begin + Int64(cutlass.min(first + k, count - 1)) * step + Int64(lane * 16), 512 * half)
-            for k in range(TOKENS)
-            for half in range(2)
-        ]
-        own = begin + Int64(cutlass.min(token, count - 1)) * step + Int64(2 * (self.layout.d_qk - D_ROPE) + chunk * 16)
-        turned = Int32(0), Int32(0), Int32(0), Int32(0)
-        if const_expr(not self.merges):
-            turned = self.load(own, 0)
+            at, is_beyond = self.position(positions, token, position_words, wide & 2, num_positions)
+        row = rows.iterator.toint() + Int64(token) * Int64(rows.stride[0]) * 2 + Int64(c * 16)
+        words = [self.load(row, 2 * CHUNK * j) for j in range(self.chunks)]
+        cosines = sines = (Float32(0.0),) * 8
         if rope != 0:
-            turned = self.rotate(
-                self.load(own, 0) if self.merges else turned, cos, sin, where_low, where_high, num_positions, cos_step,
-                sin_step, rope, chunk,
-            )  # fmt: skip
+            cosines = self.table(cos, at, cos_step, rope, c)
+            sines = self.table(sin, at, sin_step, rope, c)
         place, behind = self.find(cache, fault_word, low, high, is_token, num_slots)
-        if const_expr(not self.merges):
-            self.store(place + Int64(chunk * 16), place, self.tail, turned)
-        for k in cutlass.range_constexpr(TOKENS):
-            left, right = words[2 * k], words[2 * k + 1]
-            if const_expr(self.merges):
-                if rope != 0:
-                    right = self.merged(right, turned, k, lane)
-            halves = left, right
-            there = self.from_lane(place, 8 * k)
-            if const_expr(self.layout.d_quant == 0):
-                self.store_plain(there, halves, lane)
-            else:
-                self.store_coded(there, cute.arch.shuffle_sync(behind, 8 * k), halves, lane)
+        peaks, exponents = [], []
+        for pack in cutlass.range_constexpr(self.packs):
+            if const_expr(pack == self.packs - 1 and self.units * self.unit == self.chunks):
+                words[-1] = self.rotated(words[-1], cosines, sines, is_beyond, rope, c)
+            peak, exponent = self.store_codes(words, pack, place, c)
+            peaks.append(peak)
+            exponents.append(exponent)
+        if const_expr(self.units > 0):
+            self.store_scales(peaks, exponents, place, behind, c)
+        plain = range(self.units * self.unit, self.chunks)
+        for j in cutlass.range_constexpr(len(plain)):
+            if const_expr(j == len(plain) - 1):
+                words[-1] = self.rotated(words[-1], cosines, sines, is_beyond, rope, c)
+            self.store(place + Int64(c * 16), place, self.tail + 2 * CHUNK * j, words[plain[j]])
 
     # ------------------------------------------------------------------ memory
 
@@ -194,15 +189,6 @@ class Writer:
         )
 
     @cute.jit
-    def from_lane(self, value: Int64, source: cutlass.Constexpr) -> Int64:
-        """A lane's 64 bits to all lanes."""
-        low, high = Int32(value), Int32(value >> 32)
-        low, high = cute.arch.shuffle_sync(low, source), cute.arch.shuffle_sync(high, source)
-        return cute.arch.inline_ptx(
-            "mov.b64 {$w0}, {{$r0}, {$r1}};", write_only_types=[Int64], read_only_args=[low, high]
-        )
-
-    @cute.jit
     def find(
         self, cache: cute.Tensor, fault_word: cute.Tensor, low: Int32, high: Int32, is_token: cutlass.Boolean,
         num_slots: Int32,
@@ -211,7 +197,7 @@ class Writer:
         place, behind = Int64(0), Int32(self.scales)
         page_size = cache.shape[1]
         if is_token & (high == 0) & (low >= 0) & (low < num_slots):
-            page = low // page_size
+            page = Int32(Uint32(low) // Uint32(page_size))
             offset = low - page * page_size
             row = Int64(self.row_bytes)
             page_bytes = Int64(cache.stride[0])
@@ -227,43 +213,51 @@ class Writer:
     # ------------------------------------------------------------------ RoPE
 
     @cute.jit
-    def rotate(
-        self, words: cutlass.Constexpr, cos: Int64, sin: Int64, low: Int32, high: Int32, num_positions: Int32,
-        cos_step: Int32, sin_step: Int32, rope: Int32, chunk: Int32,
-    ):  # fmt: skip
-        """Eight of the last 64 columns (four words) rotated by their token's position and rounded to bf16."""
+    def position(self, positions: Int64, token: Int32, words: Int32, is_wide: Int32, num_positions: Int32):
+        """A token's row of the tables, and whether its position is behind them all."""
+        low, high = self.number(positions, token, words, is_wide)
         is_beyond = (high > 0) | ((high == 0) & ((low < 0) | (low >= num_positions)))
         at = Int32(0) if high < 0 else low
-        at = num_positions - 1 if is_beyond else at
-        a, b, c, d = words
-        if rope == PAIRS:
-            c4 = self.table(cos, at, cos_step, chunk * 4, 0)
-            s4 = self.table(sin, at, sin_step, chunk * 4, 0)
-            a, b, c, d = [self.turn_pair(w, x, y) for w, x, y in zip((a, b, c, d), c4, s4)]
-        else:
-            # Columns 8 chunk to 8 chunk + 7; the other column of a pair is 32 away, four lanes.
-            column = (chunk & 3) * 8
-            sign = Int32(-0x7FFF8000) if chunk < 4 else Int32(0)  # x cos - y sin, but y cos + x sin
-            others = [cute.arch.shuffle_sync_bfly(w, 4) ^ sign for w in (a, b, c, d)]
-            c8 = self.table(cos, at, cos_step, column, 0) + self.table(cos, at, cos_step, column, 16)
-            s8 = self.table(sin, at, sin_step, column, 0) + self.table(sin, at, sin_step, column, 16)
-            a, b, c, d = [
-                self.turn_halves(w, o, *c8[2 * x : 2 * x + 2], *s8[2 * x : 2 * x + 2])
-                for x, (w, o) in enumerate(zip((a, b, c, d), others))
-            ]
-        if is_beyond:
-            a, b, c, d = Int32(NAN_PAIR), Int32(NAN_PAIR), Int32(NAN_PAIR), Int32(NAN_PAIR)
-        return a, b, c, d
+        return num_positions - 1 if is_beyond else at, is_beyond
 
-    def table(self, begin: Int64, at: Int32, step: Int32, column: Int32, offset: int) -> Any:
-        """Four cosines or sines."""
+    @cute.jit
+    def table(self, begin: Int64, at: Int32, step: Int32, rope: Int32, c: Int32):
+        """The cosines or sines of a lane's columns: four for as many pairs, twice, or eight for eight columns."""
+        column = c * 4 if rope == PAIRS else (c & 3) * 8
+        further = Int32(0) if rope == PAIRS else Int32(16)
+        here = begin + (Int64(at) * Int64(step) + Int64(column)) * 4
+        return (*self.four(here), *self.four(here + Int64(further)))
+
+    def four(self, address: Int64) -> Any:
+        """Four fp32 numbers of a table."""
         return tuple(
             cute.arch.inline_ptx(
-                f"ld.global.v4.f32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}} + {offset}];",
+                "ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
                 write_only_types=[Float32] * 4,
-                read_only_args=[begin + (Int64(at) * Int64(step) + Int64(column)) * 4],
+                read_only_args=[address],
             )
         )
+
+    @cute.jit
+    def rotated(
+        self, words: cutlass.Constexpr, cosines: cutlass.Constexpr, sines: cutlass.Constexpr,
+        is_beyond: cutlass.Boolean, rope: Int32, c: Int32,
+    ):  # fmt: skip
+        """A lane's eight of the last 64 columns (four words) rotated by their token's position and rounded to bf16."""
+        w, x, y, z = words
+        if rope == PAIRS:
+            w, x, y, z = [self.turn_pair(*each) for each in zip((w, x, y, z), cosines[:4], sines[:4])]
+        if rope == HALVES:
+            # The other column of a pair is 32 away, four lanes: x cos - y sin, but y cos + x sin.
+            sign = Int32(-0x7FFF8000) if c < 4 else Int32(0)
+            others = [cute.arch.shuffle_sync_bfly(each, 4) ^ sign for each in (w, x, y, z)]
+            w, x, y, z = [
+                self.turn_halves(each, other, *cosines[2 * k : 2 * k + 2], *sines[2 * k : 2 * k + 2])
+                for k, (each, other) in enumerate(zip((w, x, y, z), others))
+            ]
+        if is_beyond:
+            w, x, y, z = Int32(NAN_PAIR), Int32(NAN_PAIR), Int32(NAN_PAIR), Int32(NAN_PAIR)
+        return w, x, y, z
 
     def turn_pair(self, word: Int32, cos: Float32, sin: Float32) -> Int32:
         """(x, y) -> (x cos - y sin, y cos + x sin). No product is fused with a sum."""
@@ -287,60 +281,64 @@ class Writer:
             read_only_args=[word, other, c0, c1, s0, s1],
         )
 
-    @cute.jit
-    def merged(self, words: cutlass.Constexpr, turned: cutlass.Constexpr, k: cutlass.Constexpr, lane: Int32):
-        """A token's second half with its last 64 columns from the lanes that rotated them."""
-        found = []
-        for x in cutlass.range_constexpr(4):
-            there = cute.arch.shuffle_sync(turned[x], 8 * k + (lane & 7))
-            found.append(there if lane >= 24 else words[x])
-        return tuple(found)
-
-    # ------------------------------------------------------------------ the two sorts of caches
+    # ------------------------------------------------------------------ codes and scales
 
     @cute.jit
-    def store_plain(self, there: Int64, halves: cutlass.Constexpr, lane: Int32):
-        """Columns as they are."""
-        self.store(there + Int64(lane * 16), there, 0, halves[0])
-        second = there
-        if const_expr(self.config.d_main == 448):
-            second = Int64(0) if lane >= 24 else there
-        self.store(there + Int64(lane * 16), second, 512, halves[1])
-
-    @cute.jit
-    def store_coded(self, there: Int64, behind: Int32, halves: cutlass.Constexpr, lane: Int32):
-        """Codes and scales of a token."""
-        peaks = self.peaks(halves)
-        # Lane 0 of a group stores the first half's scale, lane 1 the second's.
-        half = lane & (self.lanes - 1)
-        group = half * (32 // self.lanes) + lane // self.lanes
+    def store_codes(self, words: cutlass.Constexpr, pack: cutlass.Constexpr, place: Int64, c: Int32):
+        """Codes of units `pack` and `pack + packs`, where there is one; (largest magnitudes, what their scales are)."""
+        units = [u for u in (pack, pack + self.packs) if u < self.units]
+        chunks = [list(range(u * self.unit, (u + 1) * self.unit)) for u in units]
+        peaks = self.peaks([[w for j in each for w in words[j]] for each in chunks])
         if const_expr(self.is_e2m1):
-            codes, factors = self.small_scales(peaks)
-            for h in cutlass.range_constexpr(2):
-                word = self.e2m1(*halves[h], factors[h])
-                self.store(there + Int64(lane * 4), there, 128 * h, [word])
-            self.store_byte(there + Int64(behind + group), there if half < 2 else Int64(0), codes >> (8 * half))
+            exponents, factors = self.small_scales(peaks)
         else:
-            exponents = self.exponents(peaks)
-            for h in cutlass.range_constexpr(2):
-                # 2^-exponent, from exponent + 127 + 8
-                factor = Int32(262 << 23) - (((exponents >> (16 * h)) & 0xFFFF) << 23)
-                pair = self.e4m3(*halves[h], factor)
-                second = there
-                if const_expr(h == 1 and self.config.d_main == 448):
-                    second = Int64(0) if lane >= 24 else there
-                self.store(there + Int64(lane * 8), second, 256 * h, pair)
-            peak = (peaks >> (16 * half)) & 0xFFFF
-            biased = ((exponents >> (16 * half)) & 0xFFFF) - 8
-            wanted = there if half < 2 else Int64(0)
-            if const_expr(self.layout.scale_format == "fp32"):
-                scale = Int32(NAN) if peak >= NOT_FINITE else biased << 23
-                self.store(there + Int64(behind + group * 4), wanted, 0, [scale])
+            exponents, factors = self.exponents(peaks)
+        for h in cutlass.range_constexpr(len(units)):
+            for k in cutlass.range_constexpr(self.unit):
+                j = chunks[h][k]
+                if const_expr(self.is_e2m1):
+                    word = self.e2m1(*words[j], factors[h])
+                    self.store(place + Int64(c * 4), place, CHUNK // 2 * j, [word])
+                else:
+                    self.store(place + Int64(c * 8), place, CHUNK * j, self.e4m3(*words[j], factors[h]))
+        return peaks, exponents
+
+    @cute.jit
+    def store_scales(
+        self, peaks: cutlass.Constexpr, exponents: cutlass.Constexpr, place: Int64, behind: Int32, c: Int32
+    ):
+        """Lane i of a group's stores the scales of its units i, i + lanes, ...; unit u is half u // packs of pack u % packs."""
+        i, group = c & (self.lanes - 1), c // self.lanes
+        for first in cutlass.range_constexpr(0, self.units, self.lanes):
+            u = first + i
+            bits = 8 if self.is_e2m1 else 16
+            half = u // self.packs * bits
+            if const_expr(self.lanes <= self.packs):  # the same for all lanes
+                half = first // self.packs * bits
+            near = u & (self.packs - 1)  # of two or four
+            value = self.picked(exponents, near) >> half
+            address = place + Int64(behind)
+            if const_expr(self.is_e2m1):
+                self.store_byte(address + Int64(u * self.groups + group), place, value)
             else:
-                scale = Int32(255) if peak >= NOT_FINITE else biased
-                if const_expr(self.layout.scale_pad_bytes > 0):
-                    scale = scale if group < self.layout.num_scales else Int32(0)
-                self.store_byte(there + Int64(behind + group), wanted, scale)
+                is_finite = ((self.picked(peaks, near) >> half) & 0xFFFF) < NOT_FINITE
+                biased = (value & 0xFFFF) - 8
+                if const_expr(self.layout.scale_format == "fp32"):
+                    scale = biased << 23 if is_finite else Int32(NAN)
+                    self.store(address + Int64(u * 4), place if u < self.units else Int64(0), 0, [scale])
+                else:
+                    scale = biased if is_finite else Int32(255)
+                    if const_expr(self.layout.scale_pad_bytes > 0):
+                        scale = scale if u < self.units else Int32(0)
+                    self.store_byte(address + Int64(u * self.groups + group), place, scale)
+
+    @cute.jit
+    def picked(self, values: cutlass.Constexpr, near: Int32) -> Int32:
+        """values[near], by selections."""
+        found = values[0]
+        for x in cutlass.range_constexpr(1, len(values)):
+            found = values[x] if near == x else found
+        return found
 
     def store_byte(self, address: Int64, place: Int64, value: Int32) -> None:
         """The last byte of a word, unless the place is 0."""
@@ -352,24 +350,28 @@ class Writer:
     # ------------------------------------------------------------------ numbers
 
     @cute.jit
-    def peaks(self, halves: cutlass.Constexpr) -> Int32:
-        """Bits of the largest magnitude of this lane's group in either half, 16 bits each. Beyond all is inf, then NaN."""
+    def peaks(self, units: cutlass.Constexpr) -> Int32:
+        """Bits of the largest magnitude of this lane's group in one or two units, 16 each. Beyond all is inf, then NaN."""
+        tops = [self.top(words) for words in units]
         found = cute.arch.inline_ptx(
-            "{ .reg .b32 a, b, c, d; "
-            + " ".join(
-                f"and.b32 a, {{$r{4 * h}}}, 0x7FFF7FFF; and.b32 b, {{$r{4 * h + 1}}}, 0x7FFF7FFF; max.u16x2 {to}, a, b;"
-                f" and.b32 a, {{$r{4 * h + 2}}}, 0x7FFF7FFF; and.b32 b, {{$r{4 * h + 3}}}, 0x7FFF7FFF; max.u16x2 a, a, b;"
-                f" max.u16x2 {to}, {to}, a;"
-                for h, to in enumerate(("c", "d"))
-            )
-            + " prmt.b32 a, c, d, 0x5410; prmt.b32 b, c, d, 0x7632; max.u16x2 {$w0}, a, b; }",
+            "{ .reg .b32 a, b; prmt.b32 a, {$r0}, {$r1}, 0x5410; prmt.b32 b, {$r0}, {$r1}, 0x7632;"
+            " max.u16x2 {$w0}, a, b; }",
             write_only_types=[Int32],
-            read_only_args=[*halves[0], *halves[1]],
+            read_only_args=[tops[0], tops[-1]],
         )
-        for distance in (1, 2, 4, 8):
+        for distance in (1, 2, 4):
             if const_expr(distance < self.lanes):
                 found = self.larger(found, cute.arch.shuffle_sync_bfly(found, distance))
         return found
+
+    def top(self, words: Any) -> Int32:
+        """The largest magnitudes of even and of odd columns; NaN above all, so that they compare like their bits."""
+        steps = "".join(f" max.NaN.xorsign.abs.bf16x2 a, a, {{$r{x}}};" for x in range(1, len(words)))
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 a; mov.b32 a, {$r0};" + steps + " and.b32 {$w0}, a, 0x7FFF7FFF; }",
+            write_only_types=[Int32],
+            read_only_args=list(words),
+        )
 
     def larger(self, one: Int32, other: Int32) -> Int32:
         """The larger one of either 16 bits."""
@@ -378,25 +380,35 @@ class Writer:
         )
 
     @cute.jit
-    def exponents(self, peaks: Int32) -> Int32:
-        """log2 of the scale of e4m3 codes + 135, for either 16 bits: 448 is 1.75 * 2^8, so mantissas above .75 carry."""
+    def exponents(self, peaks: Int32):
+        """log2 of the scale of e4m3 codes + 135 for either 16 bits, and for either one over it as a pair of bf16 numbers.
+
+        448 is 1.75 * 2^8, so mantissas above .75 carry.
+        """
         carried = ((peaks + 0x1F001F) >> 7) & 0x01FF01FF
-        return cute.arch.inline_ptx(  # max takes no constant
+        found = cute.arch.inline_ptx(  # max takes no constant
             f"{{ .reg .b32 m; mov.b32 m, {LOWEST}; max.u16x2 {{$w0}}, {{$r0}}, m; }}",
             write_only_types=[Int32],
             read_only_args=[carried],
         )
+        inverse = (Int32(262 * 0x10001) - found) << 7  # 2^-exponent, from exponent + 127 + 8
+        factors = cute.arch.inline_ptx(
+            "prmt.b32 {$w0}, {$r0}, {$r0}, 0x1010; prmt.b32 {$w1}, {$r0}, {$r0}, 0x3232;",
+            write_only_types=[Int32, Int32],
+            read_only_args=[inverse],
+        )
+        return found, factors
 
     def e4m3(self, a: Int32, b: Int32, c: Int32, d: Int32, factor: Int32) -> Any:
-        """Codes of eight bf16 numbers times a power of two (its bits), magnitudes up to 448."""
+        """Codes of eight bf16 numbers times a power of two (a pair of it), magnitudes up to 448."""
         steps = "".join(
-            f"shl.b32 l, {{$r{x}}}, 16; and.b32 h, {{$r{x}}}, 0xFFFF0000; mov.b32 x, l; mov.b32 y, h; mul.rn.f32 x, x, f;"
-            f" mul.rn.f32 y, y, f; cvt.rn.satfinite.e4m3x2.f32 {to}, y, x; "
+            f"mul.bf16x2 h, {{$r{x}}}, {{$r4}}; shl.b32 l, h, 16; and.b32 h, h, 0xFFFF0000; mov.b32 x, l; mov.b32 y, h;"
+            f" cvt.rn.satfinite.e4m3x2.f32 {to}, y, x; "
             for x, to in enumerate(("s", "t", "u", "v"))
         )
         return list(
             cute.arch.inline_ptx(
-                "{ .reg .b32 l, h; .reg .f32 x, y, f; .reg .b16 s, t, u, v; mov.b32 f, {$r4}; "
+                "{ .reg .b32 l, h; .reg .f32 x, y; .reg .b16 s, t, u, v; "
                 + steps
                 + "mov.b32 {$w0}, {s, t}; mov.b32 {$w1}, {u, v}; }",
                 write_only_types=[Int32, Int32],
@@ -404,45 +416,44 @@ class Writer:
             )
         )
 
-    @cute.jit
-    def small_scales(self, peaks: Int32):
-        """Of e2m1 codes: the e4m3 codes of both halves' scales, and for either 2^-14 over the scale."""
+    def small_scales(self, peaks: Int32) -> Any:
+        """Of e2m1 codes: the e4m3 codes of one or two units' scales, 8 bits each, and for either 2^-14 over the scale."""
+        # What is not finite is NaN from `r` on, and its code 0x7F.
         codes, first, second = cute.arch.inline_ptx(
-            "{ .reg .b32 l, h; .reg .f32 x, y, p, q, r; .reg .b16 s; .reg .pred o; .reg .b16 e, g;"
+            "{ .reg .b32 l, h; .reg .f32 x, y, q, r; .reg .b16 s; .reg .b16 e, g;"
             " shl.b32 l, {$r0}, 16; and.b32 h, {$r0}, 0xFFFF0000; mov.b32 x, l; mov.b32 y, h;"
             + "".join(
                 f" mul.rn.f32 q, {n}, 0f{SIXTH:08X}; fma.rn.f32 r, q, 0fC0C00000, {n}; fma.rn.f32 q, r, 0f{SIXTH:08X}, q;"
-                f" max.f32 q, q, 0f3B000000; min.f32 {n}, q, 0f43E00000;"
+                f" max.NaN.f32 q, q, 0f3B000000; min.NaN.f32 {n}, q, 0f43E00000;"
                 for n in ("x", "y")
             )
             + " cvt.rn.satfinite.e4m3x2.f32 s, y, x; cvt.u32.u16 {$w0}, s;"
             " cvt.rn.f16x2.e4m3x2 l, s; mov.b32 {e, g}, l; cvt.f32.f16 x, e; cvt.f32.f16 y, g;"
             " mul.rn.f32 x, x, 0f46800000; mul.rn.f32 y, y, 0f46800000;"
-            " rcp.approx.f32 {$w1}, x; rcp.approx.f32 {$w2}, y; }",
+            " rcp.approx.ftz.f32 {$w1}, x; rcp.approx.ftz.f32 {$w2}, y; }",
             write_only_types=[Int32, Float32, Float32],
             read_only_args=[peaks],
         )
-        # max and min pass over NaN.
-        codes = codes | 0x7F if (peaks & 0xFFFF) >= NOT_FINITE else codes
-        codes = codes & 0xFF | 0x7F00 if ((peaks >> 16) & 0xFFFF) >= NOT_FINITE else codes
-        return codes, [first, second]
+        return codes, (first, second)
 
     def e2m1(self, a: Int32, b: Int32, c: Int32, d: Int32, factor: Float32) -> Int32:
         """Codes of eight bf16 numbers times `factor`, in which a code's value is 2^-14 of itself; nibble i is column i."""
-        # Columns i and i + 4 go together: the halves of a word that collects nibbles.
+        # Columns i and i + 4 go together, as in the word of codes. With its sign above, a code is in bits 9 to 11 and 15.
         steps = "".join(
             (f"shl.b32 l, {{$r{x}}}, 16; shl.b32 h, {{$r{x + 2}}}, 16;" if odd == 0 else
              f"and.b32 l, {{$r{x}}}, 0xFFFF0000; and.b32 h, {{$r{x + 2}}}, 0xFFFF0000;")
             + " mov.b32 x, l; mov.b32 y, h; mul.rn.f32 x, x, {$r4}; mul.rn.f32 y, y, {$r4}; cvt.rn.f16x2.f32 h, y, x;"
-            " and.b32 l, h, 0x7FFF7FFF; min.u16x2 l, l, m; shr.u32 t, l, 9; and.b32 t, t, 0x00010001; add.u32 l, l, t;"
-            " add.u32 l, l, 0x00FF00FF; shr.u32 l, l, 9; and.b32 l, l, 0x00070007; shr.u32 h, h, 12;"
-            " and.b32 h, h, 0x00080008; or.b32 l, l, h; "
-            + (f"shl.b32 l, l, {4 * (2 * x + odd)}; or.b32 w, w, l; " if x + odd else "mov.b32 w, l; ")
+            " min.xorsign.abs.f16x2 h, h, m; shr.u32 t, h, 9; and.b32 t, t, 0x00010001; add.u32 h, h, t;"
+            f" add.u32 q{2 * x + odd}, h, 0x00FF00FF; "
             for x in range(2)
             for odd in range(2)
         )  # fmt: skip
+        either = "lop3.b32 {}, {}, {}, {}, 0xE4;"  # first where the mask is set, else second
         return cute.arch.inline_ptx(
-            "{ .reg .b32 l, h, t, w, m; .reg .f32 x, y; mov.b32 m, 0x0E000E00; " + steps + "mov.b32 {$w0}, w; }",
+            "{ .reg .b32 l, h, t, m, q0, q1, q2, q3; .reg .f32 x, y; mov.b32 m, 0x0E000E00; " + steps
+            + "prmt.b32 l, q0, q2, 0x7351; prmt.b32 h, q1, q3, 0x7351; shr.u32 t, l, 1; shr.u32 l, l, 4; "
+            + either.format("l", "t", "l", "0x07070707") + " shl.b32 t, h, 3; "
+            + either.format("h", "t", "h", "0x70707070") + either.format("{$w0}", "l", "h", "0x0F0F0F0F") + " }",
             write_only_types=[Int32],
             read_only_args=[a, b, c, d, factor],
-        )
+        )  # fmt: skip
