@@ -781,6 +781,10 @@ class PrefillSparse:
             self.arrive(left if is_now else c.go + buf)
         if const_expr(cfg.gate_right == -1):
             self.arrive(right if is_now else c.go + 2 + buf)
+        # What the exponentials need beside the scores, while these are made.
+        mine = buf ^ 1
+        n0, n1 = self.negative(m0), self.negative(m1)
+        cute.arch.mbarrier_wait(c.p_empty + mine, (((count + 1) >> 1) & 1) ^ 1)
         warpgroup.wait_group(0)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -794,10 +798,11 @@ class PrefillSparse:
             self.arrive(c.q_empty)
         if (valid0 & valid1) != -1:
             self.mask(c, acc, valid0, valid1)
-        buf = buf ^ 1
-        cute.arch.mbarrier_wait(c.p_empty + buf, (((count + 1) >> 1) & 1) ^ 1)
-        m0, m1, l0, l1, x0, x1, f0, f1, need = self.probabilities(c, s, acc, buf, m0, m1, l0, l1, x0, x1)
-        self.note_need(c, s, buf, f0, f1, need)
+        m0, m1, l0, l1, x0, x1, need = self.probabilities(c, s, acc, mine, m0, m1, n0, n1, l0, l1, x0, x1)
+        flag = c.need
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            flag[c.warp, mine] = need
         return slot, phase, m0, m1, l0, l1, x0, x1
 
     @cute.jit
@@ -822,17 +827,28 @@ class PrefillSparse:
         cute.copy(s.store, s.p_from[(None, k), None, None], s.p_to[(None, k), None, None, buf])
 
     @cute.jit
+    def negative(self, m: Float32):
+        """What is added to the scores of a row with this reference."""
+        n = -m if cute.arch.fmax(m, -m) < Float32(FUSED) else -Float32(NO_MAXIMUM)
+        if const_expr(self.config.start == "zero"):
+            n = Float32(0.0) if m == Float32(NO_MAXIMUM) else n
+        return n
+
+    def largest(self, acc: cute.Tensor, row: int, x: Float32) -> Float32:
+        """The largest score of a thread's row and x, pair by pair: one after the other, 16 would take as long as 8 exponentials."""
+        found = [acc[4 * i + 2 * row + k] for i in range(8) for k in range(2)]
+        while len(found) > 1:
+            found = [cute.arch.fmax(a, b) for a, b in zip(found[::2], found[1::2])]
+        return cute.arch.fmax(x, found[0])
+
+    @cute.jit
     def quick(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, buf: Int32, m0: Float32, m1: Float32
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, buf: Int32, m0: Float32, m1: Float32,
+        n0: Float32, n1: Float32,
     ):  # fmt: skip
         """Probabilities with the old reference, their sums, and whether it does not do."""
         packed = s.packed
-        n0 = -m0 if cute.arch.fmax(m0, -m0) < Float32(FUSED) else -Float32(NO_MAXIMUM)
-        n1 = -m1 if cute.arch.fmax(m1, -m1) < Float32(FUSED) else -Float32(NO_MAXIMUM)
         from_zero = self.config.start == "zero"
-        if const_expr(from_zero):
-            n0 = Float32(0.0) if m0 == Float32(NO_MAXIMUM) else n0
-            n1 = Float32(0.0) if m1 == Float32(NO_MAXIMUM) else n1
         t0, t1 = Float32(0.0), Float32(0.0)
         for x in cutlass.range_constexpr(32):
             n = n0 if (x // 2) % 2 == 0 else n1
@@ -852,7 +868,7 @@ class PrefillSparse:
     @cute.jit
     def probabilities(
         self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, buf: Int32, m0: Float32, m1: Float32,
-        l0: Float32, l1: Float32, x0: Float32, x1: Float32,
+        n0: Float32, n1: Float32, l0: Float32, l1: Float32, x0: Float32, x1: Float32,
     ):  # fmt: skip
         """Probabilities 2^(score - reference) into `s.packed`; the reference of a row moves when they grow too large.
 
@@ -866,21 +882,12 @@ class PrefillSparse:
         packed = s.packed
         wants_maximum = self.config.form == "rows"
         if const_expr(wants_maximum):
-            for x in cutlass.range_constexpr(32):
-                if const_expr((x // 2) % 2 == 0):
-                    x0 = cute.arch.fmax(x0, acc[x])
-                else:
-                    x1 = cute.arch.fmax(x1, acc[x])
-        f0, f1 = Float32(1.0), Float32(1.0)
-        t0, t1, need = self.quick(c, s, acc, buf, m0, m1)
+            x0, x1 = self.largest(acc, 0, x0), self.largest(acc, 1, x1)
+        t0, t1, need = self.quick(c, s, acc, buf, m0, m1, n0, n1)
         if need != 0:
             y0, y1 = x0, x1
             if const_expr(not wants_maximum):
-                for x in cutlass.range_constexpr(32):
-                    if const_expr((x // 2) % 2 == 0):
-                        y0 = cute.arch.fmax(y0, acc[x])
-                    else:
-                        y1 = cute.arch.fmax(y1, acc[x])
+                y0, y1 = self.largest(acc, 0, y0), self.largest(acc, 1, y1)
             for d in (1, 2):
                 y0 = cute.arch.fmax(y0, cute.arch.shuffle_sync_bfly(y0, d))
                 y1 = cute.arch.fmax(y1, cute.arch.shuffle_sync_bfly(y1, d))
@@ -889,6 +896,10 @@ class PrefillSparse:
             f0 = cute.math.exp2(m0 - y0, fastmath=True)
             f1 = cute.math.exp2(m1 - y1, fastmath=True)
             l0, l1, m0, m1 = l0 * f0, l1 * f1, y0, y1
+            factor = c.factor  # of O, for the value warpgroups
+            if (c.lane & 3) == 0:
+                factor[s.row0, buf] = f0
+                factor[s.row0 + 8, buf] = f1
             t0, t1 = Float32(0.0), Float32(0.0)
             for x in cutlass.range_constexpr(32):
                 m = m0 if (x // 2) % 2 == 0 else m1
@@ -900,18 +911,7 @@ class PrefillSparse:
         elif const_expr(self.config.start == "zero"):
             m0 = Float32(0.0) if m0 == Float32(NO_MAXIMUM) else m0
             m1 = Float32(0.0) if m1 == Float32(NO_MAXIMUM) else m1
-        return m0, m1, l0 + t0, l1 + t1, x0, x1, f0, f1, need
-
-    @cute.jit
-    def note_need(self, c: cutlass.Constexpr, s: cutlass.Constexpr, buf: Int32, f0: Float32, f1: Float32, need: Int32):
-        """Whether the reference moved, and then the factors of O, for the value warpgroups."""
-        factor, flag = c.factor, c.need
-        if need != 0:
-            if (c.lane & 3) == 0:
-                factor[s.row0, buf] = f0
-                factor[s.row0 + 8, buf] = f1
-        if c.lane == 0:
-            flag[c.warp, buf] = need
+        return m0, m1, l0 + t0, l1 + t1, x0, x1, need
 
     @cute.jit
     def sums(
