@@ -105,7 +105,7 @@ class Config:
         instructions from the first to the last of 36 instead of 207); with this arrival it leaves them there (log 22).
         """
         if self.form == "rows":
-            return 19 if self.has_rope else 15
+            return 19 if self.has_rope else -1
         return -1 if not self.split else 23 if self.has_rope else 19
 
     @property
