@@ -716,7 +716,7 @@ class PrefillSparse:
 
     @cute.jit
     def own_sink(self, c: cutlass.Constexpr, row: Int32):
-        """The sink of a thread's row, base 2; the same for all of its tokens. Read once: at the end of a token it costs 5 % of eight tiles."""
+        """The sink of a thread's row, base 2, the same for all of its tokens: a load at a token's end is waited for."""
         sink, head = -Float32.inf, c.m_block * 64 + row
         if const_expr(not self.config.split):  # else it is the merge's
             if (c.has_sink != 0) & (head < c.h_q):
@@ -845,7 +845,7 @@ class PrefillSparse:
         return n
 
     def largest(self, acc: cute.Tensor, row: int, x: Float32) -> Float32:
-        """The largest score of a thread's row and x, pair by pair: one after the other, 16 would take as long as 8 exponentials."""
+        """The largest score of a thread's row and x, pair by pair: 16 one after the other take as long as 8 exponentials."""
         found = [acc[4 * i + 2 * row + k] for i in range(8) for k in range(2)]
         while len(found) > 1:
             found = [cute.arch.fmax(a, b) for a, b in zip(found[::2], found[1::2])]
