@@ -102,10 +102,10 @@ class Config:
         """The wgmma of a tile's scores after which a warp arrives at a barrier that nobody waits for; -1: none.
 
         Without it ptxas takes the ring's places out of the uniform registers and moves them back before every wgmma (265
-        instructions from the first to the last of 36 instead of 207); with this arrival it leaves them there (log 22).
+        instructions from the first to the last of 36 instead of 214); with this arrival it leaves them there (log 22).
         """
         if self.form == "rows":
-            return 19 if self.has_rope else -1
+            return 19
         return -1 if not self.split else 23 if self.has_rope else 19
 
     @property
@@ -140,11 +140,11 @@ def variant(form: Literal["rows", "pages"], d_qk: int) -> Config:
     """What ships for a form and a number of columns.
 
     Rows: the order of things between two tokens matters where lists are short (log 12 to 20 of the page: 2 to 9 % with 512
-    columns, 0 to 3 % with 576, whose left half must not begin early). Pages, one list of thousands per token: none of it.
+    columns, 0 to 3 % with 576); the left gate, log 26. Pages, one list of thousands per token: none of it.
     """
     if form == "pages":
         return Config(form, d_qk)
-    left = -1 if d_qk == 576 else 23
+    left = 31 if d_qk == 576 else -1
     return Config(form, d_qk, gate_left=left, gate_right=-1, last_gate="now", q_late=True, start="zero")
 
 
