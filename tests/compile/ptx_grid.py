@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ptx_lanes import Warp
 from ptx_machine import Cta, Deadlock
-from ptx_program import LANES, TYPES, Memory, Program, from_bf16, swizzle
+from ptx_program import ALL, LANES, TYPES, Memory, Program, from_bf16, swizzle
 
 GONE = 1 << 40  # the place of lanes that have returned
 TOGETHER = (
@@ -44,12 +44,15 @@ class GridCta(Cta):
         for _ in range(4000):
             if warp.is_done or warp.waits_at_barrier:
                 return
-            places = [int(place) for place in np.unique(warp.pc)]
-            where = places[0]
-            if len(places) > 1:
-                where = next((x for x in places if x < len(code) and not code[x][1].startswith(TOGETHER)), where)
-            self.issued += 1
-            if self.code[where](warp, warp.pc == where, where):
+            where = int(warp.pc[0])
+            mask = warp.pc == where
+            if mask.all():
+                mask = ALL
+            else:
+                places = [int(place) for place in np.unique(warp.pc)]
+                where = next((x for x in places if x < len(code) and not code[x][1].startswith(TOGETHER)), places[0])
+                mask = warp.pc == where
+            if self.issue(warp, mask, where):
                 return
 
     def do_griddepcontrol(self, parts: list[str], operands: list[str]) -> Any:
@@ -427,7 +430,6 @@ def launch(
         cta = GridCta(program, memory, named, threads, shared_bytes)
         cta.begin(block, seed + index)
         cta.block |= {**everywhere, "%globaltimer": 0}  # time stands still
-        cta.code = [cta.compile(*statement) for statement in program.statements]
         ctas.append(cta)
     with np.errstate(all="ignore"):
         while True:

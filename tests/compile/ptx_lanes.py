@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx_program import E4M3, LANES, SHARED, TYPES, Program, to_bf16
+from ptx_program import ALL, E4M3, LANES, SHARED, TYPES, Program, to_bf16
 
 
 class Warp:
@@ -67,7 +67,7 @@ class Lanes:
         def write(warp: Warp, mask: np.ndarray, value: np.ndarray) -> None:
             bits = value if value.dtype == bool else value.view(np.dtype(f"u{value.dtype.itemsize}"))
             old = warp.registers.get(operand)
-            if mask.all():
+            if mask is ALL or mask.all():
                 warp.registers[operand] = bits
             else:
                 warp.registers[operand] = np.where(mask, bits, np.zeros_like(bits) if old is None else old)

@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 from ptx_lanes import Lanes, Warp
-from ptx_program import LANES, SHARED, TYPES, Memory, Program, from_bf16, swizzle
+from ptx_program import ALL, LANES, SHARED, TYPES, Memory, Program, from_bf16, swizzle
 
 
 class Deadlock(AssertionError):
     """No warp can go on."""
+
+
+Step = Callable[[Warp, np.ndarray, int], bool]
 
 
 class Barrier:
@@ -52,7 +55,8 @@ class Cta(Lanes):
         self.program, self.memory, self.params = program, memory, params
         self.threads, self.size = threads, SHARED + shared_bytes
         self.begin((0, 0, 0), 0)
-        self.code = [self.compile(*statement) for statement in program.statements]
+        # made when it is reached first: most of a program is for cases that a test does not have
+        self.code: list[Step | None] = [None] * len(program.statements)
 
     def begin(self, block: tuple[int, int, int], seed: int) -> None:
         """A fresh CTA: shared memory is NaN, wherever it is read before it is written."""
@@ -96,13 +100,20 @@ class Cta(Lanes):
                 return
             where = int(warp.pc.min())
             mask = warp.pc == where
-            self.issued += 1
-            if self.code[where](warp, mask, where):
+            if self.issue(warp, ALL if mask.all() else mask, where):
                 return
+
+    def issue(self, warp: Warp, mask: np.ndarray, where: int) -> bool:
+        """One statement; true where the warp shall give way."""
+        self.issued += 1
+        step = self.code[where]
+        if step is None:
+            step = self.code[where] = self.compile(*self.program.statements[where])
+        return step(warp, mask, where)
 
     # ------------------------------------------------------------------ control
 
-    def compile(self, guard: str, opcode: str, operands: list[str]) -> Callable[[Warp, np.ndarray, int], bool]:
+    def compile(self, guard: str, opcode: str, operands: list[str]) -> Step:
         """One statement as a function of (warp, lanes, place); true where the warp shall give way."""
         parts = opcode.split(".")
         allowed = self.predicate(guard) if guard else None
@@ -128,7 +139,7 @@ class Cta(Lanes):
             lanes = mask & allowed(warp) if allowed else mask
             if warp.waits_at_barrier:
                 return True
-            pause = run(warp, lanes) if lanes.any() else False
+            pause = run(warp, lanes) if lanes is ALL or lanes.any() else False
             if not warp.waits_at_barrier:
                 warp.pc[mask] = where + 1
             return bool(pause)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 LANES = np.arange(32)
+ALL = np.ones(32, bool)  # the mask of a warp whose lanes are together, by this very object
 SHARED = 1024  # where shared memory begins
 GLOBAL = 0x7F0000000000
 TYPES = {
