@@ -69,6 +69,7 @@ def test_pages_and_json_have_one_shape_for_every_tool(tmp_path):
     record = tmp_path / "record.json"
     record.write_text(json.dumps(found.as_dict(), allow_nan=False))
     assert profile.load(record) == found
+    assert profile.load(record, record).profiles == found.profiles * 2
     record.write_text('{"profiles": [{}], "refused": {}}')
     with pytest.raises(ConfigError, match="is no record of openmla profile --json: KeyError 'phases'"):
         profile.load(record)

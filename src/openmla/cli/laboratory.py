@@ -167,7 +167,11 @@ def add_profile(verbs: Any) -> None:
     )
     add_device(parser)
     parser.add_argument(
-        "--record", type=Path, metavar="FILE.json", help="show what --json wrote elsewhere; nothing runs"
+        "--record",
+        type=Path,
+        metavar="FILE.json",
+        action="append",
+        help="show what --json wrote elsewhere; repeatable; nothing runs",
     )
     add_page(parser)
 
@@ -177,7 +181,7 @@ def _profile(args: argparse.Namespace) -> int:
     from openmla.lab import profile, profile_page, progress
 
     if args.record:
-        show(args, profile.load(args.record), profile_page.page)
+        show(args, profile.load(*args.record), profile_page.page)
         return 0
     _, cases = chosen_cases(args)
     (backend,) = known_backends([args.backend] if args.backend else None)

@@ -115,15 +115,22 @@ class Profiles:
         return "\n".join([*lines, *(f"{case}: not profiled, {why}" for case, why in self.refused.items())])
 
 
-def load(path: Path) -> Profiles:
-    """The record that `openmla profile --json` wrote, perhaps on a machine that cannot draw. Raises ConfigError."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return Profiles(tuple(_of_dict(each) for each in raw["profiles"]), raw["refused"])
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no record of openmla profile --json: {type(error).__name__} {error}") from error
+def load(*paths: Path) -> Profiles:
+    """The records that `openmla profile --json` wrote, perhaps on machines that cannot draw, as one. Raises ConfigError."""
+    profiles: list[Profile] = []
+    refused: dict[str, str] = {}
+    for path in paths:
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            profiles += [_of_dict(each) for each in raw["profiles"]]
+            refused |= raw["refused"]
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is no record of openmla profile --json: {type(error).__name__} {error}"
+            ) from error
+    return Profiles(tuple(profiles), refused)
 
 
 def _of_dict(raw: dict[str, Any]) -> Profile:
