@@ -233,6 +233,20 @@ class Lanes:
         write, a, n = self.writer(o[0]), self.reader(o[1], p[-1]), self.reader(o[2], "u32")
         return lambda warp, mask: write(warp, mask, formula(a(warp), n(warp)).astype(TYPES[p[-1]]))
 
+    def do_shf(self, p: list[str], o: list[str]) -> Any:
+        assert p[1:] == ["l", "wrap", "b32"], p
+        return self._map(
+            o, "u32", "u32", lambda low, high, n: (high << (n & 31)) | (low.astype(np.uint64) >> (32 - (n & 31))).astype(np.uint32)
+        )  # fmt: skip
+
+    def do_prmt(self, p: list[str], o: list[str]) -> Any:
+        def select(a: np.ndarray, b: np.ndarray, how: np.ndarray) -> np.ndarray:
+            both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+            chosen = [both >> ((how >> 4 * x & 7) * 8).astype(np.uint64) & np.uint64(255) for x in range(4)]
+            return sum(each << np.uint64(8 * x) for x, each in enumerate(chosen)).astype(np.uint32)
+
+        return self._map(o, "u32", "u32", select)
+
     def do_bfind(self, p: list[str], o: list[str]) -> Any:
         return self._map(o, p[-1], "u32", lambda a: np.floor(np.log2(np.maximum(a, 1))).astype(np.uint32))
 

@@ -65,6 +65,7 @@ class Cta(Lanes):
         self.barriers: dict[int, Barrier] = {}
         self.meetings: dict[int, list[Warp]] = {}
         self.warps = [Warp(index) for index in range(self.threads // 32)]
+        self.landing: list[tuple[list[tuple[int, np.ndarray]], int, int, int]] = []  # copies that end with arrivals
         self.random = random.Random(seed)
         self.issued = 0
 
@@ -84,6 +85,7 @@ class Cta(Lanes):
             before = self.issued
             for warp in alive:
                 self.turn(warp)
+                self.land(0.2)
             if all(warp.waits_at_barrier and not warp.waits_for_some for warp in self.warps if not warp.is_done):
                 for warp in alive:
                     warp.waits_at_barrier = False
@@ -92,6 +94,17 @@ class Cta(Lanes):
             idle = idle + 1 if self.issued - before <= 12 * len(alive) else 0
             if idle > 400:
                 raise Deadlock(f"warps {[w.index for w in alive]} wait at {[int(w.pc.min()) for w in alive]}")
+
+    def land(self, chance: float) -> None:
+        """Complete some of the copies that a barrier tracks, and arrive there for the lanes that asked for it."""
+        for each in list(self.landing):
+            if self.random.random() < chance:
+                copies, barrier, lanes, size = each
+                for place, content in copies:
+                    self.store("shared", np.array([place]), content[None])
+                self.barriers[barrier].bytes -= size
+                self.barriers[barrier].arrive(lanes)
+                self.landing.remove(each)
 
     def turn(self, warp: Warp) -> None:
         """Run a warp until it must wait, or for a while."""
@@ -173,6 +186,8 @@ class Cta(Lanes):
 
             return meet
 
+        if parts[1] == "red":
+            return self._vote(operands)
         if operands[0] != "0":  # a named barrier of some warps
             return self._meeting(operands)
 
@@ -181,6 +196,27 @@ class Cta(Lanes):
             return True
 
         return wait
+
+    def _vote(self, operands: list[str]) -> Any:
+        """bar.red.or.pred: a named barrier of some warps, and whether any of their lanes said yes."""
+        name, count = self.reader(operands[1], "u32"), self.reader(operands[2], "u32")
+        said, write = self.predicate(operands[3]), self.writer(operands[0])
+
+        def meet(warp: Warp, mask: np.ndarray) -> bool:
+            assert mask.all(), "bar.red of lanes that are elsewhere"
+            waiting = self.meetings.setdefault(int(name(warp)[0]), [])
+            waiting.append(warp)
+            warp.waits_at_barrier = warp.waits_for_some = True
+            if len(waiting) == int(count(warp)[0]) // 32:
+                found = any(bool(said(each).any()) for each in waiting)
+                for each in waiting:
+                    write(each, mask, np.full(32, found))
+                    each.waits_at_barrier = each.waits_for_some = False
+                    each.pc += each is not warp
+                waiting.clear()
+            return True
+
+        return meet
 
     def _meeting(self, operands: list[str]) -> Any:
         name, count = self.reader(operands[0], "u32"), self.reader(operands[1], "u32")
@@ -287,6 +323,14 @@ class Cta(Lanes):
                 warp.copies.clear()
 
             return close
+        if "mbarrier" in p:
+            barrier = self.address(o[0])
+
+            def hand_over(warp: Warp, mask: np.ndarray) -> None:
+                self.landing.append((list(warp.copies), int(barrier(warp)[0]), int(mask.sum()), 0))
+                warp.copies.clear()
+
+            return hand_over
         if "wait_all" in p or "wait_group" in p:
             keep = int(o[0]) if "wait_group" in p else None
 
@@ -295,6 +339,7 @@ class Cta(Lanes):
                 while len(warp.committed) > (keep or 0):
                     landing += warp.committed.pop(0)
                 if keep is None:
+                    self.land(1.0)
                     landing += warp.copies
                     warp.copies.clear()
                 for place, content in landing:
@@ -305,6 +350,8 @@ class Cta(Lanes):
             return self._box(o)
         if "prefetch" in p:
             return self._ignore(p, o)
+        if "bulk" in p:
+            return self._stretch(o)
         to, source, size = self.address(o[0]), self.address(o[1]), self.reader(o[3], "u32")
 
         def copy(warp: Warp, mask: np.ndarray) -> None:
@@ -316,6 +363,19 @@ class Cta(Lanes):
                 warp.copies.append((int(to(warp)[lane]), content))
 
         return copy
+
+    def _stretch(self, o: list[str]) -> Any:
+        """One copy of adjacent bytes per lane, which completes some time later."""
+        to, source, size, barrier = self.address(o[0]), self.address(o[1]), self.reader(o[2], "u32"), self.address(o[3])
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            for lane in np.flatnonzero(mask):
+                count = int(size(warp)[lane])
+                assert count % 16 == 0 and int(to(warp)[lane]) % 16 == 0 and int(source(warp)[lane]) % 16 == 0
+                content = self.fetch("global", source(warp)[lane : lane + 1], count)[0]
+                self.landing.append(([(int(to(warp)[lane]), content)], int(barrier(warp)[lane]), 0, count))
+
+        return run
 
     def _box(self, o: list[str]) -> Any:
         to, barrier = self.address(o[0]), self.address(o[2])
@@ -390,6 +450,20 @@ class Cta(Lanes):
             for matrix in range(4):
                 target = places[8 * matrix + LANES // 4] + LANES % 4 * 4
                 self.store("shared", target, np.ascontiguousarray(reads[matrix](warp)).view(np.uint8).reshape(32, 4))
+
+        return run
+
+    def do_ldmatrix(self, p: list[str], o: list[str]) -> Any:
+        writes, where = [self.writer(x) for x in self.vector(o[0])], self.address(o[1])
+        assert "trans" in p and len(writes) == 4
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all()
+            places = where(warp)
+            for matrix, write in enumerate(writes):
+                rows = self.fetch("shared", places[8 * matrix : 8 * matrix + 8], 16).copy().view(np.uint16)  # [8, 8]
+                pairs = rows.T.reshape(8, 4, 2)[LANES // 4, LANES % 4]
+                write(warp, mask, np.ascontiguousarray(pairs).view(np.uint32).reshape(32))
 
         return run
 

@@ -196,6 +196,16 @@ def cases(layout, has_extra):
         make("huge logits", 2, 1, 64, 300, queries=2.0**20, keys=2.0**10),
         make("varlen", 5, 1, 64, 300, varlen=True, lengths=[300, 0, 64, 65, 129]),
         make("many requests", 40, 2, 128, 333, seed=3),
+        # work enough for keys in registers (config.SWAPPED_TILES), of which the last must be repeated
+        *(
+            [
+                make("long lists, two blocks of heads", 33, 2, 80, 7680, num_pages=400, absent=0.1),
+                make("long lists, lengths", 33, 4, 8, 7680, num_pages=400, lengths=[[0, 1, 7680, 4000]] * 33),
+                make("long lists, scales of any value", 33, 2, 128, 7680, num_pages=400, scales=True, seed=4),
+            ]
+            if layout == "fp8_656"
+            else []
+        ),
     ]
 
 
@@ -226,11 +236,11 @@ def through_the_api(c, backend):
 def api(backend):
     """Whether every case of every variant that ships passes through the public call."""
     passed = True
-    for config in sparse.VARIANTS:
-        for title, build in cases(config.layout, config.has_extra):
+    for layout, has_extra in sparse.SERVED:
+        for title, build in cases(layout, has_extra):
             fine, words = through_the_api(build(), backend)
             passed &= fine
-            print(f"  {'ok  ' if fine else 'FAIL'} {config.layout} {config.has_extra} {title}: {words}", flush=True)
+            print(f"  {'ok  ' if fine else 'FAIL'} {layout} {has_extra} {title}: {words}", flush=True)
     return passed
 
 
@@ -263,6 +273,8 @@ def check(library, name, only=()):
         print(f"  {'ok  ' if fine else 'FAIL'} {title}: {text} word {word} {'same' if same else 'DIFFERS'}", flush=True)
     if not only and "_extra_" not in name:
         passed &= every_code(module, name, layout) and other_rows_unchanged(module, name, layout)
+        if "+" in name and layout == "fp8_656":
+            passed &= late_scales(module, name) and odd_queries(module, name)
     return passed
 
 
@@ -307,6 +319,46 @@ def other_rows_unchanged(module, name, layout):
         mask[1, 1] = False
         fine &= torch.equal(before[mask], c.operands.out[mask]) and c.operands.fault_word.item() == 8 and judged(c)[0]
     print(f"  {'ok  ' if fine else 'FAIL'} a bad index leaves other tokens alone", flush=True)
+    return fine
+
+
+def late_scales(module, name):
+    """A scale that fp16 does not hold, in any tile of a list, is found, and voids what it must alone."""
+    fine = True
+    for tile in (0, 1, 2, 3, 7, 15):
+        c = case("late", "fp8_656", 2, 1, 8, 1024, parts=2, stray_nan=False, num_pages=80)
+        o = c.operands
+        o.indices.clamp_(max=5000)
+        o.indices[1, 0, 64 * tile + 37] = 5100
+        flat(o.kv_cache)[5100 * 656 + 512 : 5100 * 656 + 528].view(torch.float32)[2] = 0.3
+        run(module, name, c)
+        fine &= judged(c)[0] and c.redo.flatten().tolist() == [0, 1]
+    for parts in (132, 33, 7):
+        c = case("few odd", "fp8_656", 20, 2, 128, 700, parts=parts, num_pages=400, stray_nan=False, absent=0.1)
+        g = torch.Generator(CUDA).manual_seed(1)
+        poison(c.operands.kv_cache, "fp8_656", torch.randint(0, 25_600, (20,), device=CUDA, generator=g), g, "scales")
+        run(module, name, c)
+        fine &= judged(c)[0] and set(c.redo.flatten().tolist()) <= {0, 1}
+    print(f"  {'ok  ' if fine else 'FAIL'} odd scales anywhere in a list", flush=True)
+    return fine
+
+
+def odd_queries(module, name):
+    """Rows of Q from 1e-36 to 1e34, and softmax scales of every sign, void nothing."""
+    made = [case("rows", "fp8_656", 3, 1, 64, 300, stray_nan=False, absent=0.2)]
+    q = made[0].operands.q
+    q.mul_(torch.logspace(-36, 34, 64, device=CUDA).view(1, 1, 64, 1))
+    q[0, 0, 3, :512] *= 1e-8  # RoPE leads
+    q[0, 0, 4, 512:] *= 1e-8
+    q[0, 0, 5] = 0.0
+    for scale in (0.0, -0.05, -3.0, 1e-30, 5.0):
+        made.append(case("scale", "fp8_656", 3, 2, 17, 400, absent=0.3, queries=3.0))
+        made[-1].operands = made[-1].operands._replace(softmax_scale=scale)
+    fine = True
+    for c in made:
+        run(module, name, c)
+        fine &= judged(c)[0] and not c.redo.any()
+    print(f"  {'ok  ' if fine else 'FAIL'} queries and softmax scales of any size", flush=True)
     return fine
 
 

@@ -23,6 +23,9 @@ UNTIL = "2027-01-31"
 # instructions or a day after UNTIL fail.
 WAIVED = {
     ("decode_sparse", "STS", "LDS"): (12, _STORES),
+    ("decode_sparseswapped", "STS", "LDS"): (12, _STORES),
+    ("decode_sparseswapped", "UBLKCP", "LDS"): (48, _READS),  # rows into the ring, where it wraps
+    ("decode_sparseswapped", "UBLKCP", "LDSM"): (16, _READS),
     ("prefill_sparse", "STS", "LDS"): (12, _STORES),
     ("prefill_sparse", "LDGSTS", "LDSM"): (256, _READS),
     ("decode_densetwo_loaders", "STS", "LDS"): (12, _READS),  # how much of a slot is valid, whether factors are needed

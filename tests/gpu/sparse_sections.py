@@ -13,7 +13,7 @@ import torch
 from decode_items import Made, Setup, captured, is_light, same_bits
 
 import openmla
-from openmla.backends.cute.decode_sparse.config import VARIANTS
+from openmla.backends.cute.decode_sparse.config import SERVED
 from openmla.core import counters
 from openmla.core.faults import Fault
 from openmla.core.layout import kv_layout
@@ -39,9 +39,9 @@ def sparse(setup: Setup) -> Made:
         return call
 
     return [
-        (f"{each.layout}{' and a second cache' if each.has_extra else ''}: {title}", run(build))
-        for each in VARIANTS
-        for title, build in decode_sparse.cases(each.layout, each.has_extra)
+        (f"{layout}{' and a second cache' if has_extra else ''}: {title}", run(build))
+        for layout, has_extra in SERVED
+        for title, build in decode_sparse.cases(layout, has_extra)
     ]
 
 

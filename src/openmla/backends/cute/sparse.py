@@ -1,7 +1,8 @@
 """The token-sparse decode kernel of this backend behind the four verbs: run, merge.
 
-A call is one launch, or two where the plan splits requests between CTAs. The plan depends on shapes alone and is made on
-the host, once per shape; nothing waits for the device, so a CUDA graph holds all of it after one warm call.
+A call is one launch, one more behind it where the first may void CTAs (`Config.repeat`), and one more where the plan splits
+requests between CTAs. The plan depends on shapes alone and is made on the host, once per shape; nothing waits for the
+device, so a CUDA graph holds all of it after one warm call.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Compiled:
     num_parts: int
     decode: Any
     combine: Any
+    repeat: Any = None  # behind `decode`, where that may void what it wrote
 
 
 def _combine_variant(problem: SparseDecodeProblem) -> CombineVariant:
@@ -60,26 +62,30 @@ class SparseDecode:
         verdict = sparse.supports(problem, target)
         if not verdict:
             return verdict
-        needed = ((sparse.FAMILY, sparse.configs(problem, target)[0]), ("combine", _combine_variant(problem)))
-        return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
+        config = sparse.configs(problem, target)[0]
+        reasons = bundle.availability("combine", _combine_variant(problem)).reasons
+        for each in filter(None, (config, config.repeat)):
+            reasons += bundle.availability(sparse.FAMILY, each).reasons
+        return Verdict(reasons)
 
     def configs(self, problem: SparseDecodeProblem, target: Target) -> Sequence[sparse.Config]:
         """Variants, best first."""
         return sparse.configs(problem, target)
 
     def compile(self, problem: SparseDecodeProblem, config: sparse.Config, target: Target) -> Compiled:
-        """Load both functions, compiling what neither bundle nor cache has."""
+        """Load the functions, compiling what neither bundle nor cache has."""
         return Compiled(
             config,
             sparse.num_parts(problem, target),
             bundle.serve(sparse.FAMILY, config).function,
             bundle.serve("combine", _combine_variant(problem)).function,
+            None if config.repeat is None else bundle.serve(sparse.FAMILY, config.repeat).function,
         )
 
     def launch(
         self, compiled: Compiled, problem: SparseDecodeProblem, operands: SparseDecodeOperands, plan: None
     ) -> None:
-        """The kernel, then the merge of the requests that it had to split."""
+        """The kernel, what repeats the CTAs that it voided, and the merge of the requests that it had to split."""
         from openmla.backends.cute.decode_sparse.launch import launch
 
         batch, s_q = sparse.requests(problem)
@@ -91,7 +97,12 @@ class SparseDecode:
         out_accum = torch.empty((slots, rows if is_split else 1, sparse.D_V), dtype=torch.float32, device=device)
         lse2_accum = torch.empty((slots, rows if is_split else 1), dtype=torch.float32, device=device)
         direct = _aligned(operands)
-        launch(compiled.decode, direct, metadata, num_splits, out_accum, lse2_accum)
+        redo = None
+        if compiled.repeat is not None:
+            redo = torch.empty((compiled.num_parts, s_q, sparse.row_blocks(problem)), dtype=torch.int32, device=device)
+        launch(compiled.decode, direct, metadata, num_splits, out_accum, lse2_accum, redo=redo)
+        if compiled.repeat is not None:
+            launch(compiled.repeat, direct, metadata, num_splits, out_accum, lse2_accum, redo=redo)
         if is_split:
             out, lse, sink = direct.out, direct.lse, direct.attn_sink
             if out.dim() == 3:

@@ -176,6 +176,7 @@ class Config:
         operands: of the products. Codes times a power of two between 2^-14 and 2^7 are exact in fp16, for a third of the
             instructions that bf16 takes. A CTA that meets any other scale says so in `redo`; what it wrote is void, and a
             launch of the variant with bf16 operands behind it, on the same plan, repeats these CTAs.
+        keys: where converted keys lie: in shared memory, or in registers, which is the schedule of `swapped`.
         early_merge: the merge may be resident while this kernel runs.
     """
 
@@ -186,6 +187,7 @@ class Config:
     prefetch: Literal["lines", "bulk", "none"] = "lines"
     fence: Literal["writer", "reader"] = "reader"
     operands: Literal["bf16", "fp16"] = "bf16"
+    keys: Literal["shared", "registers"] = "shared"
     early_merge: bool = True
 
     @property
@@ -194,11 +196,18 @@ class Config:
         return bytes_of(self.layout)
 
     @property
+    def repeat(self) -> Config | None:
+        """The variant to launch behind this one, for the CTAs that this one voids."""
+        return Config(self.layout, self.has_extra) if self.operands == "fp16" else None
+
+    @property
     def roles(self) -> dict[str, int]:
-        """Registers per thread of the warp roles; with two warpgroups of values 512.
+        """Registers per thread of the warp roles; those of a CTA's four warpgroups, or three with keys in registers, fill 512.
 
         What the assembler needs to keep everything in registers, found by trying; it differs from layout to layout.
         """
+        if self.keys == "registers":
+            return {"math": 224, "producers": 56}
         is_large = self.layout == "fp8_584" or (self.layout == "fp8_656" and self.has_extra)
         producers = 80 if is_large and self.operands == "bf16" else 72
         return {"scores": 192 - producers, "values": 160, "producers": producers}
@@ -206,9 +215,10 @@ class Config:
     @property
     def name(self) -> str:
         """Exported function name; the digest stands for the fields of the schedule."""
-        schedule = {key: value for key, value in self.as_dict().items() if key not in ("layout", "has_extra")}
+        schedule = {key: value for key, value in self.as_dict().items() if key not in ("layout", "has_extra", "keys")}
         digest = hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{FAMILY}_{self.layout}{'_extra' if self.has_extra else ''}_{digest}"
+        words = (self.layout, "extra" * self.has_extra, "registers" * (self.keys == "registers"))
+        return "_".join([FAMILY, *filter(None, words), digest])
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
@@ -218,12 +228,18 @@ class Config:
 LAYOUTS: tuple[str, ...] = ("fp8_656", "fp8_584", "fp8_528", "fp8_528_mx")
 SERVED = (("fp8_656", False), ("fp8_584", False), ("fp8_528", False),
           ("fp8_656", True), ("fp8_584", True), ("fp8_528_mx", True))  # fmt: skip
-VARIANTS: tuple[Config, ...] = tuple(Config(layout, has_extra) for layout, has_extra in SERVED)
+SWAPPED = Config("fp8_656", prefetch="none", operands="fp16", keys="registers")
+VARIANTS: tuple[Config, ...] = (*(Config(layout, has_extra) for layout, has_extra in SERVED), SWAPPED)
 """Passed `tests/gpu/decode_sparse.py gate` on a GPU. What `supports` can lead to, and what an ahead-of-time bundle holds.
 
-Those with fp16 operands passed too, but the launch behind them costs more than they gain everywhere but with the longest
-lists, where it is 2 % (docs/kernels/decode_sparse.md): they are candidates, and nothing leads to them.
+Those with fp16 operands and keys in shared memory passed too, but the launch behind them costs more than they gain
+everywhere but with the longest lists, where it is 2 % (docs/kernels/decode_sparse.md): they are candidates, and nothing
+leads to them.
 """
+
+SWAPPED_TILES = (64, 120)
+"""Of a list and of a part, from which SWAPPED runs: 4 to 8 % faster then, and slower where pieces are many or parts small (H100,
+rows ds-13-*). A cache whose scales are not powers of two between 2^-14 and 2^7 loses 26 us."""
 
 SPILLING = (("fp8_528_mx", False), ("fp8_528", True))
 """Right too, but the assembler finds no registers for all of their values in bf16; not served until it does."""
@@ -269,9 +285,11 @@ def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
 
 
 def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
-    """The variant that runs the problem. Call only where `supports` is true."""
-    wanted = (problem.layout.name, problem.extra is not None)
-    return tuple(each for each in VARIANTS if (each.layout, each.has_extra) == wanted)
+    """Variants that run the problem, best first. Call only where `supports` is true."""
+    plain = Config(problem.layout.name, problem.extra is not None)
+    each, (of_list, of_part) = tiles(problem.topk), SWAPPED_TILES
+    is_long = each >= of_list and requests(problem)[0] * each >= of_part * num_parts(problem, target)
+    return (SWAPPED, plain) if plain == SWAPPED.repeat and is_long else (plain,)
 
 
 def num_parts(problem: SparseDecodeProblem, target: Target) -> int:

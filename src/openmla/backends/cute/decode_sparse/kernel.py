@@ -46,6 +46,8 @@ Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test
     sum_full/empty       scores -> values: 1 / row sums                 32 lanes / 8 warps
     piece_full/empty[8]  first producer warp -> everybody / back        1 / 15 warps
 
+    Long lists of `fp8_656` take another schedule with the same arguments and plan: `swapped`.
+
 Sources
     Gates, split of O and lazy rescale: decode_dense. Producer warps that dequantise for the others: FlashMLA's FP8 kernel,
     which exchanges dequantised halves between two CTAs; here every CTA dequantises its own tiles.

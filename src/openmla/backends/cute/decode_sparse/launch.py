@@ -55,8 +55,10 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
 def build(config: Config, folder: Path) -> CompiledObject:
     """Compile and export one variant. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_sparse.kernel import DecodeSparse
+    from openmla.backends.cute.decode_sparse.swapped.kernel import Swapped
 
-    return compile_kernel(DecodeSparse(config), fake_arguments(config), config.name, out_dir=folder)
+    code = Swapped if config.keys == "registers" else DecodeSparse
+    return compile_kernel(code(config), fake_arguments(config), config.name, out_dir=folder)
 
 
 def words_of_pages(cache: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,946 @@
+"""Token-sparse decode over `fp8_656` with swapped operands: keys are converted in registers, as A of every product.
+
+Computes
+    What `decode_sparse/kernel.py` computes, for `fp8_656` alone, on the same plan, with the same arguments, with fp16 operands.
+    S^T[64 keys, 64 rows] = K Q^T, O^T[512, 64 rows] += V^T P^T: keys and values are A, from registers; Q and P^T are B.
+    A CTA that meets a scale with which codes are not exact in fp16 says so in `redo`; what it wrote is void.
+
+Schedule (384 threads; j counts the tiles of a piece)
+    producers (4 warps)              math 0                               math 1
+    rows of a tile as they are       S(2i)                                values of 2i - 1 (its own)
+    stored, one bulk copy each,      values of 2i - 1, and between their  S(2i + 1)
+    a ring of three tiles, handed      four groups the weights of 2i -> P
+    back by sixteen keys             values of 2i                         values of 2i, weights of 2i + 1 -> P
+    Each math warpgroup has every second tile, and 256 columns of the value of every tile. Half a turn apart: one's softmax and
+    conversions stand beside products of the other. Products run on across the ends of a phase: the keys of the next one are
+    taken before they are waited for.
+
+Which column, which key (permutations are free in the dimension that is summed, and in M until the rows are stored)
+    Scores: lane 4 g + t reads bytes 32 t to 32 t + 31 of 128 codes of keys g and g + 8 of its warp's 16: sixteen lanes of two
+    keys, 656 bytes apart, hit all banks. Code 16 j' + 4 s + 2 h + e of them is element 8 h + 2 t + e of product 4 j' + s; Q is
+    stored with its columns in that order (`begin`), each row times a power of two that fits it into fp16 (`fit_row`).
+    Values: ldmatrix.trans of pairs of bytes gives a lane keys 2 t and 2 t + 1 of columns 2 g and 2 g + 1; column 2 g is row g
+    of the product, column 2 g + 1 row g + 8. So a lane ends with pairs of neighbouring columns and stores them.
+
+Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
+    shared memory 222,208 of 232,448 bytes; registers 224 math, 56 producers, no spills. With more for math ptxas waits for
+    every wgmma (its remark C7512), and so it does where scores and values are under way at the same time.
+
+Synchronisation
+    full[3, 4]   producer warp q -> warp q of the scores   16 copies
+    empty[3, 4]  math warps -> producer warp q              8 warps, when they have read sixteen keys for the values
+    p_full[2]    weights -> both                            4 warps. It also says: the maximum is final, and the values of
+                 the tile before are done here, so that the other warpgroup may write its P, maximum and factors.
+    known        math -> producers                          8 warps: whether the first tile's scales fit
+    piece_*      as in decode_sparse/kernel.py
+    barriers 1, 2 within a math warpgroup; 3 both, twice per piece and once for the first tile's scales
+
+Deep dive: docs/kernels/decode_sparse.md, fifth round
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.memory import SmemAllocator
+
+from openmla.backends.cute.decode_sparse.config import Config
+from openmla.backends.cute.decode_sparse.kernel import (
+    AHEAD,
+    FIELDS,
+    LAZY_LOG2,
+    LN2,
+    LOG2_E,
+    NO_MAXIMUM,
+    NO_ROW,
+    PIECES,
+    REQUEST,
+    SPLIT_SLOT,
+    DecodeSparse,
+    Scope,
+)
+
+THREADS = 384
+TILES = 3  # of the ring
+ROW = 656
+TILE_BYTES = 64 * ROW
+BIAS = 6.0  # weights begin at 2^6, so that small ones keep their bits in fp16
+
+
+class Swapped(DecodeSparse):
+    """The launch (`__call__`) and the device code."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert config.layout == "fp8_656" and not config.has_extra and self.is_fp16
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        kv: cute.Tensor,
+        indices: cute.Tensor,
+        topk_length: cute.Tensor,
+        extra_kv: cute.Tensor,
+        extra_indices: cute.Tensor,
+        extra_length: cute.Tensor,
+        metadata: cute.Tensor,
+        num_splits: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        out_accum: cute.Tensor,
+        lse2_accum: cute.Tensor,
+        fault_word: cute.Tensor,
+        redo: cute.Tensor,
+        blocks: Int32,
+        page_size: Int32,
+        extra_page_size: Int32,
+        chunk_blocks: Int32,
+        has_length: Int32,
+        has_extra_length: Int32,
+        has_sink: Int32,
+        has_redo: Int32,
+        scale_log2: Float32,
+        stream: cuda.CUstream,
+    ):
+        dtype = cutlass.BFloat16
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dtype)
+
+        def tiled(*shape: int) -> Any:
+            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+        operand = self.operand
+
+        def mma(b_major: Any, of: Any = operand) -> Any:
+            return sm90.make_trivial_tiled_mma(
+                of, of, OperandMajorMode.K, b_major, Float32, (1, 1, 1), (64, 64), warpgroup.OperandSource.RMEM
+            )
+
+        q_layout, p_layout = tiled(64, self.bytes.d_qk), tiled(64, 64, 2)  # p: keys, rows
+        qk, pv = mma(OperandMajorMode.K), mma(OperandMajorMode.MN)
+        qk_first, qk_rope = mma(OperandMajorMode.K, dtype), mma(OperandMajorMode.K, dtype)
+
+        @cute.struct
+        class Storage:
+            full: cute.struct.MemRange[Int64, 4 * TILES]
+            empty: cute.struct.MemRange[Int64, 4 * TILES]
+            p_full: cute.struct.MemRange[Int64, 2]
+            piece_full: cute.struct.MemRange[Int64, PIECES]
+            piece_empty: cute.struct.MemRange[Int64, PIECES]
+            piece: cute.struct.MemRange[Int32, FIELDS * PIECES]
+            plan: cute.struct.MemRange[Int32, 4]
+            valid: cute.struct.MemRange[Int32, 4 * TILES]
+            need: cute.struct.MemRange[Int32, 2]
+            known: cute.struct.MemRange[Int64, 1]
+            verdict: cute.struct.MemRange[Int32, 1]
+            rows: cute.struct.Align[cute.struct.MemRange[Float32, 2 * 64], 16]
+            factor: cute.struct.Align[cute.struct.MemRange[Float32, 2 * 64], 16]
+            warp_peak: cute.struct.Align[cute.struct.MemRange[Float32, 4 * 64], 16]
+            warp_sum: cute.struct.Align[cute.struct.MemRange[Float32, 8 * 64], 16]
+            q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[operand, cute.cosize(p_layout)], 1024]
+            raw: cute.struct.Align[cute.struct.MemRange[Int32, TILES * TILE_BYTES // 4], 128]
+
+        self.storage = Storage
+        self.smem_bytes = Storage.size_in_bytes()
+        self.kernel(
+            q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum, fault_word, redo, blocks,
+            page_size, chunk_blocks, has_length, has_sink, has_redo, scale_log2, qk_first, qk, qk_rope, pv, q_layout, p_layout,
+        ).launch(
+            grid=[cute.ceil_div(q.shape[2], 64), q.shape[1], metadata.shape[0]],
+            block=[THREADS, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        q: cute.Tensor,
+        kv: cute.Tensor,
+        indices: cute.Tensor,
+        topk_length: cute.Tensor,
+        metadata: cute.Tensor,
+        num_splits: cute.Tensor,
+        sink: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        out_accum: cute.Tensor,
+        lse2_accum: cute.Tensor,
+        fault_word: cute.Tensor,
+        redo: cute.Tensor,
+        blocks: Int32,
+        page_size: Int32,
+        chunk_blocks: Int32,
+        has_length: Int32,
+        has_sink: Int32,
+        has_redo: Int32,
+        scale_log2: Float32,
+        qk_first: cute.TiledMma,
+        qk: cute.TiledMma,
+        qk_rope: cute.TiledMma,
+        pv: cute.TiledMma,
+        q_layout: cute.ComposedLayout,
+        p_layout: cute.ComposedLayout,
+    ):
+        m_block, token, part = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        store = SmemAllocator().allocate(self.storage)
+        pointer = lambda name: getattr(store, name).data_ptr()  # noqa: E731
+        base = lambda name: getattr(store, name).data_ptr().toint()  # noqa: E731
+        c = Scope(
+            **{name: pointer(name) for name in ("full", "empty", "p_full", "piece_full", "piece_empty", "known")},
+            **{f"{name}_base": base(name) for name in ("rows", "factor", "warp_peak", "warp_sum", "q", "p", "raw")},
+            piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
+            plan=store.plan.get_tensor(cute.make_layout(4)),
+            valid=store.valid.get_tensor(cute.make_layout((4, TILES))),
+            need=store.need.get_tensor(cute.make_layout(2)),
+            verdict=store.verdict.get_tensor(cute.make_layout(1)),
+            s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner, dtype=self.operand),
+            s_q_stored=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
+            s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
+            q=q, kv=kv, indices=indices, topk_length=topk_length, metadata=metadata, num_splits=num_splits, sink=sink,
+            out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, redo=redo, blocks=blocks,
+            page_size=page_size, chunk_blocks=chunk_blocks, has_length=has_length, has_sink=has_sink,
+            scale_log2=scale_log2, h_q=out.shape[2], qk_first=qk_first, qk=qk, qk_rope=qk_rope, pv=pv,
+            m_block=m_block, token=token, part=part,
+        )  # fmt: skip
+
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for pointer_, count, copies in (
+                    (c.full, 16, 4 * TILES),
+                    (c.empty, 8, 4 * TILES),
+                    (c.p_full, 4, 2),
+                    (c.known, 8, 1),
+                    (c.piece_full, 1, PIECES),
+                    (c.piece_empty, 8 + 3, PIECES),
+                ):
+                    for i in range(copies):
+                        cute.arch.mbarrier_init(pointer_ + i, count)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp_idx < 8:
+            cute.arch.setmaxregister_increase(self.config.roles["math"])
+            self.math(self.with_thread(c))
+        else:
+            cute.arch.setmaxregister_decrease(self.config.roles["producers"])
+            self.gather(self.with_thread(c))
+
+    # ------------------------------------------------------------------ rows, as they are stored
+
+    @cute.jit
+    def gather(self, c: cutlass.Constexpr):
+        """This warp's 16 keys of every tile into the ring; zeros for keys that are not there."""
+        s = Scope(page_log2=self.log2_of(c.page_size), is_lead=c.warp == 0)
+        if s.is_lead:
+            self.begin_plan(c)
+            for first in cutlass.range(AHEAD, unroll=1):
+                self.describe(c, first)
+        tiles = self.next_piece(c, Int32(0))
+        at_piece, left, room, address = Int32(0), Int32(0), Int32(0), Int64(0)
+        index0, extra, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+        index1, extra, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+        index2, extra, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+        offset0, _ = self.locate(c, s, index0, extra)
+        offset1, _ = self.locate(c, s, index1, extra)
+        self.prefetch(c, offset1, extra)
+        slot, phase, piece, turn, void = Int32(0), Int32(1), Int32(0), Int32(0), Int32(0)
+        while tiles > 0:
+            if s.is_lead:
+                self.describe(c, piece + AHEAD)
+            for j in cutlass.range(tiles, unroll=1):
+                if turn == TILES:  # before the first wait for a place
+                    cute.arch.mbarrier_wait(c.known, 0)
+                    void = c.verdict[0]
+                if void == 0:
+                    turn += 1
+                    place = slot * 4 + c.warp
+                    cute.arch.mbarrier_wait(c.empty + place, phase)
+                    self.copy_rows(
+                        c, slot, offset0, c.raw_base + slot * TILE_BYTES + c.warp * (16 * ROW), c.full + place
+                    )
+                    offset0 = offset1
+                    offset1, _ = self.locate(c, s, index2, extra)
+                    self.prefetch(c, offset1, extra)
+                    index2, extra, at_piece, left, room, address = self.next_index(c, at_piece, left, room, address)
+                    slot += 1
+                    if slot == TILES:
+                        slot = Int32(0)
+                        phase = phase ^ 1
+            if c.warp != 0:
+                self.arrive(c.piece_empty + piece % PIECES)
+            piece += 1
+            if void == 0:
+                tiles = self.next_piece(c, piece)
+            else:
+                tiles = Int32(0)
+        if turn > 0:
+            cute.arch.mbarrier_wait(c.known, 0)
+            if c.verdict[0] != 0:  # shared memory must outlive what is on its way there
+                for x in cutlass.range_constexpr(TILES):
+                    if x < turn:
+                        cute.arch.mbarrier_wait(c.full + (4 * x + c.warp), 0)
+
+    @cute.jit
+    def copy_rows(self, c: cutlass.Constexpr, slot: Int32, offset: Int32, to: Int32, full: cutlass.Constexpr):
+        """Sixteen rows by one request each; each of sixteen lanes arrives for its own."""
+        present = cute.arch.vote_ballot_sync(offset != NO_ROW) & 0xFFFF
+        valid, lane, there = c.valid, c.lane, to + c.lane * ROW
+        source = c.kv.iterator.toint() + Int64(cutlass.max(offset, 0)) * 16
+        barrier = full.toint()
+        if lane == 0:
+            valid[c.warp, slot] = present
+        if lane < 16:
+            if offset == NO_ROW:
+                for x in cutlass.range_constexpr(ROW // 16):
+                    cute.arch.inline_ptx(
+                        "{ .reg .b32 z; mov.b32 z, 0; st.shared.v4.b32 [{$r0} + " + str(16 * x) + "], {z, z, z, z}; }",
+                        read_only_args=[there],
+                    )
+                cute.arch.fence_view_async_shared()  # the copy engine may write there later
+                cute.arch.mbarrier_arrive(full)
+            else:
+                cute.arch.mbarrier_arrive_and_expect_tx(full, ROW)
+                cute.arch.inline_ptx(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+                    read_only_args=[there, source, Int32(ROW), barrier],
+                )
+        cute.arch.sync_warp()
+
+    # ------------------------------------------------------------------ the two math warpgroups
+
+    @cute.jit
+    def math(self, c: cutlass.Constexpr):
+        """One loop over all tiles: the scores and weights of every second one, and half of the values of each."""
+        c.qk_first.set(warpgroup.Field.ACCUMULATE, False)
+        c.qk.set(warpgroup.Field.ACCUMULATE, True)
+        c.qk_rope.set(warpgroup.Field.ACCUMULATE, True)
+        c.pv.set(warpgroup.Field.ACCUMULATE, True)
+        s_pt = cute.make_tensor(c.s_p.iterator, cute.select(c.s_p.layout, [1, 0, 2]))
+        s = Scope(
+            b_q=c.qk.make_fragment_B(c.qk.get_slice(c.thread).partition_B(c.s_q)),
+            b_p=c.pv.make_fragment_B(c.pv.get_slice(c.thread).partition_B(s_pt)),
+            b_q_rope=c.qk_rope.make_fragment_B(c.qk_rope.get_slice(c.thread).partition_B(c.s_q_stored)),
+            fragments=[c.qk.make_fragment_A(c.qk.partition_shape_A((64, 64))) for _ in range(2)],
+        )  # fmt: skip
+        s.words = [
+            cute.recast_tensor(cute.make_tensor(each.iterator, cute.make_layout(32)), Int32) for each in s.fragments
+        ]
+        s.rope = cute.recast_tensor(s.fragments[0], cutlass.BFloat16)
+        redo = c.redo
+        if (c.group == 0) & (c.thread == 0):
+            redo[c.part, c.token, c.m_block] = Int32(0)
+        scores = c.qk.make_fragment_C(c.qk.partition_shape_C((64, 64)))
+        accs = [c.pv.make_fragment_C(c.pv.partition_shape_C((64, 64))) for _ in range(4)]
+
+        # Tiles before this piece; phases of P by buffer; pieces.
+        before, p_phase, piece, void = Int32(0), Int32(0), Int32(0), Int32(0)
+        tiles = self.next_piece(c, Int32(0))
+        while tiles > 0:
+            self.begin(c, s, c.piece[REQUEST, piece % PIECES])
+            if piece == 0:
+                void = self.judge(c)
+            if void != 0:
+                tiles = Int32(0)
+            l0, l1 = Float32(0.0), Float32(0.0)
+            for acc in accs:
+                acc.fill(0.0)
+            # Every second tile is this warpgroup's: its scores, the values of the one before beside its weights, its values.
+            j = c.group
+            while j < tiles:
+                slot, phase = (before + j) % TILES, (before + j) // TILES & 1
+                self.scores_of(c, s, scores, slot, phase)
+                if j > 0:
+                    v = self.await_values(c, (before + j + TILES - 1) % TILES, c.group ^ 1, p_phase)
+                    p_phase = p_phase ^ (Int32(2) >> c.group)
+                    warpgroup.wait_group(0)
+                    l0, l1 = self.follow(c, s, accs, c.group ^ 1, l0, l1)
+                    l0, l1 = self.values_and_weights(c, s, v, accs, scores, slot, c.group, l0, l1)
+                else:
+                    warpgroup.wait_group(0)
+                    l0, l1 = self.weights(c, s, scores, slot, c.group, l0, l1)
+                v = self.await_values(c, slot, c.group, p_phase)
+                p_phase = p_phase ^ (Int32(1) << c.group)
+                l0, l1 = self.follow(c, s, accs, c.group, l0, l1)
+                self.values_of(c, s, v, accs, c.group)
+                j += 2
+            warpgroup.wait_group(0)
+            if (j == tiles) & (void == 0):
+                v = self.await_values(c, (before + tiles - 1) % TILES, c.group ^ 1, p_phase)
+                p_phase = p_phase ^ (Int32(2) >> c.group)
+                l0, l1 = self.follow(c, s, accs, c.group ^ 1, l0, l1)
+                self.values_of(c, s, v, accs, c.group ^ 1)
+                warpgroup.wait_group(0)
+            before += tiles
+            if void == 0:
+                self.end(c, s, accs, piece % PIECES, l0, l1)
+                self.arrive(c.piece_empty + piece % PIECES)
+                piece += 1
+                tiles = self.next_piece(c, piece)
+
+    @cute.jit
+    def judge(self, c: cutlass.Constexpr):
+        """Whether fp16 operands would not be exact for the keys of the first tile; then there is nothing to do here."""
+        redo, verdict = c.redo, c.verdict
+        cute.arch.mbarrier_wait(c.full + c.warp, 0)
+        lane = self.fresh_lane(c)
+        there = c.raw_base + (16 * c.warp + lane % 16) * ROW + lane // 16 * 8
+        scale0, scale1 = cute.arch.inline_ptx(
+            "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0} + 512];", write_only_types=[Int32] * 2, read_only_args=[there]
+        )
+        worst = self.unfit(self.unfit(Int32(0), scale0), scale1)
+        void = cute.arch.inline_ptx(
+            "{ .reg .pred p, q; setp.gt.u32 p, {$r0}, 21; bar.red.or.pred q, 3, 256, p; selp.b32 {$w0}, 1, 0, q; }",
+            write_only_types=[Int32],
+            read_only_args=[worst],
+        )
+        if (c.group == 0) & (c.thread == 0):
+            verdict[0] = void
+            if void != 0:
+                redo[c.part, c.token, c.m_block] = Int32(1)
+        self.arrive(c.known)
+        return cute.arch.make_warp_uniform(void)
+
+    @cute.jit
+    def begin(self, c: cutlass.Constexpr, s: cutlass.Constexpr, request: Int32):
+        """Q into shared memory, columns in the order of the products; the running maximum of every row."""
+        lane = self.fresh_lane(c)
+        if c.group == 0:
+            if c.warp == 0:
+                self.store_pair(c.rows_base + lane * 16, Float32(NO_MAXIMUM), Float32(NO_MAXIMUM))
+        t, hi = lane % 4, lane // 4 % 2
+        for y in cutlass.range_constexpr(2):
+            row = (c.group * 4 + c.warp) * 8 + 4 * y + lane // 8
+            head = c.m_block * 64 + row
+            is_row = Int32(1) if head < c.h_q else Int32(0)
+            line = c.q[request, c.token, cutlass.min(head, c.h_q - 1), None]
+            code_from = line.iterator.toint() + Int64((4 * t + hi) * 16)
+            rope_from = line.iterator.toint() + Int64((2 * t + hi) * 16)
+            words = cute.make_rmem_tensor(4 * 9, Int32)
+            for x in cutlass.range_constexpr(9):
+                words[4 * x], words[4 * x + 1], words[4 * x + 2], words[4 * x + 3] = cute.arch.inline_ptx(
+                    "{ .reg .pred p; setp.ne.s32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; mov.b32 {$w2}, 0;"
+                    " mov.b32 {$w3}, 0; @p ld.global.nc.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + "
+                    + str(1024 if x == 8 else 256 * (x // 2) + 32 * (x % 2))
+                    + "]; }",
+                    write_only_types=[Int32] * 4,
+                    read_only_args=[rope_from if x == 8 else code_from, is_row],
+                )
+            self.fit_row(c, lane, row, words)
+            to = c.q_base + row * 128 + ((4 * hi) ^ (row % 8)) * 16 + 4 * t
+            for x in cutlass.range_constexpr(9):
+                for w in cutlass.range_constexpr(4):  # (lo, h)
+                    cute.arch.inline_ptx(
+                        "st.shared.b32 [{$r0} + " + str(8192 * x) + "], {$r1};",
+                        read_only_args=[to ^ (16 * w), words[4 * x + w]],
+                    )
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=3, number_of_threads=256)
+
+    @cute.jit
+    def fit_row(self, c: cutlass.Constexpr, lane: Int32, row: Int32, words: cute.Tensor):
+        """A row of Q, in eight lanes, as fp16 times the power of two that brings its largest element to 2^14; RoPE stays bf16."""
+        peak = Int32(0)
+        for x in cutlass.range_constexpr(36):
+            peak = self.larger(peak, words[x])
+        for d in (1, 2, 4):
+            peak = self.larger(peak, cute.arch.shuffle_sync_bfly(peak, d))
+        peak = cutlass.max(peak & 0xFFFF, (peak >> 16) & 0xFFFF)
+        exponent = cutlass.max(peak >> 7, 15)  # at least 2^-112, so that the factor is a normal number
+        sign = Float32(1.0) if c.scale_log2 > 0.0 else Float32(-1.0)
+        size = c.scale_log2 * sign
+        if c.scale_log2 == 0.0:
+            sign, size = Float32(0.0), Float32(1.0)
+        factor = self.as_float((268 - exponent) << 23) * sign
+        # Positive, for what is masked is -inf; logits are nothing where the product is smaller.
+        scale = cute.arch.fmax(size * self.as_float((exponent - 14) << 23), Float32(1.0e-30))
+        there = c.rows_base + (row // 2 * 16 + row % 2 * 4 + 8)
+        if lane % 8 == 0:
+            cute.arch.inline_ptx("st.shared.f32 [{$r0}], {$r1};", read_only_args=[there, scale])
+        for x in cutlass.range_constexpr(36):
+            words[x] = self.fitted(words[x], factor, x < 32)
+
+    @cute.jit
+    def unfit(self, worst: Int32, scale: Int32):
+        """The larger of `worst` and what is 0 to 21 for powers of two from 2^-14 to 2^7 and for 0, else more."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 u; .reg .pred p; setp.eq.s32 p, {$r1}, 0; sub.s32 u, {$r1}, 947912704; shf.l.wrap.b32 u, u, u, 9;"
+            " selp.b32 u, 0, u, p; max.u32 {$w0}, {$r0}, u; }",
+            write_only_types=[Int32],
+            read_only_args=[worst, scale],
+        )
+
+    @cute.jit
+    def scores_of(self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, slot: Int32, phase: Int32):
+        """S^T of one tile: nine groups of four products, the keys of one converted while the one before is multiplied."""
+        cute.arch.mbarrier_wait(c.full + (slot * 4 + c.warp), phase)
+        lane = self.fresh_lane(c)
+        first = c.raw_base + slot * TILE_BYTES + (16 * c.warp + lane // 4) * ROW
+        chunk_from = first + lane % 4 * 32
+        scales = cute.make_rmem_tensor(2, Int32)
+        raw = cute.make_rmem_tensor(8, Int32)
+        worst = Int32(0)
+        for k in cutlass.range_constexpr(9):  # RoPE, then 64 codes at a time
+            words, b = s.words[k % 2], k - 1
+            if const_expr(k == 0):
+                warpgroup.wait_group(1)
+                for x in cutlass.range_constexpr(2):
+                    for side in cutlass.range_constexpr(2):
+                        self.take(chunk_from, 8 * ROW * side + 528 + 16 * x, raw, 4 * side)
+                        for y in cutlass.range_constexpr(4):  # (step within the chunk, h)
+                            words[4 * (2 * x + y // 2) + 2 * (y % 2) + side] = raw[4 * side + y]
+                warpgroup.wait_group(0)  # the values of the tile before
+            else:
+                if const_expr(b % 2 == 0):
+                    for side in cutlass.range_constexpr(2):
+                        scales[side] = cute.arch.inline_ptx(
+                            "ld.shared.b32 {$w0}, [{$r0} + " + str(8 * ROW * side + 512 + 2 * b) + "];",
+                            write_only_types=[Int32],
+                            read_only_args=[first],
+                        )
+                        worst = self.unfit(worst, scales[side])
+                        scales[side] = self.pair_of(scales[side], scales[side])
+                for side in cutlass.range_constexpr(2):
+                    self.take(chunk_from, 8 * ROW * side + 128 * (b // 2) + 16 * (b % 2), raw, 4 * side)
+                if const_expr(k >= 2):
+                    warpgroup.wait_group(1)
+                for step in cutlass.range_constexpr(4):
+                    for side in cutlass.range_constexpr(2):
+                        words[4 * step + side], words[4 * step + 2 + side] = self.key_words(
+                            raw[4 * side + step], scales[side]
+                        )
+            warpgroup.fence()
+            for step in cutlass.range_constexpr(4):
+                if const_expr(k == 0):
+                    cute.gemm(
+                        c.qk_first if const_expr(step == 0) else c.qk_rope,
+                        acc, s.rope[None, None, step], s.b_q_rope[None, None, 32 + step], acc,
+                    )  # fmt: skip
+                else:
+                    cute.gemm(c.qk, acc, s.fragments[k % 2][None, None, step], s.b_q[None, None, 4 * b + step], acc)
+            warpgroup.commit_group()
+        bad = cute.arch.vote_any_sync(cutlass.Uint32(worst) > cutlass.Uint32(21))
+        redo = c.redo
+        if bad:
+            if lane == 0:
+                redo[c.part, c.token, c.m_block] = Int32(1)
+
+    @cute.jit
+    def pair_of(self, low: Int32, high: Int32):
+        """Two scales as a pair of fp16."""
+        return cute.arch.inline_ptx(
+            "cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};",
+            write_only_types=[Int32],
+            read_only_args=[self.as_float(low), self.as_float(high)],
+        )
+
+    @cute.jit
+    def key_words(self, codes: Int32, scale: Int32):
+        """Four neighbouring codes of a key as two pairs of bf16."""
+        return self.dequantise(codes, scale)
+
+    @cute.jit
+    def take(self, there: Int32, more: cutlass.Constexpr, into: cute.Tensor, at: cutlass.Constexpr):
+        """Sixteen bytes of shared memory."""
+        into[at], into[at + 1], into[at + 2], into[at + 3] = cute.arch.inline_ptx(
+            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + " + str(more) + "];",
+            write_only_types=[Int32] * 4,
+            read_only_args=[there],
+        )
+
+    @cute.jit
+    def fresh_lane(self, c: cutlass.Constexpr):
+        """The lane, through a shuffle, which stays where it is written: addresses made of it are not kept between phases."""
+        return cute.arch.shuffle_sync_bfly(c.lane, 0)
+
+    # ------------------------------------------------------------------ softmax: rows are N, keys are M
+
+    @cute.jit
+    def await_values(self, c: cutlass.Constexpr, slot: Int32, buf: Int32, p_phase: Int32) -> Scope:
+        """Wait for the weights in a buffer, which says too that the maximum is final; the first sixteen keys of their tile."""
+        cute.arch.mbarrier_wait(c.p_full + buf, (p_phase >> buf) & 1)
+        v = self.value_places(c, slot)
+        self.take_values(v, 0)
+        return v
+
+    @cute.jit
+    def follow(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, accs: cutlass.Constexpr, buf: Int32, l0: Float32, l1: Float32
+    ):
+        """Rescale what there is if the reference moved with the weights in a buffer."""
+        if c.need[buf] != 0:
+            l0, l1 = self.rescale_all(c, s, accs, buf, l0, l1)
+        return l0, l1
+
+    @cute.jit
+    def weights(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, slot: Int32, buf: Int32, l0: Float32, l1: Float32,
+    ):  # fmt: skip
+        """Weights of the first tile of a piece to shared memory."""
+        lane, l0, l1 = self.refer(c, s, acc, slot, buf, l0, l1)
+        for q in cutlass.range_constexpr(4):
+            self.quarter(c, lane, acc, buf, q)
+        more0, more1 = self.sums_of(lane, acc)
+        self.publish_p(c, lane, buf)
+        return l0 + more0, l1 + more1
+
+    @cute.jit
+    def refer(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, acc: cute.Tensor, slot: Int32, buf: Int32, l0: Float32, l1: Float32,
+    ):  # fmt: skip
+        """Mask a tile, and move the reference of every row if any score exceeds it by 2^8.
+
+        A lane has keys g, g + 8 of rows 8 i + 2 t + e; its sums are of rows 2 lane + e.
+        """
+        lane = self.fresh_lane(c)
+        present = c.valid[c.warp, slot]
+        if present != 0xFFFF:
+            for side in cutlass.range_constexpr(2):
+                if (present >> (lane // 4 + 8 * side)) & 1 == 0:
+                    for x in cutlass.range_constexpr(16):
+                        acc[x // 2 * 4 + 2 * side + x % 2] = -Float32.inf
+        tops = [-Float32.inf] * 4
+        for i in cutlass.range_constexpr(8):
+            p0, p1, f0, f1 = self.take_rows_of(c, lane, i)
+            for e in cutlass.range_constexpr(2):
+                f, p = (f0, p0) if e == 0 else (f1, p1)
+                top = self.product(cute.arch.fmax(acc[4 * i + e], acc[4 * i + 2 + e]), f) - p
+                tops[2 * (i % 2) + e] = cute.arch.fmax(tops[2 * (i % 2) + e], top)
+        top = cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
+        over = Int32(1) if top > Float32(LAZY_LOG2 + BIAS) else Int32(0)
+        need = cute.arch.inline_ptx(
+            "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; bar.red.or.pred q, {$r1}, 128, p; selp.b32 {$w0}, 1, 0, q; }",
+            write_only_types=[Int32],
+            read_only_args=[over, c.group + 1],
+        )
+        if need != 0:
+            l0, l1 = self.raise_peaks(c, lane, acc, buf, l0, l1)
+        flag = c.need
+        if (c.warp == 0) & (lane == 0):
+            flag[buf] = need
+        return lane, l0, l1
+
+    @cute.jit
+    def quarter(self, c: cutlass.Constexpr, lane: Int32, acc: cute.Tensor, buf: Int32, q: cutlass.Constexpr):
+        """Weights of sixteen rows, P^T: a line of 128 bytes per key, rows side by side, 128-byte swizzle."""
+        to = c.p_base + buf * 8192 + (16 * c.warp + lane % 16) * 128 + ((lane // 16) ^ (lane % 8)) * 16
+        for i in cutlass.range_constexpr(2 * q, 2 * q + 2):
+            p0, p1, f0, f1 = self.take_rows_of(c, lane, i)
+            for x in cutlass.range_constexpr(4):
+                f, p = (f0, p0) if x % 2 == 0 else (f1, p1)
+                acc[4 * i + x] = cute.math.exp2(self.product(acc[4 * i + x], f) - p, fastmath=True)
+        words = cute.make_rmem_tensor(4, Int32)
+        for x in cutlass.range_constexpr(4):
+            words[x] = cute.arch.inline_ptx(
+                "cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};",
+                write_only_types=[Int32],
+                read_only_args=[acc[8 * q + 2 * x], acc[8 * q + 2 * x + 1]],
+            )
+        cute.arch.inline_ptx(
+            "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+            read_only_args=[to ^ (32 * q), words[0], words[1], words[2], words[3]],
+        )
+
+    @cute.jit
+    def sums_of(self, lane: Int32, acc: cute.Tensor):
+        """What a tile's weights add to the sums of rows 2 lane and 2 lane + 1, of this warp's keys."""
+        rows = cute.make_rmem_tensor(16, Float32)
+        for x in cutlass.range_constexpr(16):
+            rows[x] = acc[x // 2 * 4 + x % 2] + acc[x // 2 * 4 + 2 + x % 2]
+        return self.fold(lane, rows, False)
+
+    @cute.jit
+    def publish_p(self, c: cutlass.Constexpr, lane: Int32, buf: Int32):
+        """The weights are there."""
+        cute.arch.fence_view_async_shared()
+        self.arrive(c.p_full + buf)
+
+    @cute.jit
+    def fold(self, lane: Int32, rows: cute.Tensor, is_max: cutlass.Constexpr):
+        """Over the eight lanes that share rows: of 16 rows per lane, the results of rows 2 lane and 2 lane + 1."""
+        kept = cute.make_rmem_tensor(16, Float32)
+        for x in cutlass.range_constexpr(16):
+            kept[x] = rows[x]
+        for step in cutlass.range_constexpr(3):
+            half = 8 >> step
+            is_high = (lane & (2 * half)) != 0
+            for x in cutlass.range_constexpr(half):
+                low, high = kept[x], kept[half + x]
+                sent = cute.arch.shuffle_sync_bfly(low if is_high else high, 2 * half)
+                mine = high if is_high else low
+                if const_expr(is_max):
+                    kept[x] = cute.arch.fmax(mine, sent)
+                else:
+                    kept[x] = mine + sent
+        return kept[0], kept[1]
+
+    @cute.jit
+    def raise_peaks(self, c: cutlass.Constexpr, lane: Int32, acc: cute.Tensor, buf: Int32, l0: Float32, l1: Float32):
+        """A score exceeds its row's reference by 2^8: the largest of the tile becomes the reference, of every row."""
+        rows = cute.make_rmem_tensor(16, Float32)
+        for i in cutlass.range_constexpr(8):
+            _, _, f0, f1 = self.take_rows_of(c, lane, i)
+            for e in cutlass.range_constexpr(2):
+                rows[2 * i + e] = self.product(cute.arch.fmax(acc[4 * i + e], acc[4 * i + 2 + e]), f0 if e == 0 else f1)
+        x0, x1 = self.fold(lane, rows, True)
+        self.store_pair(c.warp_peak_base + c.warp * 256 + lane * 8, x0, x1)
+        m0, m1 = self.take_pair(c.rows_base + lane * 16, 0)
+        cute.arch.barrier(barrier_id=c.group + 1, number_of_threads=128)
+        n0, n1 = m0, m1
+        for w in cutlass.range_constexpr(4):
+            x0, x1 = self.take_pair(c.warp_peak_base + lane * 8, 256 * w)
+            n0, n1 = cute.arch.fmax(n0, x0 - Float32(BIAS)), cute.arch.fmax(n1, x1 - Float32(BIAS))
+        f0, f1 = cute.math.exp2(m0 - n0, fastmath=True), cute.math.exp2(m1 - n1, fastmath=True)
+        if c.warp == 0:
+            self.store_pair(c.rows_base + lane * 16, n0, n1)
+            self.store_pair(c.factor_base + buf * 256 + lane * 8, f0, f1)
+        cute.arch.barrier(barrier_id=c.group + 1, number_of_threads=128)
+        return l0 * f0, l1 * f1
+
+    @cute.jit
+    def product(self, x: Float32, y: Float32):
+        """Rounded by itself: the reference is such a product, and in one operation with its subtraction logits of 10^9 would be
+        hundreds off from it."""
+        return cute.arch.inline_ptx(
+            "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+        )  # fmt: skip
+
+    @cute.jit
+    def take_rows_of(self, c: cutlass.Constexpr, lane: Int32, i: cutlass.Constexpr):
+        """References of rows 8 i + 2 t and the next, then the factors that make logits of their products."""
+        return cute.arch.inline_ptx(
+            "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + " + str(64 * i) + "];",
+            write_only_types=[Float32] * 4,
+            read_only_args=[c.rows_base + lane % 4 * 16],
+        )
+
+    @cute.jit
+    def take_rows(self, base: Int32, into: cute.Tensor):
+        """Of 64 numbers, one per row, those of rows 8 i + 2 t + e."""
+        for i in cutlass.range_constexpr(8):
+            into[2 * i], into[2 * i + 1] = self.take_pair(base, 32 * i)
+
+    @cute.jit
+    def take_pair(self, there: Int32, more: cutlass.Constexpr):
+        """Two fp32 numbers of shared memory."""
+        return cute.arch.inline_ptx(
+            "ld.shared.v2.f32 {{$w0}, {$w1}}, [{$r0} + " + str(more) + "];",
+            write_only_types=[Float32] * 2,
+            read_only_args=[there],
+        )
+
+    @cute.jit
+    def store_pair(self, there: Int32, x0: Float32, x1: Float32):
+        """Two fp32 numbers to shared memory."""
+        cute.arch.inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[there, x0, x1])
+
+    # ------------------------------------------------------------------ O^T += V^T P^T
+
+    @cute.jit
+    def rescale_all(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, accs: cutlass.Constexpr, buf: Int32, l0: Float32, l1: Float32
+    ):
+        """The reference moved with the weights in a buffer: O^T, and the sums if the other warpgroup moved it."""
+        factors = cute.make_rmem_tensor(16, Float32)
+        lane = self.fresh_lane(c)
+        self.take_rows(c.factor_base + buf * 256 + lane % 4 * 8, factors)
+        for acc in accs:
+            for x in cutlass.range_constexpr(32):
+                acc[x] = acc[x] * factors[x // 4 * 2 + x % 2]
+        if buf != c.group:
+            f0, f1 = self.take_pair(c.factor_base + buf * 256 + lane * 8, 0)
+            l0, l1 = l0 * f0, l1 * f1
+        return l0, l1
+
+    @cute.jit
+    def values_of(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, v: cutlass.Constexpr, accs: cutlass.Constexpr, buf: Int32
+    ):
+        """256 columns of one tile: sixteen keys after the other, each handed back as soon as it is in registers."""
+        for q in cutlass.range_constexpr(4):
+            if const_expr(q >= 2):
+                warpgroup.wait_group(1)
+            self.multiply_values(c, s, v, accs, buf, q)
+            if const_expr(q < 3):
+                self.take_values(v, q + 1)
+
+    @cute.jit
+    def values_and_weights(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, v: cutlass.Constexpr, accs: cutlass.Constexpr, acc: cute.Tensor,
+        slot: Int32, buf: Int32, l0: Float32, l1: Float32,
+    ):  # fmt: skip
+        """`values_of` the tile before, and the weights of this one between its products."""
+        self.multiply_values(c, s, v, accs, buf ^ 1, 0)
+        lane, l0, l1 = self.refer(c, s, acc, slot, buf, l0, l1)
+        self.take_values(v, 1)
+        for q in cutlass.range_constexpr(1, 4):
+            if const_expr(q >= 2):
+                warpgroup.wait_group(1)
+            self.multiply_values(c, s, v, accs, buf ^ 1, q)
+            if const_expr(q < 3):
+                self.take_values(v, q + 1)
+            self.quarter(c, lane, acc, buf, q - 1)
+        self.quarter(c, lane, acc, buf, 3)
+        more0, more1 = self.sums_of(lane, acc)
+        warpgroup.wait_group(0)
+        self.publish_p(c, lane, buf)
+        return l0 + more0, l1 + more1
+
+    def value_places(self, c: cutlass.Constexpr, slot: Int32) -> Scope:
+        """Where a lane takes the values of a tile, and the registers for sixteen keys of them."""
+        lane = self.fresh_lane(c)
+        base = c.raw_base + slot * TILE_BYTES
+        return Scope(
+            slot=slot,
+            value_from=base + lane % 16 * ROW + c.group * 256 + c.warp * 64 + lane // 16 * 16,
+            scale_from=base + lane % 4 * (2 * ROW) + 512 + c.group * 8 + c.warp // 2 * 4,
+            raw=cute.make_rmem_tensor(8, Int32),
+            scales=cute.make_rmem_tensor(4, Int32),
+        )
+
+    @cute.jit
+    def take_values(self, v: cutlass.Constexpr, q: cutlass.Constexpr):
+        """Codes and scales of sixteen keys."""
+        raw, scales = v.raw, v.scales
+        for x in cutlass.range_constexpr(2):
+            raw[4 * x], raw[4 * x + 1], raw[4 * x + 2], raw[4 * x + 3] = cute.arch.inline_ptx(
+                "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + "
+                + str(16 * ROW * q + 32 * x)
+                + "];",
+                write_only_types=[Int32] * 4,
+                read_only_args=[v.value_from],
+            )
+        for x in cutlass.range_constexpr(4):  # keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+            scales[x] = cute.arch.inline_ptx(
+                "ld.shared.b32 {$w0}, [{$r0} + " + str(ROW * (16 * q + x % 2 + x // 2 * 8)) + "];",
+                write_only_types=[Int32],
+                read_only_args=[v.scale_from],
+            )
+
+    @cute.jit
+    def multiply_values(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, v: cutlass.Constexpr, accs: cutlass.Constexpr, buf: Int32,
+        q: cutlass.Constexpr,
+    ):  # fmt: skip
+        """Convert sixteen keys, hand them back, and begin their products."""
+        words, raw, scales = s.words[q % 2], v.raw, v.scales
+        for x in cutlass.range_constexpr(2):
+            scales[2 * x] = self.pair_of(scales[2 * x], scales[2 * x + 1])
+        for x in cutlass.range_constexpr(8):  # tile of 64 columns x / 2, keys + 8 (x % 2)
+            at = 4 * (x // 2) + 2 * (x % 2)
+            words[at], words[at + 1] = self.value_words(raw[x], scales[2 * (x % 2)])
+        self.arrive(c.empty + (v.slot * 4 + q))
+        warpgroup.fence()
+        for m in cutlass.range_constexpr(4):
+            cute.gemm(
+                c.pv, accs[m], s.fragments[q % 2][None, None, m], s.b_p[None, None, q, buf], accs[m]
+            )  # fmt: skip
+        warpgroup.commit_group()
+
+    @cute.jit
+    def value_words(self, codes: Int32, scales: Int32):
+        """Two keys of two columns: pairs of keys in fp16, of the one column and of the other."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b16 lo, hi; .reg .b32 a, b, c; prmt.b32 c, {$r0}, 0, 0x3120; mov.b32 {lo, hi}, c;"
+            " cvt.rn.f16x2.e4m3x2 a, lo; cvt.rn.f16x2.e4m3x2 b, hi;"
+            " mul.rn.f16x2 {$w0}, a, {$r1}; mul.rn.f16x2 {$w1}, b, {$r1}; }",
+            write_only_types=[Int32, Int32],
+            read_only_args=[codes, scales],
+        )
+
+    # ------------------------------------------------------------------ results of a piece
+
+    @cute.jit
+    def from_lane_float(self, value: Float32, lane: Int32, more: cutlass.Constexpr):
+        """What lane `lane + more` holds."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 t; add.s32 t, {$r1}, " + str(more) + "; shfl.sync.idx.b32 {$w0}, {$r0}, t, 31, -1; }",
+            write_only_types=[Float32],
+            read_only_args=[value, lane],
+        )
+
+    @cute.jit
+    def end(
+        self,
+        c: cutlass.Constexpr,
+        s: cutlass.Constexpr,
+        accs: cutlass.Constexpr,
+        index: Int32,
+        l0: Float32,
+        l1: Float32,
+    ):
+        """Sums of all warps, log-sum-exp, and this warp's 64 columns of O^T."""
+        lane = self.fresh_lane(c)
+        m0, m1 = self.take_pair(c.rows_base + lane * 16, 0)
+        self.store_pair(c.warp_sum_base + (c.group * 4 + c.warp) * 256 + lane * 8, l0, l1)
+        cute.arch.barrier(barrier_id=3, number_of_threads=256)
+        l0, l1 = Float32(0.0), Float32(0.0)
+        for w in cutlass.range_constexpr(8):
+            x0, x1 = self.take_pair(c.warp_sum_base + lane * 8, 256 * w)
+            l0, l1 = l0 + x0, l1 + x1
+        split_slot, request = c.piece[SPLIT_SLOT, index], c.piece[REQUEST, index]
+        lse, lse2_accum = c.lse, c.lse2_accum
+        inverses = cute.make_rmem_tensor(2, Float32)
+        for e in cutlass.range_constexpr(2):
+            m, l = (m0, l0) if e == 0 else (m1, l1)  # noqa: E741
+            head = c.m_block * 64 + 2 * lane + e
+            inverse, lse2 = Float32(0.0), -Float32.inf
+            if l != 0.0:  # also NaN, which shall be seen
+                inverse = Float32(1.0) / l
+                lse2 = m + cute.math.log2(l)
+            if head < c.h_q:
+                is_writer = (c.group == 0) & (c.warp == 0)
+                if split_slot >= 0:
+                    if is_writer:
+                        lse2_accum[split_slot, c.token * c.h_q + head] = lse2
+                else:
+                    if is_writer:
+                        lse[request, head, c.token] = lse2 * Float32(LN2)
+                    if c.has_sink != 0:
+                        weight = cute.math.exp2(c.sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
+                        if l != 0.0:  # an empty row stays 0, also for a sink of -inf
+                            inverse = inverse / (Float32(1.0) + weight)
+            inverses[e] = inverse
+        self.store_out_of(c, s, accs, inverses, split_slot, request)
+
+    @cute.jit
+    def store_out_of(
+        self, c: cutlass.Constexpr, s: cutlass.Constexpr, accs: cutlass.Constexpr, inverses: cute.Tensor,
+        split_slot: Int32, request: Int32,
+    ):  # fmt: skip
+        """Pairs of neighbouring columns, eight lanes side by side: 32 bytes of bf16, or 64 of fp32."""
+        lane = self.fresh_lane(c)
+        column = c.group * 256 + c.warp * 64 + lane // 4 * 2
+        for i in cutlass.range_constexpr(8):
+            for e in cutlass.range_constexpr(2):
+                inverse = self.from_lane_float(inverses[e], lane % 4, 4 * i)
+                head = c.m_block * 64 + 8 * i + 2 * (lane % 4) + e
+                if head < c.h_q:
+                    if split_slot >= 0:
+                        line = c.out_accum[split_slot, c.token * c.h_q + head, None]
+                        there = line.iterator.toint() + Int64(column) * 4
+                        for m in cutlass.range_constexpr(4):
+                            cute.arch.inline_ptx(
+                                "st.global.v2.f32 [{$r0} + " + str(64 * m) + "], {{$r1}, {$r2}};",
+                                read_only_args=[there, accs[m][4 * i + e] * inverse, accs[m][4 * i + 2 + e] * inverse],
+                            )
+                    else:
+                        line = c.out[request, c.token, head, None]
+                        there = line.iterator.toint() + Int64(column) * 2
+                        for m in cutlass.range_constexpr(4):
+                            cute.arch.inline_ptx(
+                                "{ .reg .b32 w; cvt.rn.bf16x2.f32 w, {$r2}, {$r1}; st.global.b32 [{$r0} + "
+                                + str(32 * m)
+                                + "], w; }",
+                                read_only_args=[there, accs[m][4 * i + e] * inverse, accs[m][4 * i + 2 + e] * inverse],
+                            )
