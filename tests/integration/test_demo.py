@@ -18,7 +18,7 @@ from openmla.core.errors import ConfigError, ProblemError, UnsupportedError
 from openmla.integrations.transformers import PagedModel
 from openmla.kv.cache import PagedKVCache
 from openmla.lab.demo import report, run, tiny
-from openmla.lab.demo.report import duration, render_demo_report
+from openmla.lab.demo.report import render_demo_report
 from openmla.lab.demo.serve import Watch, serve
 from openmla.lab.progress import LiveDisplay, Stages
 from openmla.ops import native
@@ -275,16 +275,6 @@ def test_text_has_an_end() -> None:
     assert tiny.text(10) == tiny.text(100)[:10]
     with pytest.raises(ValueError, match="asked for"):
         tiny.text(10**9)
-
-
-def test_durations_read_well() -> None:
-    assert [duration(x) for x in (1.5, 0.0421, 8.12e-4, 0.1, 3e-9)] == [
-        "1.50 s",
-        "42.1 ms",
-        "812 µs",
-        "100 ms",
-        "0.00 µs",
-    ]
 
 
 def test_stages_tell_and_time(capsys) -> None:

@@ -117,8 +117,18 @@ def test_page_that_cannot_be_written(tmp_path):
 
 
 def test_units():
-    assert [page.duration(value) for value in (1.5, 0.00421, 8.12e-5)] == ["1.5 s", "4.21 ms", "81.2 us"]
-    assert [page.amount(value) for value in (656, 4718592, 3 * 2**30)] == ["656 B", "4.5 MiB", "3 GiB"]
+    durations = {
+        1.5: "1.50 s",
+        0.0421: "42.1 ms",
+        8.12e-5: "81.2 us",
+        9.997e-4: "1000 us",
+        0.1: "100 ms",
+        3e-9: "0.00 us",
+    }
+    assert {value: page.duration(value) for value in durations} == durations
+    amounts = {656: "656 B", 4718592: "4.5 MiB", 3 * 2**30: "3 GiB", 2**20 - 300: "1,024 KiB"}
+    assert {value: page.amount(value) for value in amounts} == amounts
+    assert [page.number(value) for value in (0.02891, 34.31, 999.7, 2440.4)] == ["0.0289", "34.3", "1,000", "2,440"]
 
 
 PLACE = "before\n<!-- rows: r.jsonl, {} -->\nold\n<!-- end of rows -->\nafter\n"

@@ -6,6 +6,7 @@ for light and dark; the file loads nothing. Text between backticks is set as cod
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,20 +117,19 @@ def write(page: Page, path: Path) -> None:
 
 def duration(seconds: float) -> str:
     """Three digits and a unit: 812 us, 4.21 ms, 1.50 s."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds * 1e6:.3g} us"
+    unit, name = next((each for each in ((1.0, "s"), (1e-3, "ms")) if seconds >= each[0]), (1e-6, "us"))
+    value = seconds / unit
+    return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {name}"  # %g would write 999.7 as 1e+03
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many digits, whole numbers from 1000 on in full: 0.0289, 34.3, 2,440."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    """So many digits, from 1000 on whole numbers: 0.0289, 34.3, 2,440."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.{digits}g}"  # %g would write 999.7 as 1e+03
 
 
 def amount(count: float, unit: str = "B") -> str:
     """Three digits with a binary prefix: 656 B, 4.5 MiB."""
     for step, prefix in ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):
         if count >= step:
-            return f"{count / step:.3g} {prefix}{unit}"
+            return f"{number(count / step)} {prefix}{unit}"
     return f"{count:.4g} {unit}"

@@ -12,6 +12,7 @@ from typing import Any
 from openmla.core.errors import ConfigError
 from openmla.lab.demo.measure import Rate
 from openmla.lab.demo.result import DemoResult
+from openmla.lab.page import duration
 
 _MEANING = {
     "HARD": "each number of the output, against a bound from its number format",
@@ -27,15 +28,6 @@ def check_installed() -> None:
     missing = [name for name in ("jinja2", "matplotlib", "transformers") if find_spec(name) is None]
     if missing:
         raise ConfigError(f'the demo needs {", ".join(missing)}; run: pip install "openmla[demo]"')
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit: 812 µs, 4.21 ms, 1.50 s."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit or name == "µs":
-            value = seconds / unit
-            return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {name}"
-    raise AssertionError("the last unit takes everything")
 
 
 def _times(ratio: float) -> str:
