@@ -8,8 +8,7 @@ Computes
 Schedule
     A warp stores four tokens, eight lanes each: lane 8 t + c has columns 64 j + 8 c to 64 j + 8 c + 7 of token t, chunk j for
     chunk, 16 bytes each. It asks for their slots and positions, then at once for all of their columns (4.5 KB), so that a token
-    costs one latency of memory; the tables of RoPE, which hang on the position, are waited for where all columns but the last
-    64 are done. Groups of scales are lanes of one token: their largest magnitudes meet by shuffles, two groups in one register.
+    costs one latency of memory, two with RoPE, whose tables hang on the position (log 4 of the page). Groups of scales are lanes of one token: their largest magnitudes meet by shuffles, two groups in one register.
     Codes out, 8 bytes per lane and chunk (e2m1: 4); scales at the end, a lane per group.
     No shared memory, no barrier. Address 0 stands for a token that is not stored; its row is read like the others.
 
