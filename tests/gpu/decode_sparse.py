@@ -482,7 +482,11 @@ def peer_call(c):
 
 
 def graphed(call):
-    """The call as a CUDA graph: host time of nobody counts."""
+    """The call as a CUDA graph: host time of nobody counts.
+
+    It keeps the call alive. What a call makes when it first runs and keeps, as the peer's does its metadata (`peer_call`), lies
+    outside the graph's memory; with the call gone, replays would read freed memory: wrong times, then an illegal access.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -491,7 +495,7 @@ def graphed(call):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         keep = call()
-    return lambda: (graph.replay(), keep)[0]
+    return lambda: (graph.replay(), keep, call)[0]
 
 
 def interleaved(calls, rounds, flush):
