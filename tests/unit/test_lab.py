@@ -286,6 +286,8 @@ def test_rows_carry_ratios_fractions_and_reasons(monkeypatch, tmp_path):
     assert ours.tflops == pytest.approx(ours.flops / ours.median_us / 1e6)
     assert ours.fraction_gemm == pytest.approx(ours.tflops / 0.5)
     assert ours.fraction_roofline == max(ours.fraction_gemm, ours.fraction_read)
+    coded = dataclasses.replace(ours, dtype="e4m3", fraction_gemm=1.08, fraction_read=0.5)
+    assert coded.fraction_roofline == 0.5, "the product beside it is one of bf16"
     assert "flash_mla" in {each.who for each in result.refusals}
     text = table.case_table(result)
     assert "not run: " in text
