@@ -1,4 +1,4 @@
-"""The figures of issue 5 in one run on one GPU: `portable.py figures`, about half a minute on an H100.
+"""The figures of issue 5 in one run on one GPU: `portable.py figures`, about a minute on an H100.
 
 First every kernel of Triton's is called once, each in a process of its own, side by side: Triton compiles for seconds, and
 leaves what it compiled on disk. Then one process times, and nothing else runs. What is closest to its bar comes first, and
