@@ -75,28 +75,29 @@ class Step:
         self.table = wide[:BATCH, :WIDEST]
 
 
-def dense(interface: ModuleType, step: Step, is_fp8: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """As FlashMLABackend.forward_decode has it."""
-    h_q, s_q = step.q.shape[2], step.q.shape[1]
-    cache = step.rows.view(-1, PAGE, 1, 576)
-    codes: dict[str, torch.Tensor] = {}
-    q = step.q
-    if is_fp8:
-        one = torch.ones(1, device=q.device)
-        q, cache, codes = (
-            q.to(torch.float8_e4m3fn), cache.to(torch.float8_e4m3fn), {"descale_q": one, "descale_k": one},
-        )  # fmt: skip
-    made = interface.get_mla_metadata(step.lengths, s_q * h_q, 1, is_fp8_kvcache=is_fp8)
-    static = [x.clone() for x in made]
+class Call:
+    """Dense decode of a layer, as FlashMLABackend.forward_decode has it; layers of a step share schedule tensors."""
 
-    def call() -> tuple[torch.Tensor, ...]:
-        found: tuple[torch.Tensor, ...] = interface.flash_mla_with_kvcache(
-            q=q, k_cache=cache, block_table=step.table, cache_seqlens=step.lengths, head_dim_v=512,
-            tile_scheduler_metadata=static[0], num_splits=static[1], softmax_scale=SCALE, causal=True, **codes,
+    def __init__(
+        self, interface: ModuleType, step: Step, is_fp8: bool, schedule: list[torch.Tensor] | None = None
+    ) -> None:
+        self.interface, self.step, self.q, self.cache = interface, step, step.q, step.rows.view(-1, PAGE, 1, 576)
+        self.codes: dict[str, torch.Tensor] = {}
+        if is_fp8:
+            one = torch.ones(1, device=self.q.device)
+            self.q, self.cache = self.q.to(torch.float8_e4m3fn), self.cache.to(torch.float8_e4m3fn)
+            self.codes = {"descale_q": one, "descale_k": one}
+        rows = self.q.shape[1] * self.q.shape[2]
+        made = interface.get_mla_metadata(step.lengths, rows, 1, is_fp8_kvcache=is_fp8)
+        self.schedule = schedule or [x.clone() for x in made]
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = self.interface.flash_mla_with_kvcache(
+            q=self.q, k_cache=self.cache, block_table=self.step.table, cache_seqlens=self.step.lengths, head_dim_v=512,
+            tile_scheduler_metadata=self.schedule[0], num_splits=self.schedule[1], softmax_scale=SCALE, causal=True,
+            **self.codes,
         )  # fmt: skip
         return found
-
-    return call
 
 
 def sparse(interface: ModuleType, step: Step, cache: torch.Tensor, indices: torch.Tensor) -> Callable[[], Any]:
@@ -136,13 +137,13 @@ def cases(found: dict[str, ModuleType], device: torch.device) -> Iterator[tuple[
         step = Step(device, h_q, s_q)
         yield (
             f"dense bf16 h_q {h_q} s_q {s_q}, oracle",
-            lambda step=step: apart(dense(ours, step, False)(), golden(step)),
+            lambda step=step: apart(Call(ours, step, False)(), golden(step)),
         )
         if theirs is None:
             continue
         for is_fp8 in (False, True):
             name = f"dense {'e4m3' if is_fp8 else 'bf16'} h_q {h_q} s_q {s_q}"
-            yield name, lambda step=step, f8=is_fp8: apart(dense(ours, step, f8)(), dense(theirs, step, f8)())
+            yield name, lambda step=step, f8=is_fp8: apart(Call(ours, step, f8)(), Call(theirs, step, f8)())
         yield f"dense bf16 h_q {h_q} s_q {s_q}, replayed", lambda step=step: replayed(ours, theirs, step)
     for h_q in (64, 128) if theirs is not None else ():
         yield f"sparse fp8_656 h_q {h_q}", lambda h_q=h_q: sparse_apart(found, device, h_q)
@@ -150,16 +151,37 @@ def cases(found: dict[str, ModuleType], device: torch.device) -> Iterator[tuple[
 
 
 def replayed(ours: ModuleType, theirs: ModuleType, step: Step) -> float:
-    """A captured call, replayed after the lengths have changed in place."""
-    call = dense(ours, step, False)
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
-    step.lengths.copy_(torch.tensor([1, 64, 3, 1024, 600, 2], dtype=torch.int32))
-    graph.replay()
-    return apart(found, dense(theirs, step, False)())
+    """A step of three layers that share schedule tensors, captured twice, as of two batch sizes; each graph replayed in turn
+    after the lengths have changed in place."""
+    pools = [step.rows, *(torch.randn_like(step.rows) for _ in range(2))]
+    calls = layers(ours, step, pools)
+    graphs = []
+    for _ in range(2):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, [call() for call in calls]))
+    worst = 0.0
+    for turn in 2 * [[1, 64, 3, 1024, 600, 2], [64, 1500, 9, 2560, 777, 65], [2560, 1, 2, 128, 2560, 2000]]:
+        step.lengths.copy_(torch.tensor(turn, dtype=torch.int32))
+        wants = [call() for call in layers(theirs, step, pools)]
+        for graph, found in graphs:
+            for out, _ in found:
+                out.fill_(torch.nan)
+            graph.replay()
+            worst = max(worst, *(apart(got, want) for got, want in zip(found, wants, strict=True)))
+    return worst
+
+
+def layers(interface: ModuleType, step: Step, pools: list[torch.Tensor], is_shared: bool = True) -> list[Call]:
+    """Calls over a cache each, and over one schedule, or one each."""
+    made: list[Call] = []
+    for pool in pools:
+        step.rows = pool
+        made.append(Call(interface, step, False, made[0].schedule if made and is_shared else None))
+    return made
 
 
 def sparse_apart(found: dict[str, ModuleType], device: torch.device, h_q: int) -> float:
@@ -196,35 +218,35 @@ def judged(found: dict[str, ModuleType], device: torch.device) -> Iterator[dict[
 
 def times(found: dict[str, ModuleType], device: torch.device) -> Iterator[dict[str, Any]]:
     """Microseconds per layer of a captured step, schedules made outside as SGLang does; libraries in turn."""
-    layers, pages_each = 20, 65
+    count, pages_each = 20, 65
+    ways = {name: (name, True) for name in found} | {"openmla, a plan per layer": ("openmla", False)}
     for batch, h_q in ((64, 16), (64, 128), (8, 16), (8, 128)):
         step = Step(device, h_q, 1)
         step.q = torch.randn(batch, 1, h_q, 576, device=device).bfloat16()
         step.lengths = torch.full((batch,), 4096, dtype=torch.int32, device=device)
         step.table = torch.randperm(batch * pages_each, device=device).to(torch.int32).view(batch, pages_each)
+        shape = (batch * pages_each * PAGE, 1, 576)
+        pools = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4 if batch == 64 else count)]
         graphs = {}
-        for name, interface in found.items():
-            calls = []
-            for _ in range(layers if batch < 64 else 4):  # caches that the L2 cannot hold, in turn
-                step.rows = torch.randn(batch * pages_each * PAGE, 1, 576, device=device, dtype=torch.bfloat16)
-                calls.append(dense(interface, step, False))
+        for way, (name, is_shared) in ways.items():  # caches that the L2 cannot hold, in turn
+            calls = layers(found[name], step, [pools[layer % len(pools)] for layer in range(count)], is_shared)
             calls[0]()
             torch.cuda.synchronize()
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name]):
-                for layer in range(layers):
-                    calls[layer % len(calls)]()
-        took: dict[str, list[float]] = {name: [] for name in graphs}
+            graphs[way] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[way]):
+                for call in calls:
+                    call()
+        took: dict[str, list[float]] = {way: [] for way in graphs}
         for _ in range(12):
-            for name, graph in graphs.items():
+            for way, graph in graphs.items():
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 graph.replay()
                 end.record()
                 end.synchronize()
-                took[name].append(begin.elapsed_time(end) * 1e3 / layers)
-        median = {name: round(statistics.median(each[2:]), 2) for name, each in took.items()}
-        row = {"what": "sglang_interface_times", "batch": batch, "h_q": h_q, "s_k": 4096, "layers": layers}
+                took[way].append(begin.elapsed_time(end) * 1e3 / count)
+        median = {way: round(statistics.median(each[2:]), 2) for way, each in took.items()}
+        row = {"what": "sglang_interface_times", "batch": batch, "h_q": h_q, "s_k": 4096, "layers": count}
         yield row | {"median_us_per_layer": median}
 
 

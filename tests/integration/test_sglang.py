@@ -18,6 +18,7 @@ import torch
 
 from openmla.core.errors import ConfigError, UnsupportedError
 from openmla.integrations import sglang
+from openmla.ops import native
 from openmla.reference import attention
 from openmla.testing import budget
 
@@ -125,6 +126,39 @@ def test_decode_as_sglang_called_it_before(served) -> None:
         q, cache, table.clamp(min=0), lengths, d_v=512, softmax_scale=SCALE, is_causal=True, with_bounds=True
     )
     budget.check(out, lse, golden, dtype=torch.float32).require("sgl_kernel")
+
+
+def test_layers_of_a_captured_step_share_one_plan(served, monkeypatch) -> None:
+    """A plan is made in each graph, and again behind new schedule tensors; eager calls plan for themselves."""
+    import flash_mla
+
+    plans, graph = [], [0]
+    stock = native.plan
+    monkeypatch.setattr(native, "plan", lambda *a, **o: plans.append(graph[0]) or stock(*a, **o))
+    monkeypatch.setattr(sglang, "_capture_number", lambda device: graph[0])
+    q, cache, table, lengths = dense_step()
+    schedules = [flash_mla.get_mla_decoding_metadata(lengths, 4, 1) for _ in range(2)]
+    eager = None
+
+    def layers(*numbers: int) -> None:
+        nonlocal eager
+        for number in numbers:
+            out, _ = flash_mla.flash_mla_with_kvcache(q, cache, table, lengths, 512, *schedules[number], SCALE)
+            eager = out if eager is None else eager
+            torch.testing.assert_close(out, eager)
+
+    layers(0, 0)
+    assert plans == [], "eager calls plan inside"
+    for graph[0] in (5, 6):
+        layers(0, 0, 0)
+        layers(1, 0, 1)
+    assert plans == [5, 5, 6, 6]
+    flash_mla.get_mla_decoding_metadata(lengths, 4, 1)
+    layers(0, 0)
+    assert plans[4:] == [6]
+    graph[0] = 0
+    layers(0)
+    assert len(plans) == 5
 
 
 def test_statistics_of_sparse_prefill_in_the_base_that_is_asked_for(served) -> None:

@@ -7,16 +7,18 @@ SGLang reaches FlashMLA through a module, from 0.5.23 on `flash_mla` (package sg
 `register` puts OpenMLA in the place of both. What these modules have beyond `openmla.flash_mla` is here:
 
     schedule tensors         SGLang asks for them once per step and copies them into static buffers; here they are zeros of the
-                             right shape, made without waiting for the device: each call plans itself, on the device, so a
-                             captured step plans for its own lengths at every replay
+                             right shape, made without waiting for the device. A captured step plans on the device in its first
+                             layer, for the lengths of the replay; an eager call plans for itself
     statistics in base 2     of sparse prefill, where they are asked for
     MegaAttention            SM100 only: refused with the reason when it is called
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -32,6 +34,7 @@ from openmla.ops.dispatch import LOG2_E
 
 HOMES = ("flash_mla", "sgl_kernel.flash_mla")  # since 0.5.23; before
 _MARK = "openmla_serves"
+_ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _V32_NO_ROPE_BYTES = 528  # a row of two formats; in the form with schedule tensors SGLang means V3.2 without RoPE
 
 _log = logging.getLogger("openmla.sglang")  # SGLang's handlers are the root's
@@ -103,7 +106,8 @@ def get_mla_decoding_metadata(
     topk: int | None = None,
     use_legacy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[num_sm_parts, 8] and [batch + 1] int32, all zero: a form to copy around, since each call plans itself."""
+    """[num_sm_parts, 8] and [batch + 1] int32, all zero: a form to copy around, since calls plan themselves."""
+    _capture.shared = {}  # whatever lengths calls had until now, those behind this one may have others
     blocks = -(-num_q_tokens_per_head_k // 64) * h_k
     parts = max(Target.detect(seqlens_k.device).num_sms // blocks, 1)
     return seqlens_k.new_zeros(parts, 8, dtype=torch.int32), seqlens_k.new_zeros(len(seqlens_k) + 1, dtype=torch.int32)
@@ -122,17 +126,63 @@ def flash_mla_with_kvcache(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`openmla.flash_mla.flash_mla_with_kvcache`; a FlashMLASchedMeta may carry schedule tensors from elsewhere."""
-    meta = tile_scheduler_metadata
+    meta, is_sparse = tile_scheduler_metadata, options.get("indices") is not None
     if isinstance(meta, flash_mla.FlashMLASchedMeta) and not meta.have_initialized and meta.num_splits is not None:
         num_splits, meta = meta.num_splits, meta.tile_scheduler_metadata
     row_bytes = k_cache.shape[-1] * k_cache.dtype.itemsize
-    is_named = options.get("indices") is None or options.get("kv_format") is not None
-    if num_splits is not None and not is_named and (row_bytes, q.shape[-1]) == (_V32_NO_ROPE_BYTES, 512):
-        options["kv_format"] = "V32_NO_ROPE"
-    with _Saying("flash_mla_with_kvcache", q, k_cache, options.get("indices") is not None):
+    if num_splits is not None and is_sparse and options.get("kv_format") is None:
+        if (row_bytes, q.shape[-1]) == (_V32_NO_ROPE_BYTES, 512):
+            options["kv_format"] = "V32_NO_ROPE"
+    elif num_splits is not None and not is_sparse and block_table is not None:
+        form = (q.shape, q.dtype, k_cache.shape, k_cache.stride(), block_table.shape, causal)
+        shared = _of_this_capture(num_splits, form)
+        if shared is not None:
+            meta, num_splits = shared, None
+    with _Saying("flash_mla_with_kvcache", q, k_cache, is_sparse):
         return flash_mla.flash_mla_with_kvcache(
             q, k_cache, block_table, cache_seqlens, head_dim_v, meta, num_splits, softmax_scale, causal, **options
         )
+
+
+@dataclass
+class _Capture:
+    """What calls share in the CUDA graph that is being captured, and the schedule tensors that they share it over."""
+
+    number: int = 0
+    shared: dict[tuple[Any, ...], tuple[flash_mla.FlashMLASchedMeta, torch.Tensor]] = field(default_factory=dict)
+
+
+_capture = _Capture()
+
+
+def _of_this_capture(num_splits: torch.Tensor, form: tuple[Any, ...]) -> flash_mla.FlashMLASchedMeta | None:
+    """The metadata that calls of this form share in the graph that is being captured; None where none is.
+
+    Calls over the same schedule tensors have the same lengths until new ones are made: FlashMLA's own rule. The plan is made
+    by the first of the calls, in the graph, so every replay makes it anew. It must not outlive its graph: another graph never
+    runs that first call.
+    """
+    number = _capture_number(num_splits.device)
+    if not number:
+        return None
+    if number != _capture.number:
+        _capture.number, _capture.shared = number, {}
+    key = (num_splits.data_ptr(), *form)  # the tensor is kept, so that no other one takes its address
+    return _capture.shared.setdefault(key, (flash_mla.FlashMLASchedMeta(), num_splits))[0]
+
+
+def _capture_number(device: torch.device) -> int:
+    """The driver's number of the capture under way on the current stream, unique in a process; 0: none, or it does not say."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return 0
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    failed = ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return 0 if failed or status.value != _ACTIVE else number.value
 
 
 def flash_mla_sparse_fwd(
