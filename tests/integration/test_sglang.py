@@ -156,9 +156,12 @@ def test_layers_of_a_captured_step_share_one_plan(served, monkeypatch) -> None:
     flash_mla.get_mla_decoding_metadata(lengths, 4, 1)
     layers(0, 0)
     assert plans[4:] == [6]
+    two = dense_step(2)
+    for _ in range(2):
+        flash_mla.flash_mla_with_kvcache(*two, 512, *schedules[0], SCALE, True)
     graph[0] = 0
     layers(0)
-    assert len(plans) == 5
+    assert len(plans) == 5, "two query tokens plan inside, and so do eager calls"
 
 
 def test_statistics_of_sparse_prefill_in_the_base_that_is_asked_for(served) -> None:
