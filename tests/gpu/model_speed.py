@@ -89,7 +89,11 @@ def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(kept: object = call) -> None:  # the graph reads what the call holds
+        graph.replay()
+
+    return replay
 
 
 def prefix(device: torch.device, small: bool) -> Row:
