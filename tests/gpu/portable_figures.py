@@ -1,4 +1,4 @@
-"""The figures of issue 5 in one run on one GPU: `portable.py figures`, about a minute on an H100.
+"""The figures that have a bar, in one run on one GPU: `portable.py figures`, about a minute on an H100.
 
 First every kernel of Triton's is called once, each in a process of its own, side by side: Triton compiles for seconds, and
 leaves what it compiled on disk. Then one process times, and nothing else runs. What is closest to its bar comes first, and
@@ -181,7 +181,7 @@ def mods_at(s_q: int, value: str) -> Callable[[Row], float | None]:
     return lambda row: row[value] if row.get("item") == "cute decode with mods" and row["s_q"] == s_q else None
 
 
-# (what, its value of a row that is about it, the bar, whether at least or at most): issue 5, on one H100.
+# (what, its value of a row that is about it, the bar, whether at least or at most), on one H100.
 BARS: tuple[tuple[str, Callable[[Row], float | None], float, bool], ...] = (
     ("Triton dense decode, 128 heads, 4k: TFLOPS", case(_MANY, lambda row: row["tflops"]), 350.0, True),
     ("Triton dense decode, 16 heads, 16k: of the read bandwidth", case(_LONG, lambda row: row["fraction_read"]), 0.85, True),
