@@ -38,10 +38,10 @@ class GatherCta(Cta):
         """As in Cta; before that some of the warp's copies may land."""
         queue = self.flying.get(warp.index, [])
         while queue and self.random.random() < 0.4:
-            self.land(queue.pop(0))
+            self.come_down(queue.pop(0))
         super().turn(warp)
 
-    def land(self, flight: tuple[list[tuple[int, np.ndarray]], int, int]) -> None:
+    def come_down(self, flight: tuple[list[tuple[int, np.ndarray]], int, int]) -> None:
         """Copies come down, then their lanes arrive."""
         copies, barrier, lanes = flight
         for place, content in copies:
@@ -57,7 +57,7 @@ class GatherCta(Cta):
 
             def wait(warp: Warp, mask: np.ndarray) -> None:
                 for flight in self.flying.pop(warp.index, []):
-                    self.land(flight)
+                    self.come_down(flight)
                 inner(warp, mask)
 
             return wait
