@@ -477,6 +477,32 @@ def test_what_a_rule_forbids_is_refused_behind_a_repeatable_call(calls: list[str
         openmla.decode(**{**tensors, **_changed(tensors)[what]}, plan=plan, backend="cute")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["out in front", "out behind"])
+@pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "cache_seqlens", "attn_sink"])
+def test_a_repeated_call_keeps_its_out_apart_from_every_input(calls: list[str], name: str, behind: bool) -> None:
+    """One step of 128 bytes decides: `out` beside an input is taken, `out` over its edge is refused."""
+    tensors = {**_tensors(16), "attn_sink": torch.zeros(16)}
+    plan = openmla.plan(**tensors, backend="cute")
+    want, _ = openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
+    given, out_steps, steps = tensors[name], want.nbytes // 128, -(-tensors[name].nbytes // 128)
+    memory = torch.zeros(128 * (steps + out_steps), dtype=torch.uint8)
+    for shift in (0, 1):
+        at, out_at = (0, steps - shift) if behind else (out_steps - shift, 0)
+        moved = memory[128 * at :][: given.nbytes].view(given.dtype).view(given.shape)
+        moved.copy_(given)
+        out = memory[128 * out_at :][: want.nbytes].view(want.dtype).view(want.shape)
+        again = {**tensors, name: moved}
+        if name == "attn_sink":  # a sink of its own is another call, so this one is repeated with itself
+            openmla.decode(**again, plan=plan, backend="cute", out=torch.empty_like(want))
+        calls.clear()
+        if shift:
+            with pytest.raises(ProblemError, match="must not overlap"):
+                openmla.decode(**again, plan=plan, backend="cute", out=out)
+        else:
+            assert torch.equal(openmla.decode(**again, plan=plan, backend="cute", out=out)[0], want)
+        assert not calls, "it was the repeated call that looked"
+
+
 def test_options_and_alignment_of_a_repeated_call_are_its_own(calls: list[str]) -> None:
     tensors = _tensors(128)
     plan = openmla.plan(**tensors, backend="cute")

@@ -270,6 +270,9 @@ class Repeat:
             is_out_given,
         )
         self.out_like, self.lse_like = _like(operands.out), _like(operands.lse)
+        self.is_overlap_checked = self.mode != "off"
+        inputs = (operands.q, operands.kv_cache, self.table, self.lengths, self.sink)
+        self.spans = tuple(map(_span, (operands.out, *inputs)))
 
     def __call__(
         self, options: tuple[Any, ...], q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,
@@ -294,8 +297,19 @@ class Repeat:
                 out = torch.empty_like(self.out_like)
             elif signature(out) != self.out:
                 return None
-            else:
-                check_overlap(self.prepared, out, (q, kv_cache, block_table, cache_seqlens, None, attn_sink))
+            elif self.is_overlap_checked:
+                # What `check_overlap` asks, which raises: 0.5 us instead of 1.4 (one core of a server), in every call.
+                of_out, of_q, of_kv, of_table, of_lengths, of_sink = self.spans
+                begin = out.data_ptr()
+                end = begin + of_out
+                if (
+                    (q.data_ptr() < end and begin < q.data_ptr() + of_q)
+                    or (kv_cache.data_ptr() < end and begin < kv_cache.data_ptr() + of_kv)
+                    or (block_table.data_ptr() < end and begin < block_table.data_ptr() + of_table)
+                    or (cache_seqlens.data_ptr() < end and begin < cache_seqlens.data_ptr() + of_lengths)
+                    or (attn_sink is not None and attn_sink.data_ptr() < end and begin < attn_sink.data_ptr() + of_sink)
+                ):  # fmt: skip
+                    check_overlap(self.prepared, out, (q, kv_cache, block_table, cache_seqlens, None, attn_sink))
             lse = torch.empty_like(self.lse_like)
         except torch.OutOfMemoryError:
             return None  # the usual way says so
