@@ -1,7 +1,7 @@
 """What guards and metrics cost on the host: `python tests/reliability/costs.py [--out bench/results/reliability.jsonl]`.
 
-The kernel is replaced by one that does nothing, so that only the path to it is timed: a dense decode with a plan and `out=`,
-as a server calls it. Variants take turns: 25 of 2,000 calls.
+The compiled functions of Hopper's decode kernels are replaced by some that do nothing, so that only the path to them is timed,
+on any machine: a dense decode with a plan and `out=`, as a server calls it. Variants take turns: 25 of 2,000 calls.
 """
 
 from __future__ import annotations
@@ -18,25 +18,29 @@ from typing import Any
 import torch
 
 import openmla
+from openmla.backends.base import Verdict
+from openmla.backends.cute import bundle
 from openmla.core import counters, env
 from openmla.core.target import Target
 from openmla.lab import store
 from openmla.observe import metrics, watchdog
 from openmla.observe.monitor import Collector
-from openmla.ops import dispatch
+from openmla.ops import canary, dispatch
 
 TURNS, CALLS = 25, 2000
 
 
-class Nothing:
-    """A kernel that launches nothing."""
+def nothing(*arguments: Any) -> None:
+    """In place of a compiled function."""
 
-    def __init__(self, like: Any) -> None:
-        self.op, self.backend, self.name = like.op, like.backend, like.name
-        self.workspace_bytes = like.workspace_bytes
 
-    def launch(self, *_: Any) -> None:
-        """Nothing."""
+def stand_in() -> None:
+    """Let this process take the way of a Hopper GPU up to the compiled functions, which do nothing."""
+    target = Target.preset("h100_sxm")
+    dispatch.Target.detect = staticmethod(lambda device: target)  # type: ignore[method-assign]
+    canary.try_out = lambda *arguments: ""
+    bundle.availability = lambda family, config: Verdict()
+    bundle.serve = lambda family, config: bundle.Served(nothing, "stand-in", Path())
 
 
 def timed(call: Callable[[], Any], calls: int = CALLS) -> float:
@@ -80,13 +84,24 @@ def main() -> None:
         begin = time.perf_counter()
         openmla.workspace_bytes(**given)
         cold.append((time.perf_counter() - begin) * 1e6)
-    made = openmla.plan(**given)
+    machine = store.environment(Target.detect("cpu"))
+    stand_in()
+    dispatch.forget()
+    made = openmla.plan(**given, backend="cute")
     key(given, made, out)
-    for each in dispatch._prepared.values():
-        each.kernel = Nothing(each.kernel)
 
     def call() -> None:
-        openmla.decode(**given, plan=made, out=out)
+        openmla.decode(**given, plan=made, out=out, backend="cute")
+
+    def call_made() -> None:
+        openmla.decode(**given, plan=made, backend="cute")
+
+    def call_usual() -> None:
+        made.repeats.clear()
+        openmla.decode(**given, plan=made, out=out, backend="cute")
+
+    def call_alone() -> None:
+        openmla.decode(**given, out=out, backend="cute")
 
     def mode(name: str) -> Callable[[], None]:
         def prepare() -> None:
@@ -105,6 +120,11 @@ def main() -> None:
         watchdog.start(10)
 
     quick = {name: (mode(name), call, CALLS) for name in ("off", "fast")}
+    ways = {
+        "fast, out made": (mode("fast"), call_made, CALLS),
+        "fast, first call of a plan": (mode("fast"), call_usual, 400),
+        "fast, without a plan": (mode("fast"), call_alone, 400),
+    }
     slow = {name: (mode(name), call, 200) for name in ("device", "strict")}
     with_metrics = {"fast, sampled": (sampled, call, CALLS), "fast, watchdog": (watched, call, CALLS)}
     tally = counters.tally("decode", "torch", "cost", 1)
@@ -113,10 +133,11 @@ def main() -> None:
         "the fast check of one call": (mode("fast"), lambda: key(given, made, out), CALLS),
         "a scrape": (mode("fast"), lambda: list(Collector().collect()), 100),
     }
-    us = in_turns({**quick, **slow, **with_metrics, **parts})
+    us = in_turns({**quick, **ways, **slow, **with_metrics, **parts})
     os.environ[env.CHECKS.name] = "fast"
     row = {
-        "kind": "host_cost", "utc": store.now(), "environment": store.environment(Target.detect("cpu")),
+        "kind": "host_cost", "utc": store.now(), "environment": machine,
+        "path": "of a Hopper kernel whose compiled functions do nothing",
         "unit": "us per call: the fastest turn, then the quartiles of turns", "us": us, "first_call_us": [round(each, 1) for each in statistics.quantiles(cold, n=4)],
     }  # fmt: skip
     print(json.dumps({key: value for key, value in row.items() if key != "environment"}, indent=1))
@@ -131,7 +152,7 @@ def key(given: dict[str, Any], made: Any, out: torch.Tensor) -> None:
 
     prepared = native._prepare_decode(
         given["q"], given["kv_cache"], given["block_table"], given["cache_seqlens"], 512, None, False, None, None, None,
-        None, None, None, None, "balanced", out,
+        None, None, None, "cute", "balanced", out,
     )  # fmt: skip
     made.check(prepared)
     dispatch.check_overlap(

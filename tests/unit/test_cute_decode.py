@@ -6,13 +6,12 @@ everything around them: verdicts, plan options, scratch, the order of arguments,
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cute_stand_ins import decode_tensors
 
 import openmla
 from openmla.backends.base import DecodeOperands
@@ -20,142 +19,17 @@ from openmla.backends.cute import bundle, decode
 from openmla.backends.cute.decode_dense import config as large
 from openmla.backends.cute.decode_dense.launch import query_rows
 from openmla.backends.cute.decode_dense_small import config as small
-from openmla.core.errors import PlanMismatchError, ProblemError, UnsupportedError
+from openmla.core.errors import PlanMismatchError
 from openmla.core.faults import fault_word
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 from openmla.distributed.mailbox import Mailbox
-from openmla.ops import canary, dispatch, native, observers
 from openmla.ops.shares import decode_exchanged
 from openmla.reference import attention
-from openmla.split.schedule import plan_decode
 from openmla.testing import budget
 
 H100 = Target.preset("h100_sxm")
-LOG2_E = 1.4426950408889634
-
-
-def _plan_function(
-    cache_seqlens: torch.Tensor, metadata: torch.Tensor, num_splits: torch.Tensor, fault: torch.Tensor, capacity: int,
-    block_tokens: int, overhead: int, merge: int, min_share: int, chunk_blocks: int,
-) -> None:  # fmt: skip
-    lengths = [min(max(n, 0), capacity) for n in cache_seqlens.tolist()]
-    plan = plan_decode(
-        lengths, metadata.shape[1], policy="batch_invariant" if chunk_blocks else "balanced", block_tokens=block_tokens,
-        overhead_blocks=overhead, merge_blocks=merge, min_share_blocks=min_share,
-        chunk_tokens=(chunk_blocks or 64) * block_tokens, ranges=metadata.shape[0],
-    )  # fmt: skip
-    metadata.copy_(plan.tile_scheduler_metadata().view(metadata.shape))
-    num_splits.copy_(plan.num_splits_tensor())
-
-
-def _few_rows_function(
-    q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, metadata: torch.Tensor,
-    num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, exchange: torch.Tensor, sink: torch.Tensor,
-    cu_seqlens_q: torch.Tensor, faults: torch.Tensor, scale_log2: float, is_causal: int, window: int, max_s_q: int,
-    block_tokens: int, chunk_blocks: int, has_sink: int,
-) -> None:  # fmt: skip
-    assert int(num_splits[-1]) <= exchange.shape[1], "a slot for every piece"
-    assert exchange.shape[0] == kv.shape[2]
-    assert bool((exchange[..., ::4] == small.UNWRITTEN).all())
-    assert exchange.data_ptr() % 16 == 0
-    assert all(step % 8 == 0 for step in out.stride()[:-1])
-    exchange.view(*exchange.shape[:2], -1, 4)[..., 1:] = 7  # what a launch may leave behind
-    golden = attention.decode(
-        q[0] if max_s_q else q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512,
-        is_causal=bool(is_causal), window=0 if window == small.NO_WINDOW else window,
-        cu_seqlens_q=cu_seqlens_q if max_s_q else None, attn_sink=sink if has_sink else None,
-    )  # fmt: skip
-    out.copy_(golden.out)
-    lse.copy_(golden.lse)
-
-
-def _many_rows_function(
-    q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, cu_seqlens_q: torch.Tensor,
-    metadata: torch.Tensor, num_splits: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, out_accum: torch.Tensor,
-    lse2_accum: torch.Tensor, arrivals: torch.Tensor, sink: torch.Tensor, faults: torch.Tensor, mail: torch.Tensor,
-    merged: torch.Tensor, s_q: int, chunk_blocks: int, is_merged: int, is_causal: int, is_varlen: int, has_sink: int, window: int, scale_log2: float,
-) -> None:  # fmt: skip
-    rows = s_q * q.shape[2]
-    assert int(num_splits[-1]) <= out_accum.shape[0] == lse2_accum.shape[0], "a slot for every piece"
-    assert out_accum.shape[1:] == (-(-rows // 64), 64 * 512)
-    assert lse2_accum.shape[1] == -(-rows // 64) * 64
-    assert window == 1 << 30
-    assert out_accum.data_ptr() % 16 == 0
-    golden = attention.decode(
-        q, kv, table, lengths, softmax_scale=scale_log2 / LOG2_E, d_v=512, is_causal=bool(is_causal)
-    )
-    out_accum.fill_(torch.nan)
-    lse2_accum.fill_(torch.nan)
-    if is_merged:
-        assert arrivals.shape == out_accum.shape[:2] and not arrivals.any()
-        out.copy_(golden.out)
-        lse.copy_(golden.lse)
-        return
-    for request in range(q.shape[0]):
-        first, last = int(num_splits[request]), int(num_splits[request + 1])
-        if last - first == 1:
-            out[request], lse[request] = golden.out[request], golden.lse[request]
-            continue
-        # The first piece saw everything, the others nothing: a merge must bring that out again.
-        out_accum[first:last], lse2_accum[first:last] = 0, -torch.inf
-        # (in the order of rows, not of the accumulators: kernel and merge are stand-ins both)
-        out_accum.view(-1, -(-rows // 64) * 64, 512)[first, :rows] = golden.out[request].flatten(0, 1).float()
-        lse2_accum[first, :rows] = golden.lse[request].T.flatten() * LOG2_E
-
-
-def _exchanged_function(*arguments: Any) -> None:
-    """Of a rank whose fellows have no keys: its own rows are the result, and all words are unwritten again."""
-    out, lse, mail, merged = arguments[7], arguments[8], arguments[14], arguments[15]
-    staged = (out.view(torch.int32), lse.view(torch.int32))
-    assert all(bool((words == -1).all()) for words in staged)
-    assert mail.tolist()[:4] == [1, 2, 512, 3_000_000_000]
-    _many_rows_function(*arguments)
-    merged.copy_(torch.cat([words.flatten() for words in staged]))
-    for words in staged:
-        words.fill_(-1)
-
-
-def _merge_function(
-    out_accum: torch.Tensor, lse2_accum: torch.Tensor, num_splits: torch.Tensor, cu_seqlens_q: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor, s_q: int, h_kv: int, is_varlen: int, has_sink: int,
-) -> None:  # fmt: skip
-    rows = s_q * out.shape[2]
-    out_accum = out_accum.view(-1, lse2_accum.shape[1], 512)[:, :rows]
-    lse2_accum = lse2_accum[:, :rows]
-    for request in range(out.shape[0]):
-        first, last = int(num_splits[request]), int(num_splits[request + 1])
-        if last - first > 1:
-            weights = torch.softmax(lse2_accum[first:last] / LOG2_E, 0).nan_to_num()
-            out[request] = (weights[..., None] * out_accum[first:last]).sum(0).view(out.shape[1:])
-            merged = torch.logsumexp(lse2_accum[first:last] / LOG2_E, 0)
-            lse[request] = merged.view(out.shape[1:3]).T
-
-
-class _Served:
-    source, origin = "bundle", Path("stand-in")
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> decode.FewRows:
-    functions = {
-        "decode_dense_small": _few_rows_function,
-        "decode_dense": _many_rows_function,
-        "schedule": _plan_function,
-        "decode_dense_merge": _merge_function,
-    }
-
-    def serve(family: str, config: Any) -> _Served:
-        is_exchanged = getattr(config, "is_exchanged", False)
-        return _Served(_exchanged_function if is_exchanged else functions[family])
-
-    monkeypatch.setattr(bundle, "serve", serve)
-    monkeypatch.setattr(bundle, "availability", lambda family, config: decode.Verdict())
-    return decode.FEW_ROWS
 
 
 def _operands(**options: Any) -> tuple[DecodeProblem, DecodeOperands]:
@@ -383,152 +257,6 @@ def test_rows_of_a_kv_head_are_evenly_spaced(s_q: int, h_kv: int, is_varlen: boo
         assert torch.equal(rows, asked.reshape(batch, tokens, h_kv, heads, -1).transpose(1, 2))
 
 
-@pytest.fixture
-def calls(kernel: decode.FewRows, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The usual way that calls of `openmla.decode` take, on a machine that says it is an H100."""
-    monkeypatch.setattr(dispatch.Target, "detect", lambda device: H100)
-    monkeypatch.setattr(canary, "try_out", lambda *arguments: "")
-    dispatch.forget()
-    taken: list[str] = []
-    usual = native._prepare_decode
-    monkeypatch.setattr(native, "_prepare_decode", lambda *given: (taken.append("usual"), usual(*given))[1])
-    yield taken
-    dispatch.forget()
-
-
-def _tensors(h_q: int, pages: int = 30) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(h_q)
-    return {
-        "q": torch.randn(3, 1, h_q, 576, generator=generator).bfloat16(),
-        "kv_cache": torch.randn(pages, 64, 1, 576, generator=generator).bfloat16(),
-        "block_table": torch.randperm(pages, generator=generator)[:30].to(torch.int32).view(3, 10),
-        "cache_seqlens": torch.tensor([640, 0, 77], dtype=torch.int32),
-    }
-
-
-@pytest.mark.parametrize("h_q", [16, 64, 128])
-def test_the_next_layer_of_a_step_goes_straight_to_the_launch(calls: list[str], h_q: int) -> None:
-    first = _tensors(h_q)
-    second = {**first, "q": first["q"].flip(0), "kv_cache": first["kv_cache"].flip(0)}
-    plan = openmla.plan(**first, backend="cute")
-    calls.clear()
-    for tensors in (first, second, first):
-        out, lse = openmla.decode(**tensors, plan=plan, backend="cute")
-        golden = attention.decode(*tensors.values(), softmax_scale=576**-0.5, d_v=512)
-        assert torch.equal(out, golden.out.bfloat16())
-        assert lse is not None and torch.equal(lse, golden.lse.float())
-        assert out.is_contiguous() and lse.is_contiguous()
-    assert calls == ["usual"], "one call is checked, the others repeat it"
-    given = torch.empty_like(out)
-    for _ in range(2):
-        assert openmla.decode(**second, plan=plan, backend="cute", out=given)[0] is given
-    assert calls == ["usual"] * 2
-
-
-def test_a_repeated_call_is_watched_without_the_usual_way(calls: list[str]) -> None:
-    class Watcher:
-        def __init__(self) -> None:
-            self.seen: list[tuple[Any, ...]] = []
-            self.wants = itertools.cycle([False, True]).__next__
-
-        def before(self, prepared: Any, operands: Any, plan: Any) -> str:
-            return "begun"
-
-        def after(self, prepared: Any, operands: Any, plan: Any, begun: Any) -> None:
-            self.seen.append((prepared.tally.kernel, operands, plan, begun))
-
-    tensors = _tensors(16)
-    plan = openmla.plan(**tensors, backend="cute")
-    want, _ = openmla.decode(**tensors, plan=plan, backend="cute")
-    calls.clear()
-    watcher = Watcher()
-    observers.add(watcher)
-    outs = [openmla.decode(**tensors, plan=plan, backend="cute")[0] for _ in range(4)]
-    observers.remove(watcher)
-    assert not calls and all(torch.equal(out, want) for out in outs)
-    assert [(kernel, begun) for kernel, _, _, begun in watcher.seen] == [("decode_dense_small", "begun")] * 2
-    for (_, operands, pieces, _), out in zip(watcher.seen, outs[1::2], strict=True):
-        assert operands.out is out and operands.cache_seqlens is tensors["cache_seqlens"] and pieces is plan.pieces
-
-
-def _changed(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Calls that differ from one that can be repeated in something that a rule looks at."""
-    q, kv = tensors["q"], tensors["kv_cache"]
-    return {
-        "batch": {"q": q[:2]},
-        "dtype": {"q": q.half()},
-        "heads": {"q": q.repeat(1, 1, 2, 1)},
-        "columns": {"kv_cache": kv[..., :512]},
-        "q is no tensor": {"q": None},
-        "lengths": {"cache_seqlens": tensors["cache_seqlens"].long()},
-        "table": {"block_table": tensors["block_table"][:2]},
-        "overlap": {"out": q[..., :512]},
-        "lse base": {"lse_base": "10"},
-    }
-
-
-@pytest.mark.parametrize("what", list(_changed(_tensors(16))))
-def test_what_a_rule_forbids_is_refused_behind_a_repeatable_call(calls: list[str], what: str) -> None:
-    tensors = _tensors(16)
-    plan = openmla.plan(**tensors, backend="cute")
-    for _ in range(2):
-        openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
-    with pytest.raises((ProblemError, PlanMismatchError, UnsupportedError)):
-        openmla.decode(**{**tensors, **_changed(tensors)[what]}, plan=plan, backend="cute")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("behind", [False, True], ids=["out in front", "out behind"])
-@pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "cache_seqlens", "attn_sink"])
-def test_a_repeated_call_keeps_its_out_apart_from_every_input(calls: list[str], name: str, behind: bool) -> None:
-    """One step of 128 bytes decides: `out` beside an input is taken, `out` over its edge is refused."""
-    tensors = {**_tensors(16), "attn_sink": torch.zeros(16)}
-    plan = openmla.plan(**tensors, backend="cute")
-    want, _ = openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
-    given, out_steps, steps = tensors[name], want.nbytes // 128, -(-tensors[name].nbytes // 128)
-    memory = torch.zeros(128 * (steps + out_steps), dtype=torch.uint8)
-    for shift in (0, 1):
-        at, out_at = (0, steps - shift) if behind else (out_steps - shift, 0)
-        moved = memory[128 * at :][: given.nbytes].view(given.dtype).view(given.shape)
-        moved.copy_(given)
-        out = memory[128 * out_at :][: want.nbytes].view(want.dtype).view(want.shape)
-        again = {**tensors, name: moved}
-        if name == "attn_sink":  # a sink of its own is another call, so this one is repeated with itself
-            openmla.decode(**again, plan=plan, backend="cute", out=torch.empty_like(want))
-        calls.clear()
-        if shift:
-            with pytest.raises(ProblemError, match="must not overlap"):
-                openmla.decode(**again, plan=plan, backend="cute", out=out)
-        else:
-            assert torch.equal(openmla.decode(**again, plan=plan, backend="cute", out=out)[0], want)
-        assert not calls, "it was the repeated call that looked"
-
-
-def test_options_and_alignment_of_a_repeated_call_are_its_own(calls: list[str]) -> None:
-    tensors = _tensors(128)
-    plan = openmla.plan(**tensors, backend="cute")
-    unaligned = torch.empty(tensors["q"].numel() + 1).bfloat16()[1:].view_as(tensors["q"])
-    unaligned.copy_(tensors["q"])
-    openmla.decode(**tensors, plan=plan, backend="cute")
-    for changed in ({"softmax_scale": 0.5}, {"softmax_scale": None}, {"return_lse": False}, {"lse_base": "2"}):
-        out, lse = openmla.decode(**tensors, plan=plan, backend="cute", **changed)  # type: ignore[arg-type]
-        golden = attention.decode(*tensors.values(), softmax_scale=changed.get("softmax_scale") or 576**-0.5, d_v=512)
-        assert torch.equal(out, golden.out.bfloat16())
-        assert (lse is None) == ("return_lse" in changed)
-        if "lse_base" in changed:
-            assert lse is not None and torch.equal(lse, golden.lse.float() * LOG2_E)
-    with pytest.raises(UnsupportedError, match="multiples of 16 bytes"):
-        openmla.decode(**{**tensors, "q": unaligned}, plan=plan, backend="cute")
-
-
-def test_checks_that_watch_every_call_are_not_passed_by(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = _tensors(16)
-    plan = openmla.plan(**tensors, backend="cute")
-    for mode, ways in (("fast", 1), ("strict", 2), ("strict", 3)):
-        monkeypatch.setenv("OPENMLA_CHECKS", mode)
-        openmla.decode(**tensors, plan=plan, backend="cute")
-        assert calls.count("usual") == ways + 1
-
-
 def _mailbox(rows: int = 512) -> Mailbox:
     counts = torch.zeros(rows + 1, dtype=torch.int32)
     boxes, content = torch.tensor([64, 128]), torch.full((4 * rows * 257,), -1, dtype=torch.int32)
@@ -538,7 +266,7 @@ def _mailbox(rows: int = 512) -> Mailbox:
 
 def _long(h_q: int) -> dict[str, torch.Tensor]:
     """Tables so wide that the kernel for few rows does not take many heads."""
-    tensors = _tensors(h_q)
+    tensors = decode_tensors(h_q)
     return {**tensors, "block_table": tensors["block_table"].repeat(1, 6)}
 
 
@@ -573,7 +301,7 @@ def test_a_rank_s_rows_are_staged_in_its_mailbox_and_the_kernel_exchanges_them(c
 
 def test_where_no_kernel_exchanges_nothing_is_launched(calls: list[str]) -> None:
     tensors, box, monkeypatch = _long(128), _mailbox(), pytest.MonkeyPatch()
-    assert _exchanged(_tensors(16), box) is None, "the kernel for few rows"
+    assert _exchanged(decode_tensors(16), box) is None, "the kernel for few rows"
     assert _exchanged(tensors, box, policy="batch_invariant") is None, "a second launch merges"
     assert _exchanged(tensors, box, backend="torch") is None
     monkeypatch.setattr(large, "EXCHANGED_ROWS", 3 * 128 - 1)

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 
 from openmla.backends import Selection, aside, select
-from openmla.backends.base import DecodeKernel, DecodeOperands, DecodePlan, Kernel, Repeatable
+from openmla.backends.base import DecodeKernel, DecodePlan, Kernel
 from openmla.core import counters, env, incidents
 from openmla.core.errors import CompileError, ProblemError, UnsupportedError
 from openmla.core.layout import KVLayout
@@ -215,12 +215,12 @@ def launch(prepared: Prepared, operands: Any, plan: Any = None) -> None:
         if mode == "strict":
             checks.after_launch(prepared.problem, operands)
     except Exception as error:
-        if _ran_elsewhere(prepared, operands, error):
+        if ran_elsewhere(prepared, operands, error):
             return
         raise
 
 
-def _ran_elsewhere(prepared: Prepared, operands: Any, error: Exception) -> bool:
+def ran_elsewhere(prepared: Prepared, operands: Any, error: Exception) -> bool:
     """After a refused launch, put the kernel aside and run the call on the next one; not while a graph is captured."""
     device, problem = operands.out.device, prepared.problem
     if not _stands_aside(Selection(prepared.kernel, prepared.config, ()), error, device):
@@ -241,112 +241,6 @@ def _ran_elsewhere(prepared: Prepared, operands: Any, error: Exception) -> bool:
         operands = operands._replace(workspace=scratch)
     launch(found, operands, plan)
     return True
-
-
-class Repeat:
-    """A call of a plan, ready for other tensors of the same kind: the next layer's.
-
-    A kind is everything of a tensor that the rules of `core.problem` look at; `block_table` and `cache_seqlens` of a step are
-    usually the same objects and need no second look.
-    """
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        run: Repeatable,
-        options: tuple[Any, ...],
-        operands: DecodeOperands,
-        plan: DecodePlan,
-        is_out_given: bool,
-    ) -> None:
-        self.prepared, self.run, self.options, self.plan = prepared, run, options, plan
-        self.backend, self.mode = env.BACKEND.read(), env.CHECKS.read()
-        self.q, self.kv_cache, self.out = map(signature, (operands.q, operands.kv_cache, operands.out))
-        self.table, self.lengths, self.sink = operands.block_table, operands.cache_seqlens, operands.attn_sink
-        self.table_kind, self.lengths_kind = signature(self.table), signature(self.lengths)
-        self.softmax_scale, self.fault_word, self.is_out_given = (
-            operands.softmax_scale,
-            operands.fault_word,
-            is_out_given,
-        )
-        self.out_like, self.lse_like = _like(operands.out), _like(operands.lse)
-        self.is_overlap_checked = self.mode != "off"
-        inputs = (operands.q, operands.kv_cache, self.table, self.lengths, self.sink)
-        self.spans = tuple(map(_span, (operands.out, *inputs)))
-
-    def __call__(
-        self, options: tuple[Any, ...], q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,
-        cache_seqlens: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
-        """(out, lse), or None where this is another call, or where anything is not as usual."""
-        if (
-            options != self.options
-            or attn_sink is not self.sink
-            or (block_table is not self.table and signature(block_table) != self.table_kind)
-            or (cache_seqlens is not self.lengths and signature(cache_seqlens) != self.lengths_kind)
-            or signature(q) != self.q
-            or signature(kv_cache) != self.kv_cache
-            or (out is not None) is not self.is_out_given
-            or env.CHECKS.read() != self.mode
-            or env.BACKEND.read() != self.backend
-            or recovery.LOST
-        ):
-            return None
-        try:
-            if out is None:
-                out = torch.empty_like(self.out_like)
-            elif signature(out) != self.out:
-                return None
-            elif self.is_overlap_checked:
-                # What `check_overlap` asks, which raises: 0.5 us instead of 1.4 (one core of a server), in every call.
-                of_out, of_q, of_kv, of_table, of_lengths, of_sink = self.spans
-                begin = out.data_ptr()
-                end = begin + of_out
-                if (
-                    (q.data_ptr() < end and begin < q.data_ptr() + of_q)
-                    or (kv_cache.data_ptr() < end and begin < kv_cache.data_ptr() + of_kv)
-                    or (block_table.data_ptr() < end and begin < block_table.data_ptr() + of_table)
-                    or (cache_seqlens.data_ptr() < end and begin < cache_seqlens.data_ptr() + of_lengths)
-                    or (attn_sink is not None and attn_sink.data_ptr() < end and begin < attn_sink.data_ptr() + of_sink)
-                ):  # fmt: skip
-                    check_overlap(self.prepared, out, (q, kv_cache, block_table, cache_seqlens, None, attn_sink))
-            lse = torch.empty_like(self.lse_like)
-        except torch.OutOfMemoryError:
-            return None  # the usual way says so
-        self.prepared.tally.count()
-        given = (q, kv_cache, block_table, cache_seqlens)
-        try:
-            seen_by = watching() if observers else ()
-            if seen_by:
-                operands = DecodeOperands(*given, self.softmax_scale, out, lse, self.fault_word, None, attn_sink)
-                around(seen_by, self.prepared, operands, self.plan, lambda: self.run(*given, out, lse))
-            else:
-                self.run(*given, out, lse)
-        except Exception as error:
-            operands = DecodeOperands(*given, self.softmax_scale, out, lse, self.fault_word, None, attn_sink)
-            if _ran_elsewhere(self.prepared, operands, error):
-                return out, lse
-            raise
-        return out, lse
-
-
-def repeat_of(
-    prepared: Prepared, options: tuple[Any, ...], operands: DecodeOperands, plan: DecodePlan, is_out_given: bool
-) -> tuple[Repeat, ...]:
-    """The Repeat of a call that was just made; none where its kernel or the checks in force do not allow one."""
-    prepare_again = getattr(prepared.kernel, "repeatable", None)
-    if prepare_again is None or env.CHECKS.read() not in ("off", "fast"):
-        return ()
-    run = prepare_again(prepared.compiled, prepared.problem, operands, plan)
-    return () if run is None else (Repeat(prepared, run, options, operands, plan, is_out_given),)
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """What `empty_like` makes another tensor of, without memory of its own; 0.9 us instead of 1.7 for `empty`."""
-    with torch.inference_mode(False):
-        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    like.untyped_storage().resize_(0)
-    return like
 
 
 def device_of(q: Any) -> torch.device:
@@ -431,7 +325,7 @@ def check_overlap(prepared: Prepared, out: torch.Tensor, inputs: tuple[torch.Ten
     if env.CHECKS.read() == "off":
         return
     if not prepared.spans:
-        prepared.spans = tuple(map(_span, (out, *inputs)))
+        prepared.spans = tuple(map(extent, (out, *inputs)))
     begin = out.data_ptr()
     end = begin + prepared.spans[0]
     for tensor, span in zip(inputs, prepared.spans[1:], strict=True):
@@ -443,7 +337,7 @@ def check_overlap(prepared: Prepared, out: torch.Tensor, inputs: tuple[torch.Ten
                 )
 
 
-def _span(tensor: torch.Tensor | None) -> int:
+def extent(tensor: torch.Tensor | None) -> int:
     """Bytes from a tensor's first element to behind its last one."""
     if tensor is None or not tensor.numel():
         return 0

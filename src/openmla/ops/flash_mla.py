@@ -240,8 +240,8 @@ def _in_upstream_words(error: ProblemError) -> ProblemError:
 
 
 def _border_lse(lse: torch.Tensor) -> torch.Tensor:
-    """-inf inside, +inf at this border: upstream's mark of a row that sees no key."""
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
+    """-inf inside, +inf at this border: upstream's mark of a row that sees no key. In place: one launch instead of three."""
+    return lse.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
 
 
 def _dense(
@@ -251,18 +251,16 @@ def _dense(
     enable_batch_invariant: bool, out: torch.Tensor | None, backend: str | None,
     descales: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    wrong = [
-        f"{name} needs indices (the sparse form); drop it or pass indices"
-        for name, value in zip(
-            ("extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"), sparse_only, strict=True
-        )
-        if value is not None
-    ]
-    if block_table is None or cache_seqlens is None:
-        wrong.append("block_table and cache_seqlens must be given when indices are not")
-    if wrong:
+    if block_table is None or cache_seqlens is None or any(value is not None for value in sparse_only):
+        names = ("extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
+        wrong = [
+            f"{name} needs indices (the sparse form); drop it or pass indices"
+            for name, value in zip(names, sparse_only, strict=True)
+            if value is not None
+        ]
+        if block_table is None or cache_seqlens is None:
+            wrong.append("block_table and cache_seqlens must be given when indices are not")
         raise ProblemError("flash_mla_with_kvcache", wrong)
-    assert block_table is not None and cache_seqlens is not None
     policy: Policy = "batch_invariant" if enable_batch_invariant else "balanced"
     # A cache of one query token sees everything up to its end with and without the causal mask.
     is_causal = causal and (not isinstance(q, torch.Tensor) or q.dim() != 4 or q.shape[1] != 1)
@@ -285,10 +283,12 @@ def _dense(
 
 
 def _is_current(plan: native.Plan, cache_seqlens: torch.Tensor) -> bool:
+    if not cache_seqlens.is_cpu:
+        return True  # only the kernel could know
     known = plan.cache_seqlens
     if known.shape != cache_seqlens.shape or known.device != cache_seqlens.device:
         return True  # another shape: let the plan's own check name the difference
-    return cache_seqlens.device.type != "cpu" or torch.equal(known, cache_seqlens)
+    return torch.equal(known, cache_seqlens)
 
 
 def _metadata(given: Any, num_splits: Any) -> FlashMLASchedMeta | None:
@@ -347,15 +347,20 @@ def _check_config(
     """Fill the metadata's config on its first call; afterwards every field must agree."""
     if not (isinstance(q, torch.Tensor) and q.dim() == 4 and isinstance(k_cache, torch.Tensor) and k_cache.dim() == 4):
         return  # the problem's own check will say what is wrong
-    now = FlashMLASchedMeta.Config(
-        q.shape[0], q.shape[1], q.shape[2], k_cache.shape[1], k_cache.shape[2], causal, is_quantised,
+    batch, s_q, h_q, _ = q.shape
+    _, page_size, h_k, _ = k_cache.shape
+    fields = (
+        batch, s_q, h_q, page_size, h_k, causal, is_quantised,
         indices.shape[-1] if isinstance(indices, torch.Tensor) else None,
         extra_cache.shape[1] if isinstance(extra_cache, torch.Tensor) else None,
         extra_indices.shape[-1] if isinstance(extra_indices, torch.Tensor) else None,
     )  # fmt: skip
     if meta.config is None:
-        meta.config, meta.have_initialized = now, True
+        meta.config, meta.have_initialized = FlashMLASchedMeta.Config(*fields), True
         return
+    if tuple(vars(meta.config).values()) == fields:
+        return
+    now = FlashMLASchedMeta.Config(*fields)
     differing = [
         f"{field}: the metadata was filled with {getattr(meta.config, field)}, the call has {getattr(now, field)}"
         for field in FlashMLASchedMeta.Config.__dataclass_fields__
@@ -466,7 +471,7 @@ def flash_attn_varlen_func(
         q, k, v, cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv, softmax_scale=softmax_scale,
         is_causal=causal, backend=backend,
     )  # fmt: skip
-    return out, _border_lse(lse).T
+    return out, _border_lse(lse.clone()).T  # its own: backward reads what prefill gave
 
 
 def flash_attn_varlen_qkvpacked_func(

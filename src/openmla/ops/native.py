@@ -32,6 +32,7 @@ from openmla.core.problem import (
 from openmla.mods import Attachable, Attached, attach
 from openmla.ops import dispatch
 from openmla.ops.dispatch import LOG2_E, LseBase
+from openmla.ops.repeats import Repeat, repeat_of
 from openmla.split.schedule import POLICIES, Policy
 
 
@@ -50,7 +51,7 @@ class Plan:
     kernel: str
     pieces: DecodePlan
     cache_seqlens: torch.Tensor  # a copy: the lengths that the plan was made for
-    repeats: list[dispatch.Repeat] = field(default_factory=list, repr=False)  # the last call, if it can be repeated
+    repeats: list[Repeat] = field(default_factory=list, repr=False)  # the last call, if it can be repeated
 
     @property
     def tile_scheduler_metadata(self) -> torch.Tensor:
@@ -266,6 +267,14 @@ def decode(
         queries of the same request, which is_causal or window keep from it: weight 0 times NaN is NaN.
         Source: MLA decode in the absorbed form, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
+    options = (d_v, softmax_scale, is_causal, window, max_seqlen_q, kv_layout, lse_base, backend)
+    repeats = None  # the plan's, where this call could be one
+    is_bare = mods is None and workspace is None and cu_seqlens_q is None and descale_q is None and descale_k is None
+    if plan is not None and is_bare and not torch.compiler.is_compiling():
+        repeats = getattr(plan, "repeats", None)  # what is no plan is refused below
+        again = repeats[0].again(options, q, kv_cache, block_table, cache_seqlens, attn_sink, out) if repeats else None
+        if again is not None:
+            return again if return_lse and lse_base == "e" else (again[0], _finish_lse(again[1], return_lse, lse_base))
     is_traced = torch.compiler.is_compiling()
     if is_traced and mods is not None:
         torch._dynamo.graph_break("a graph stores no Python functions: mods run eagerly")
@@ -275,14 +284,6 @@ def decode(
             attn_sink, dispatch.layout_name(kv_layout), policy, lse_base, backend, descale_q, descale_k,
         )  # fmt: skip
         return traced, traced_lse if return_lse else None
-    options = (d_v, softmax_scale, is_causal, window, max_seqlen_q, kv_layout, lse_base, backend)
-    repeats = None  # the plan's, where this call could be one
-    is_usual = not is_traced and descale_q is None and descale_k is None and mods is None and workspace is None
-    if plan is not None and is_usual and cu_seqlens_q is None:
-        repeats = getattr(plan, "repeats", None)  # what is no plan is refused below
-        again = repeats[0](options, q, kv_cache, block_table, cache_seqlens, attn_sink, out) if repeats else None
-        if again is not None:
-            return again[0], _finish_lse(again[1], return_lse, lse_base)
     if plan is not None:
         policy = _policy_of(plan)
     _check_policy(policy)
@@ -306,7 +307,7 @@ def decode(
     )  # fmt: skip
     dispatch.launch(prepared, operands, pieces)
     if plan is not None and repeats is not None and pieces is plan.pieces:
-        repeats[:] = dispatch.repeat_of(prepared, options, operands, pieces, out is not None)
+        repeats[:] = repeat_of(prepared, options, operands, pieces, out is not None)
     return result, _finish_lse(lse, return_lse, lse_base)
 
 

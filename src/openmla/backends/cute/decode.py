@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -338,14 +337,24 @@ def repeated(
         operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, operands.out, operands.lse
     )  # fmt: skip
     which = [next((i for i, tensor in enumerate(varying) if each is tensor), -1) for each in arguments]
-    if {*range(len(varying))} - {*which}:
+    places = [place for place, i in enumerate(which) if i >= 0]
+    if (
+        [i for i in which if i >= 0] != [*range(len(varying))]
+        or places[:4] != [0, 1, 2, 3]
+        or places[5] != places[4] + 1
+    ):
         return None
-    fixed = tuple(
-        None if i >= 0 else bundle.argument(compiled.decode, each) for i, each in zip(which, arguments, strict=True)
-    )
-    arrange = itemgetter(*(i if i >= 0 else len(varying) + place for place, i in enumerate(which)))
-    function = compiled.decode
-    return lambda *tensors: function(*arrange(tensors + fixed))
+    function, results = compiled.decode, places[4]
+    fixed = [bundle.argument(function, each) for each in arguments]
+    between, behind = fixed[4:results], fixed[results + 2 :]
+
+    def run(
+        q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> object:  # fmt: skip
+        return function(q, kv_cache, block_table, cache_seqlens, *between, out, lse, *behind)
+
+    return run
 
 
 def _available(*needed: tuple[str, Any]) -> Verdict:

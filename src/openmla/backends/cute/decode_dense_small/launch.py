@@ -73,7 +73,7 @@ def launch(
     """
     q, out, lse, offsets, sink = operands.q, operands.out, operands.lse, operands.cu_seqlens_q, operands.attn_sink
     if offsets is None:
-        offsets, max_s_q = operands.cache_seqlens, 0  # not read
+        offsets, max_s_q = num_splits, 0  # not read
     else:
         q, out, lse = q[None], out[None], lse[None]
     kv_cache = operands.kv_cache

@@ -1,0 +1,289 @@
+"""Repeated calls of a plan: which are repeated, which are looked at in full, and how kinds of tensors are compared.
+
+Kinds are compared by PyTorch's own comparison, and by Python where that is not there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cute_stand_ins import LOG2_E, decode_tensors
+
+import openmla
+from openmla.core.errors import PlanMismatchError, ProblemError, UnsupportedError
+from openmla.ops import observers, repeats
+from openmla.reference import attention
+
+
+@pytest.fixture(params=["by PyTorch", "by Python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert repeats._guards() is not None, "this PyTorch compares tensors in one call"
+    if request.param == "by Python":
+        monkeypatch.setattr(repeats, "_guards", lambda: None)
+
+
+def _given() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(3, 1, 4, 8, dtype=torch.bfloat16), torch.zeros(5, 2, dtype=torch.int32)
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "shape": lambda given: given[:2],
+    "a dimension more": lambda given: given[None],
+    "strides": lambda given: torch.zeros(3, 1, 4, 16, dtype=given.dtype)[..., :8],
+    "order": lambda given: torch.zeros(3, 1, 8, 4, dtype=given.dtype).mT,
+    "expanded": lambda given: given[:1].expand(3, -1, -1, -1),
+    "dtype of the same size": lambda given: given.half(),
+    "dtype": lambda given: given.float(),
+    "device": lambda given: given.to("meta"),
+    "layout": lambda given: given.to_sparse(),
+    "None": lambda given: None,
+    "a list": lambda given: given.tolist(),
+    "resized": lambda given: given.clone().resize_(3, 1, 8, 4),
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_kind_is_told(change: str) -> None:
+    q, table = _given()
+    are_alike = repeats.kinds_of(q, table)
+    assert are_alike(*_given())
+    assert are_alike(q, table)
+    assert not are_alike(CHANGES[change](q), table)
+
+
+@pytest.mark.usefixtures("way")
+def test_what_happens_to_a_tensor_itself_is_seen() -> None:
+    q, table = _given()
+    are_alike = repeats.kinds_of(q, table)
+    table.resize_(2, 5)
+    assert not are_alike(q, table)
+    table.resize_(5, 2)
+    assert are_alike(q, table)
+    q.data = q.data.float()
+    assert not are_alike(q, table)
+
+
+@pytest.mark.usefixtures("way")
+def test_contents_and_addresses_make_no_kind() -> None:
+    q, table = _given()
+    are_alike = repeats.kinds_of(q, table)
+    moved = torch.ones(3 * 4 * 8 + 1, dtype=torch.bfloat16)
+    assert are_alike(moved[:-1].view(q.shape), table + 7)
+    with torch.no_grad():
+        assert are_alike(q, table)
+
+
+@pytest.mark.usefixtures("way")
+def test_an_inference_tensor_may_be_refused_and_is_never_mistaken() -> None:
+    """Whichever mode the first call ran in, the other mode gives the same answer about shapes."""
+    with torch.inference_mode():
+        q, table = _given()
+        are_alike = repeats.kinds_of(q, table)
+        assert are_alike(*_given())
+        assert not are_alike(q[:2], table)
+    assert not are_alike(q[:2], table)
+
+
+@pytest.mark.parametrize("missed", ["shape", "stride", "dtype", "device"])
+def test_a_pytorch_whose_comparison_misses_something_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, missed: str
+) -> None:
+    class Guards:
+        def __init__(self, *tensors: torch.Tensor, **_: Any) -> None:
+            self.kinds = [self.kind(each) for each in tensors]
+
+        def kind(self, tensor: torch.Tensor) -> list[Any]:
+            strides = tensor.stride() if tensor.layout == torch.strided else None
+            kind = {"shape": tensor.shape, "stride": strides, "dtype": tensor.dtype, "device": tensor.device}
+            return [value for name, value in kind.items() if name != missed]
+
+        def check(self, *tensors: Any) -> bool:
+            return [isinstance(each, torch.Tensor) and self.kind(each) for each in tensors] == self.kinds
+
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Guards)
+    assert repeats._guards.__wrapped__() is None
+
+
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_the_next_layer_of_a_step_goes_straight_to_the_launch(calls: list[str], h_q: int) -> None:
+    first = decode_tensors(h_q)
+    second = {**first, "q": first["q"].flip(0), "kv_cache": first["kv_cache"].flip(0)}
+    plan = openmla.plan(**first, backend="cute")
+    calls.clear()
+    for tensors in (first, second, first):
+        out, lse = openmla.decode(**tensors, plan=plan, backend="cute")
+        golden = attention.decode(*tensors.values(), softmax_scale=576**-0.5, d_v=512)
+        assert torch.equal(out, golden.out.bfloat16())
+        assert lse is not None and torch.equal(lse, golden.lse.float())
+        assert out.is_contiguous() and lse.is_contiguous()
+    assert calls == ["usual"], "one call is checked, the others repeat it"
+    given = torch.empty_like(out)
+    for _ in range(2):
+        assert openmla.decode(**second, plan=plan, backend="cute", out=given)[0] is given
+    assert calls == ["usual"] * 2
+
+
+def test_a_repeated_call_is_watched_without_the_usual_way(calls: list[str]) -> None:
+    class Watcher:
+        def __init__(self) -> None:
+            self.seen: list[tuple[Any, ...]] = []
+            self.wants = itertools.cycle([False, True]).__next__
+
+        def before(self, prepared: Any, operands: Any, plan: Any) -> str:
+            return "begun"
+
+        def after(self, prepared: Any, operands: Any, plan: Any, begun: Any) -> None:
+            self.seen.append((prepared.tally.kernel, operands, plan, begun))
+
+    tensors = decode_tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    want, _ = openmla.decode(**tensors, plan=plan, backend="cute")
+    calls.clear()
+    watcher = Watcher()
+    observers.add(watcher)
+    outs = [openmla.decode(**tensors, plan=plan, backend="cute")[0] for _ in range(4)]
+    observers.remove(watcher)
+    assert not calls and all(torch.equal(out, want) for out in outs)
+    assert [(kernel, begun) for kernel, _, _, begun in watcher.seen] == [("decode_dense_small", "begun")] * 2
+    for (_, operands, pieces, _), out in zip(watcher.seen, outs[1::2], strict=True):
+        assert operands.out is out and operands.cache_seqlens is tensors["cache_seqlens"] and pieces is plan.pieces
+
+
+def _changed(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Calls that differ from one that can be repeated in something that a rule looks at."""
+    q, kv = tensors["q"], tensors["kv_cache"]
+    return {
+        "batch": {"q": q[:2]},
+        "dtype": {"q": q.half()},
+        "heads": {"q": q.repeat(1, 1, 2, 1)},
+        "columns": {"kv_cache": kv[..., :512]},
+        "q is no tensor": {"q": None},
+        "lengths": {"cache_seqlens": tensors["cache_seqlens"].long()},
+        "table": {"block_table": tensors["block_table"][:2]},
+        "overlap": {"out": q[..., :512]},
+        "lse base": {"lse_base": "10"},
+    }
+
+
+@pytest.mark.parametrize("what", list(_changed(decode_tensors(16))))
+def test_what_a_rule_forbids_is_refused_behind_a_repeatable_call(calls: list[str], what: str) -> None:
+    tensors = decode_tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    for _ in range(2):
+        openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
+    with pytest.raises((ProblemError, PlanMismatchError, UnsupportedError)):
+        openmla.decode(**{**tensors, **_changed(tensors)[what]}, plan=plan, backend="cute")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["out in front", "out behind"])
+@pytest.mark.parametrize("name", ["q", "kv_cache", "block_table", "cache_seqlens", "attn_sink"])
+def test_a_repeated_call_keeps_its_out_apart_from_every_input(calls: list[str], name: str, behind: bool) -> None:
+    """One step of 128 bytes decides: `out` beside an input is taken, `out` over its edge is refused."""
+    tensors = {**decode_tensors(16), "attn_sink": torch.zeros(16)}
+    plan = openmla.plan(**tensors, backend="cute")
+    want, _ = openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
+    given, out_steps, steps = tensors[name], want.nbytes // 128, -(-tensors[name].nbytes // 128)
+    memory = torch.zeros(128 * (steps + out_steps), dtype=torch.uint8)
+    for shift in (0, 1):
+        at, out_at = (0, steps - shift) if behind else (out_steps - shift, 0)
+        moved = memory[128 * at :][: given.nbytes].view(given.dtype).view(given.shape)
+        moved.copy_(given)
+        out = memory[128 * out_at :][: want.nbytes].view(want.dtype).view(want.shape)
+        again = {**tensors, name: moved}
+        if name == "attn_sink":  # a sink of its own is another call, so this one is repeated with itself
+            openmla.decode(**again, plan=plan, backend="cute", out=torch.empty_like(want))
+        calls.clear()
+        if shift:
+            with pytest.raises(ProblemError, match="must not overlap"):
+                openmla.decode(**again, plan=plan, backend="cute", out=out)
+        else:
+            assert torch.equal(openmla.decode(**again, plan=plan, backend="cute", out=out)[0], want)
+        assert not calls, "it was the repeated call that looked"
+
+
+def test_options_and_alignment_of_a_repeated_call_are_its_own(calls: list[str]) -> None:
+    tensors = decode_tensors(128)
+    plan = openmla.plan(**tensors, backend="cute")
+    unaligned = torch.empty(tensors["q"].numel() + 1).bfloat16()[1:].view_as(tensors["q"])
+    unaligned.copy_(tensors["q"])
+    openmla.decode(**tensors, plan=plan, backend="cute")
+    for changed in ({"softmax_scale": 0.5}, {"softmax_scale": None}, {"return_lse": False}, {"lse_base": "2"}):
+        out, lse = openmla.decode(**tensors, plan=plan, backend="cute", **changed)  # type: ignore[arg-type]
+        golden = attention.decode(*tensors.values(), softmax_scale=changed.get("softmax_scale") or 576**-0.5, d_v=512)
+        assert torch.equal(out, golden.out.bfloat16())
+        assert (lse is None) == ("return_lse" in changed)
+        if "lse_base" in changed:
+            assert lse is not None and torch.equal(lse, golden.lse.float() * LOG2_E)
+    with pytest.raises(UnsupportedError, match="multiples of 16 bytes"):
+        openmla.decode(**{**tensors, "q": unaligned}, plan=plan, backend="cute")
+
+
+@pytest.mark.parametrize("name", ["block_table", "cache_seqlens"])
+def test_a_tensor_resized_in_place_is_another_call(calls: list[str], name: str) -> None:
+    """The same object again is not the same tensor."""
+    tensors = decode_tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    for _ in range(2):
+        openmla.decode(**tensors, plan=plan, backend="cute")
+    tensors[name].resize_(2, *tensors[name].shape[1:])
+    with pytest.raises(ProblemError):
+        openmla.decode(**tensors, plan=plan, backend="cute")
+
+
+def test_a_sink_that_moved_is_read_where_it_is(calls: list[str]) -> None:
+    tensors = {**decode_tensors(16), "attn_sink": torch.nn.Parameter(torch.zeros(16), requires_grad=False)}
+    plan = openmla.plan(**tensors, backend="cute")
+    for value in (0.0, 9.0, 9.0):
+        if float(tensors["attn_sink"][0]) != value:
+            tensors["attn_sink"].data = torch.full((16,), value)
+        out, _ = openmla.decode(**tensors, plan=plan, backend="cute")
+        sink = tensors["attn_sink"]
+        golden = attention.decode(*list(tensors.values())[:4], softmax_scale=576**-0.5, d_v=512, attn_sink=sink)
+        assert torch.equal(out, golden.out.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["kv_cache", "out"])
+def test_an_address_that_wide_copies_cannot_take_is_another_call(calls: list[str], name: str) -> None:
+    tensors = {**decode_tensors(16), "out": torch.zeros(3, 1, 16, 512).bfloat16()}
+    asked = {key: each for key, each in tensors.items() if key != "out"}
+    plan = openmla.plan(**asked, backend="cute")
+    openmla.decode(**tensors, plan=plan, backend="cute")
+    calls.clear()
+    want = openmla.decode(**tensors, plan=plan, backend="cute")[0].clone()
+    assert not calls
+    given = tensors[name]
+    moved = torch.empty(given.numel() + 1).bfloat16()[1:].view_as(given)
+    moved.copy_(given)
+    if name == "out":
+        assert torch.equal(openmla.decode(**{**tensors, name: moved}, plan=plan, backend="cute")[0], want)
+    else:
+        with pytest.raises(UnsupportedError, match="multiples of 16 bytes"):
+            openmla.decode(**{**tensors, name: moved}, plan=plan, backend="cute")
+    assert calls == ["usual"]
+
+
+def test_a_pytorch_without_its_comparison_repeats_calls_as_well(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeats, "_guards", lambda: None)
+    tensors = decode_tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    for _ in range(3):
+        openmla.decode(**tensors, plan=plan, backend="cute")
+    assert calls == ["usual"] * 2, "the plan and the first call"
+    with pytest.raises((ProblemError, PlanMismatchError)):
+        openmla.decode(**{**tensors, "q": tensors["q"][:2]}, plan=plan, backend="cute")
+
+
+def test_checks_that_watch_every_call_are_not_passed_by(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = decode_tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    for mode, ways in (("fast", 1), ("strict", 2), ("strict", 3)):
+        monkeypatch.setenv("OPENMLA_CHECKS", mode)
+        openmla.decode(**tensors, plan=plan, backend="cute")
+        assert calls.count("usual") == ways + 1
