@@ -85,6 +85,15 @@ def test_many_rows_are_split_and_merged(kernel: decode.FewRows, policy: str) -> 
     budget.check(out, operands.lse, golden, dtype=torch.bfloat16).require()
 
 
+@pytest.mark.parametrize(("tokens", "pieces"), [(64 * 64, 32), (4 * 64, 2), (64, 1), (500 * 64, 63)])
+def test_a_part_has_two_tiles_at_least(kernel: decode.FewRows, tokens: int, pieces: int) -> None:
+    problem, _ = _operands(is_causal=True)
+    problem = replace(problem, batch=1, s_q=1, total_q=1, h_q=128, max_pages=2000)
+    compiled = decode.MANY_ROWS.compile(problem, decode.MANY_ROWS.configs(problem, H100)[0], H100)
+    plan = decode.MANY_ROWS.plan(compiled, problem, torch.tensor([tokens], dtype=torch.int32), "balanced")
+    assert int(plan.num_splits[-1]) == pieces
+
+
 @pytest.mark.parametrize("policy", ["balanced", "batch_invariant"])
 def test_scratch_stays_with_the_plan_unless_it_is_large(
     kernel: decode.FewRows, monkeypatch: pytest.MonkeyPatch, policy: str

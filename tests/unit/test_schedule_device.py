@@ -88,7 +88,7 @@ def busiest(blocks, whole, chunk, num_parts, overhead):
     return max(loads)
 
 
-def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts):
+def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts, min_share):
     """The chunk to deal, 0 for even cuts."""
     batch, carry, chosen = len(blocks), ends[-1], 0
     most = batch + num_parts
@@ -100,7 +100,7 @@ def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts):
     for attempt in range(2):
         tried = max(blocks) if attempt == 0 else share * 43 // (40 * each) - overhead
         if attempt == 1 and 2 * batch < num_parts:
-            tried, high = 1, max(blocks)
+            tried, high = min_share, max(blocks)
             while tried < high:
                 middle = (tried + high) // 2
                 if batch + sum((count - 1) // middle for count in blocks if count > 0) <= num_parts:
@@ -151,7 +151,7 @@ def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, merge, min_
     ends = scan_in_rounds(widths)
     line = ends[-1] - overhead
     cuts = min(max(line // min_share, 1), num_parts)
-    chunk = chunk_blocks or choose(blocks, ends, num_parts, ranges, overhead, merge, cuts)
+    chunk = chunk_blocks or choose(blocks, ends, num_parts, ranges, overhead, merge, cuts, min_share)
     if chunk > 0:
         return *deal(blocks, chunk, num_parts, ranges), faults
 

@@ -218,7 +218,7 @@ def _balanced_ranges(
     twice = TWICE_BLOCKS if 2 * batch < num_parts and merge > overhead else 0
     merge = merge if batch > num_parts else overhead
     least, chosen = (-(-line // cuts) + overhead + merge + twice) * most, 0
-    for chunk in _chunks_to_try(blocks, ends[-1], num_parts, overhead):
+    for chunk in _chunks_to_try(blocks, ends[-1], num_parts, overhead, min_share):
         whole = [max(count - 1, 0) // chunk for count in blocks]
         if batch + sum(whole) > min(most, ranges * num_parts):
             continue
@@ -233,11 +233,11 @@ def _balanced_ranges(
     return SplitPlan("balanced", block_tokens, 0, blocks, rows, (0, *accumulate(pieces)), ranges)
 
 
-def _chunks_to_try(blocks: Sequence[int], work: int, num_parts: int, overhead: int) -> list[int]:
+def _chunks_to_try(blocks: Sequence[int], work: int, num_parts: int, overhead: int, min_share: int) -> list[int]:
     """Lengths at whose multiples requests may be cut: nowhere, then 1.075 of an even share or of two mean requests.
 
-    Of fewer requests than half of the parts: the shortest that gives no part two pieces. Even cuts of the line put the end of one
-    request and the beginning of the next into the same part, two epilogues and two merges.
+    Of fewer requests than half of the parts: the shortest, from `min_share` on, that gives no part two pieces. Even cuts of
+    the line put the end of one request and the beginning of the next into the same part, two epilogues and two merges.
 
     Exactly an even share leaves no room for the last pieces beside whole chunks: 77 instead of 74 blocks with 64 rows of
     128 requests around 4096. Trying several lengths gains 0.4 % at most.
@@ -248,7 +248,7 @@ def _chunks_to_try(blocks: Sequence[int], work: int, num_parts: int, overhead: i
         share = -(-work // num_parts)
         chunks.append(max(share * 43 // (40 * each) - overhead, 1))
     else:
-        low, high = 1, chunks[0]
+        low, high = min_share, chunks[0]
         while low < high:
             middle = (low + high) // 2
             if batch + sum(max(count - 1, 0) // middle for count in blocks) <= num_parts:

@@ -176,7 +176,8 @@ class ManyRows:
         """Load the three functions, compiling what neither bundle nor cache has."""
         parts, splitting = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
         chunk = large.chunk_tokens(problem)
-        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, 1, chunk)
+        least = large.MIN_SHARE_BLOCKS
+        options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, least, chunk)
         merge = _serve(large.MERGE_FAMILY, large.merge_config(problem))
         schedule = _serve("schedule", ScheduleVariant())
         return Compiled(config, options, _serve(large.FAMILY, config), schedule, merge)

@@ -121,10 +121,10 @@ class DecodePlan:
 
     @cute.jit
     def one_each(
-        self, blocks: cute.Tensor, batch: Int32, longest: Int32, num_parts: Int32, totals: cute.Tensor
+        self, blocks: cute.Tensor, batch: Int32, longest: Int32, num_parts: Int32, min_share: Int32, totals: cute.Tensor
     ) -> Int32:
-        """The shortest length to cut requests at that gives no part two pieces."""
-        low = Int32(1)
+        """The shortest length to cut requests at, from `min_share` on, that gives no part two pieces."""
+        low = min_share
         high = longest if longest > 1 else Int32(1)
         while low < high:
             middle = (low + high) // 2
@@ -318,7 +318,7 @@ class DecodePlan:
                 if attempt > 0:
                     tried = share * 43 // (40 * each) - overhead
                     if 2 * batch < num_parts:
-                        tried = self.one_each(blocks, batch, longest, num_parts, totals)
+                        tried = self.one_each(blocks, batch, longest, num_parts, min_share, totals)
                 tried = tried if tried > 1 else Int32(1)
                 whole, split = self.pieces_of(blocks, batch, tried, totals)
                 some = tried if (attempt == 0) | (whole > 0) else Int32(0)  # the longest piece, if it is known

@@ -24,6 +24,7 @@ BLOCK_ROWS = 64  # query rows per CTA: one wgmma M
 BLOCK_TOKENS = 64  # keys per tile, the unit of the plan
 OVERHEAD_BLOCKS = 9  # of a piece: refill, epilogue, share of the merge; against 5, 8 and 12: log 36
 MERGE_BLOCKS = 10  # per 64 rows, of splitting at all: measured 22 at 128 rows, 39 at 256 (dd-5-15, -19, -21, -25)
+MIN_SHARE_BLOCKS = 2  # of a part: 64 pieces of one tile take 19.7 us where 32 of two take 18.4 (log 49)
 MAX_BATCH = 4096  # what the device plan keeps in shared memory
 SLICE = 64  # columns of one 128-byte swizzled box
 D_V = 512
