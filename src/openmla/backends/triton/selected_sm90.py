@@ -54,6 +54,21 @@ def copy_rows(latent, rope, base, offset, wanted):
 
 
 @gluon.jit
+def copy_quarter(latents, here, base, offset, wanted, FIRST: gl.constexpr):
+    """Asks for 128 columns of 64 rows."""
+    part = latents.index(here).slice(FIRST, 128, dim=1)
+    columns = FIRST + gl.arange(0, 128, gl.SliceLayout(0, COPY))
+    copy_async(part, (base + columns)[None, :] + offset[:, None], wanted[:, None])
+
+
+@gluon.jit
+def scores_quarter(q_latent, latent, scores, FIRST: gl.constexpr):
+    """The products of 128 columns, on their way."""
+    left, right = q_latent.slice(FIRST, 128, dim=1), latent.slice(FIRST, 128, dim=1)
+    return warpgroup_mma(left, right.permute((1, 0)), scores, use_acc=FIRST > 0, is_async=True)
+
+
+@gluon.jit
 def is_present(slot, num_slots):
     """One comparison: a negative slot is large."""
     return slot.to(gl.uint32, bitcast=True) < num_slots.to(gl.uint32)
@@ -183,36 +198,37 @@ def selected_sm90_kernel(
     mass = share(gl.zeros([ROWS, KEYS], gl.float32, SCORES))
     top = largest_share(gl.full([ROWS, KEYS], float("-inf"), gl.float32, SCORES))
     acc = gl.zeros([ROWS, LATENT], gl.float32, RESULT)
-    wait_copies(0)
-    fence_async_shared()
-    scores = issue_scores(q_latent, q_rope, latents.index(0), ropes.index(0))
-    last = gl.maximum(blocks, 1) - 1
-    for block in tl.range(0, last, disable_licm=True, num_stages=1):
+    for block in tl.range(0, blocks, disable_licm=True, num_stages=1):
         here, other = block & 1, (block & 1) ^ 1
         present = is_present(slot, num_slots)
         strays |= gl.where(present | (slot == -1), 0, 1)
         offset = gl.where(present, slot, 0).to(gl.int64) * KV_ROW_STRIDE
-        copy_rows(latents.index(other), ropes.index(other), kv, offset, present)
+        latent = latents.index(here)
+        wait_copies(0)
+        fence_async_shared()
+        scores = scores_quarter(q_latent, latent, gl.zeros([ROWS, KEYS], gl.float32, SCORES), 0)
+        copy_quarter(latents, other, kv, offset, present, 0)
+        scores = scores_quarter(q_latent, latent, scores, 128)
+        copy_quarter(latents, other, kv, offset, present, 128)
+        scores = scores_quarter(q_latent, latent, scores, 256)
+        copy_quarter(latents, other, kv, offset, present, 256)
+        scores = scores_quarter(q_latent, latent, scores, 384)
+        copy_quarter(latents, other, kv, offset, present, 384)
+        scores = warpgroup_mma(q_rope, ropes.index(here).permute((1, 0)), scores, is_async=True)
+        rope_columns = LATENT + gl.arange(0, ROPE, gl.SliceLayout(0, COPY))
+        copy_async(ropes.index(other), (kv + rope_columns)[None, :] + offset[:, None], present[:, None])
+        commit()
         slot = load_slots(indices, block + 2, length, rows)
-        seen = load_slots(indices, block, length, keys)  # covered by the scores
+        seen = load_slots(indices, block, length, keys)
         scores = warpgroup_mma_wait(0, deps=[scores])
         weights, peak, mass, top, acc = weigh(
             scores, sign, scale2, peak, mass, top, acc, is_present(seen, num_slots)
         )  # fmt: skip
         weights_of.store(weights.to(dtype))
         fence_async_shared()
-        acc = warpgroup_mma(weights_of, latents.index(here), acc, is_async=True)
-        wait_copies(0)
-        fence_async_shared()
-        scores = issue_scores(q_latent, q_rope, latents.index(other), ropes.index(other))
-        acc = warpgroup_mma_wait(2, deps=[acc])  # all but the two products of the scores
-    seen = load_slots(indices, last, length, keys)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    weights, peak, mass, top, acc = weigh(scores, sign, scale2, peak, mass, top, acc, is_present(seen, num_slots))
-    weights_of.store(weights.to(dtype))
-    fence_async_shared()
-    acc = warpgroup_mma(weights_of, latents.index(last & 1), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma(weights_of, latent, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    wait_copies(0)
     stray = gl.max(strays, 0)
     gl.atomic_or(fault_ptr, stray * INDEX_OUT_OF_RANGE, mask=stray != 0, sem="relaxed")
 
