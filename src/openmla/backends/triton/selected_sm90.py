@@ -221,9 +221,7 @@ def selected_sm90_kernel(
         slot = load_slots(indices, block + 2, length, rows)
         seen = load_slots(indices, block, length, keys)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        weights, peak, mass, top, acc = weigh(
-            scores, sign, scale2, peak, mass, top, acc, is_present(seen, num_slots)
-        )  # fmt: skip
+        weights, peak, mass, top, acc = weigh(scores, sign, scale2, peak, mass, top, acc, is_present(seen, num_slots))
         weights_of.store(weights.to(dtype))
         fence_async_shared()
         acc = warpgroup_mma(weights_of, latent, acc, is_async=True)
