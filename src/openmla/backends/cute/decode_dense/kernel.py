@@ -125,6 +125,7 @@ class DecodeDense(SoftCap, Exchange):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
     idle_at = -1  # the wgmma of a tile's scores behind which warps arrive at `idle`
+    units = UNITS  # of a block's partial that pieces store and the merge reads
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1309,7 +1310,7 @@ class DecodeDense(SoftCap, Exchange):
     def merge(self, c: cutlass.Constexpr, own: Int32 | None = None):
         """Shares of the requests of which this CTA computed a piece, behind all of its pieces: by the value warps.
 
-        Whoever computed piece i of n merges the units [256 i / n, 256 (i + 1) / n) of a block: as many stretches of memory as
+        Whoever computed piece i of n merges the units [units i / n, units (i + 1) / n) of a block: as many stretches of memory as
         there are pieces, which go into the ring at once. The order of a sum depends on n alone. Where `own` is not 0, the
         share of this CTA's piece is in the ring already.
         """
@@ -1319,7 +1320,7 @@ class DecodeDense(SoftCap, Exchange):
         while pieces > 0:
             index = turn & SHARES - 1
             split, slot, block = c.share[SPLIT, index], c.share[SLOT0, index], c.kv_head * c.row_blocks + c.m_block
-            begin, end = split * UNITS // pieces, (split + 1) * UNITS // pieces
+            begin, end = split * self.units // pieces, (split + 1) * self.units // pieces
             together = cutlass.max(self.config.slots * SLOT_BYTES // UNIT_BYTES // pieces, 1)
             self.await_pieces(c, slot, block)
             kept = own if const_expr(own is None) else (split if own != 0 else Int32(-1))

@@ -74,6 +74,7 @@ from openmla.backends.cute.decode_dense.kernel import (
     THREADS,
     TILES,
     TOKEN0,
+    UNITS,
     DecodeDense,
     Scope,
 )
@@ -92,6 +93,7 @@ class DecodeFp8(DecodeDense):
     def __init__(self, config: Config) -> None:
         self.config = config  # type: ignore[assignment]
         self.dtype = BFloat16  # of out
+        self.units = UNITS // 64 * config.rows  # the others of a partial would be read, and were never stored
         self.smem_bytes = 0
 
     @cute.jit
