@@ -98,6 +98,11 @@ class Config:
         return found if found and LEAST_CAP <= found[0] <= MOST_CAP and found[1] > 0 else None
 
     @property
+    def opens_late(self) -> bool:
+        """Whether the right gate opens between the probabilities of a soft cap; see `soft_cap`."""
+        return self.cap is not None and self.loaders == 2
+
+    @property
     def boxes(self) -> int:
         """Bulk loads per 64 keys x 64 columns."""
         return BLOCK_TOKENS // self.box_rows
@@ -234,12 +239,7 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     page_size = 64 if problem.page_size == 64 else 0
     box_rows = next(rows for rows in (64, 16, 1) if problem.page_size % rows == 0)
     cluster = 2 if row_blocks(problem) % 2 == 0 and box_rows == 64 else 1
-    plain = variant(dtype, problem.d_qk, page_size, box_rows, cluster)
-    found = replace(plain, mods=inlined(problem.mods))
-    if found.mods and row_blocks(problem) > cluster:
-        # Two clusters that read the same keys: a soft cap costs 8.8 % of the plain kernel with two loaders, 5.8 with one.
-        found = replace(found, loaders=1)
-    return (found,)
+    return (replace(variant(dtype, problem.d_qk, page_size, box_rows, cluster), mods=inlined(problem.mods)),)
 
 
 def merge_config(problem: DecodeProblem) -> MergeConfig:

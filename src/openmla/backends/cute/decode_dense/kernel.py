@@ -849,7 +849,7 @@ class DecodeDense(SoftCap, Exchange):
         with cute.arch.elect_one():
             if const_expr(cfg.gate_left == -2):
                 cute.arch.mbarrier_arrive(c.go + buf)
-            if const_expr(cfg.gate_right == -2):
+            if const_expr(cfg.gate_right == -2 and not cfg.opens_late):
                 cute.arch.mbarrier_arrive(c.go + 2 + buf)
             if const_expr(cfg.has_rope):
                 cute.arch.mbarrier_arrive(c.rope_empty)
