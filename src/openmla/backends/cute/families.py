@@ -149,6 +149,5 @@ def with_mods(mods: Sequence[Mods] = ()) -> dict[str, Family]:
     for form in mods:
         if why := refusals(form):
             raise UnsupportedError(f"{form} cannot be compiled into a bundle", {large.FAMILY: why}, str(form))
-        inlining = [replace(each, mods=inlined(form)) for each in plain if each not in large.EXCHANGED]
-        variants += [*inlining, *(replace(each, loaders=1) for each in inlining)]  # see `decode_dense.config.configs`
+        variants += [replace(each, mods=inlined(form)) for each in plain if each not in large.EXCHANGED]
     return found | {large.FAMILY: (tuple(dict.fromkeys(variants)), build)}

@@ -14,7 +14,7 @@ Where they do not hold, for a NaN too, the tile is computed once more by the fun
 
 Where two warps load, the right half of the tile before may be multiplied when three quarters of the probabilities are there,
 not when the scores are complete: the left half is then alone, ends 90 clk earlier, and its slots are what the scores of the
-next tile wait for. 8.5 % over plain decode at two tokens of 128 heads without that, 2.1 with it (docs/mods.md).
+next tile wait for. At two tokens of 128 heads 8 % over plain decode without that, 2.1 with it (docs/mods.md).
 """
 
 from __future__ import annotations
