@@ -110,6 +110,13 @@ def build_gather(config: gather.Config, folder: Path) -> CompiledObject:
     return build(config, folder)
 
 
+def build_order(config: gather.Order, folder: Path) -> CompiledObject:
+    """Compile what orders the lists of prefill_sparse. Needs the DSL, no GPU."""
+    from openmla.backends.cute.prefill_sparse.launch import build_order
+
+    return build_order(config, folder)
+
+
 def build_merge(config: large.MergeConfig, folder: Path) -> CompiledObject:
     """Compile one variant of the merge of decode_dense. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_dense.launch import build_merge
@@ -133,6 +140,7 @@ FAMILIES: dict[str, Family] = {
     coded.FAMILY: (coded.VARIANTS, build_coded),
     sparse.FAMILY: (sparse.VARIANTS, build_sparse),
     gather.FAMILY: (gather.VARIANTS, build_gather),
+    gather.ORDER_FAMILY: ((gather.Order(),), build_order),
     writers.FAMILY: (writers.VARIANTS, build_writer),
 }
 """What an ahead-of-time bundle holds."""

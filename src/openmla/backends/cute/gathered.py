@@ -1,7 +1,8 @@
 """The gathering kernel over bf16 rows behind the four verbs, twice: sparse prefill, and sparse decode over bf16 caches.
 
-A call is one launch, or two where the lists of a small batch are cut into pieces. The cut depends on shapes alone, and
-nothing waits for the device, so a CUDA graph holds all of it after one warm call.
+A call is one launch, or two where the lists of a small batch are cut into pieces, or where those of a prefill are put in the
+order of their rows first. Both depend on shapes alone, and nothing waits for the device, so a CUDA graph holds all of it
+after one warm call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from openmla.backends.base import SparseDecodeOperands, SparsePrefillOperands, V
 from openmla.backends.cute import bundle
 from openmla.backends.cute.families import CombineVariant
 from openmla.backends.cute.prefill_sparse import config as gather
-from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_prefill, launch_split
+from openmla.backends.cute.prefill_sparse.launch import launch_decode, launch_order, launch_prefill, launch_split
 from openmla.core.errors import ProblemError
 from openmla.core.problem import SparseDecodeProblem, SparsePrefillProblem
 from openmla.core.target import Target
@@ -32,6 +33,7 @@ class Compiled:
     function: Any
     pieces: tuple[int, int] = (1, 0)  # of every list: how many, keys of each
     combine: Any = None  # for several
+    order: Any = None  # what orders lists first
 
 
 @lru_cache(maxsize=256)
@@ -54,6 +56,8 @@ def _supports(problem: gather.Problem, target: Target) -> Verdict:
     needed: list[tuple[str, Any]] = [(gather.FAMILY, config)]
     if config.split and isinstance(problem, SparseDecodeProblem):
         needed.append(("combine", _merge(problem)))
+    if gather.is_ordered(problem, target):
+        needed.append((gather.ORDER_FAMILY, gather.Order()))
     return Verdict(tuple(why for family, each in needed for why in bundle.availability(family, each).reasons))
 
 
@@ -63,8 +67,9 @@ def _compile(problem: gather.Problem, config: gather.Config, target: Target) -> 
     merge = None
     if config.split and isinstance(problem, SparseDecodeProblem):
         merge = bundle.serve("combine", _merge(problem)).function
+    order = bundle.serve(gather.ORDER_FAMILY, gather.Order()).function if gather.is_ordered(problem, target) else None
     cut = gather.pieces(problem, target)
-    return Compiled(config, gather.num_parts(problem, target), served.function, cut, merge)
+    return Compiled(config, gather.num_parts(problem, target), served.function, cut, merge, order)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -108,7 +113,7 @@ class SparsePrefill:
     def launch(
         self, compiled: Compiled, problem: SparsePrefillProblem, operands: SparsePrefillOperands, plan: None
     ) -> None:
-        """One kernel; copies of q, kv and out where they do not step by 16 bytes."""
+        """One kernel, or two with an order; copies of q, kv and out where they do not step by 16 bytes."""
         q, scale = _positive(_aligned(operands.q), operands.softmax_scale)
         out = (
             operands.out
@@ -116,6 +121,8 @@ class SparsePrefill:
             else torch.empty(operands.out.shape, dtype=q.dtype, device=q.device)
         )
         direct = operands._replace(q=q, kv=_aligned(operands.kv), softmax_scale=scale, out=out)
+        if compiled.order is not None:
+            direct = launch_order(compiled.order, direct, compiled.parts)
         launch_prefill(compiled.function, direct, compiled.parts)
         if out is not operands.out:
             operands.out.copy_(out)

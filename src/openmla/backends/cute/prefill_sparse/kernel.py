@@ -449,25 +449,6 @@ class PrefillSparse:
             )
 
     @cute.jit
-    def prefetch(self, tensor: cute.Tensor, offset: Int32):
-        """Asks for one row per lane in L2, at `offset` times 16 bytes; none where that is NO_ROW."""
-        cute.arch.inline_ptx(
-            "{ .reg .b64 a; .reg .pred p; setp.ne.s32 p, {$r1}, -1; mad.wide.u32 a, {$r1}, 16, {$r0};"
-            + f" @p cp.async.bulk.prefetch.L2.global [a], {2 * self.config.d_qk}; }}",
-            read_only_args=[tensor.iterator.toint(), offset],
-        )
-
-    @cute.jit
-    def prefetch_heads(self, c: cutlass.Constexpr, token: Int32):
-        """This warp's rows of Q of a token."""
-        lane = cute.arch.shuffle_sync_bfly(c.lane, 0)  # stays where it is written, and so does what follows from it
-        head = c.m_block * 64 + 16 * c.warp + lane
-        offset = Int32(NO_ROW)
-        if (lane < 16) & (head < c.h_q) & (token < c.tokens):
-            offset = token * c.token_step + head * c.head_step
-        self.prefetch(c.g_q, offset)
-
-    @cute.jit
     def copy_rest(self, c: cutlass.Constexpr, token: Int32, place: Int32, turn: Int32):
         """This warp's heads of a token, slices for shared memory. They are free when the last S of the token before is
         complete.
@@ -476,7 +457,6 @@ class PrefillSparse:
         cute.arch.mbarrier_wait(c.q_empty, (turn & 1) ^ 1)
         self.copy_heads(c, token, c.q_base + place, cfg.q_regs, cfg.q_slices - cfg.q_regs)
         self.hand_over(c.q_full)
-        self.prefetch_heads(c, token + c.parts)
 
     @cute.jit
     def copy_heads(

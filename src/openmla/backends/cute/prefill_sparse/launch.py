@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from openmla.backends.base import SparseDecodeOperands, SparsePrefillOperands
-from openmla.backends.cute.prefill_sparse.config import Config
+from openmla.backends.cute.prefill_sparse.config import Config, Order
 from openmla.backends.cute.toolchain import CompiledObject, compile_kernel, fake_stream, fake_tensor
 
 
@@ -44,6 +44,30 @@ def build(config: Config, folder: Path) -> CompiledObject:
     from openmla.backends.cute.prefill_sparse.kernel import PrefillSparse
 
     return compile_kernel(PrefillSparse(config), fake_arguments(config), config.name, out_dir=folder)
+
+
+def build_order(config: Order, folder: Path) -> CompiledObject:
+    """Compile and export what orders lists. Needs the DSL, no GPU."""
+    from openmla.backends.cute.prefill_sparse.order import RowOrder, fake_arguments
+
+    return compile_kernel(RowOrder(), fake_arguments(), config.name, out_dir=folder)
+
+
+def launch_order(function: Any, operands: SparsePrefillOperands, parts: int) -> SparsePrefillOperands:
+    """The same operands with every list in the order of its rows, forth and back in turns of `parts` tokens.
+
+    Args:
+        function: the exported function of `Order`.
+        operands: as for `launch_prefill`.
+        parts: tokens that are computed at the same time.
+    """
+    indices, length = operands.indices[:, 0], operands.topk_length
+    ordered = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
+    function(
+        indices, operands.fault_word if length is None else length, ordered, operands.kv.shape[0], parts,
+        int(length is not None),
+    )  # fmt: skip
+    return operands._replace(indices=ordered.unsqueeze(1))
 
 
 def launch_prefill(function: Any, operands: SparsePrefillOperands, parts: int) -> None:
