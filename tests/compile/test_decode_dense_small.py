@@ -19,6 +19,7 @@ pytest.importorskip("cutlass")
 
 BUDGETS = tomllib.loads(Path(__file__).with_name("budgets_small.toml").read_text(encoding="utf-8"))
 H100 = Target.preset("h100_sxm")
+WIDE = {"h_q": 64, "batch": 64, "total_q": 64, "max_pages": 256}
 
 
 def problem(**changes):
@@ -41,7 +42,8 @@ def test_variant_compiles_within_budget(config, tmp_path):
     assert resources.dynamic_smem_bytes <= min(budget["smem_bytes"], small.SMEM_LIMIT), resources
     # 18 score and 16 value instructions per tile and warpgroup (16 with 512 columns), for codes those of single warps
     # instead; one bulk load in a loop, of rows two, of rows that index lists name one
-    assert resources.sass["HGMMA"] == (config.d_qk // 32 + 16 if config.layout == "plain" else 0), resources
+    scores = config.d_qk // (16 if config.rows == 64 else 32)  # with 64 rows each warpgroup multiplies all columns
+    assert resources.sass["HGMMA"] == (scores + 16 if config.layout == "plain" else 0), resources
     assert resources.sass["UTMALDG"] == (config.layout == "plain"), resources
     assert resources.sass["UBLKCP"] == (0 if config.layout == "plain" else 1 if config.gathers else 2), resources
 
@@ -92,6 +94,13 @@ def test_names_are_unique():
     [
         ({"h_q": 64, "max_pages": 4000}, "32 query rows"),
         ({"s_q": 3, "total_q": 12}, "32 query rows"),
+        ({**WIDE, "batch": 63, "total_q": 63}, "64 of 64 and more requests"),
+        ({**WIDE, "max_pages": 255}, "tables of 16384 tokens"),
+        ({**WIDE, "h_q": 65}, "32 query rows"),
+        ({**WIDE, "page_size": 12, "max_pages": 4000}, "32 query rows"),
+        ({**WIDE, "window": 4096}, "32 query rows"),
+        ({**WIDE, "is_batch_invariant": True}, "32 query rows"),
+        ({**WIDE, "layout": kv_layout("fp8_656")}, "32 query rows"),
         ({"total_q": 0}, "at least one query"),
         ({"d_v": 256}, "d_v 512"),
         ({"batch": 5000, "total_q": 5000}, "batch of 1 to 4096"),
@@ -113,6 +122,8 @@ def test_a_refusal_names_its_reason(changes, reason):
         {"h_q": 5, "s_q": 3, "total_q": 12, "is_causal": True},
         {"h_q": 32, "h_kv": 2},
         {"h_q": 32, "has_sink": True},
+        WIDE,
+        {**WIDE, "h_q": 20, "s_q": 3, "total_q": 192, "page_size": 24, "max_pages": 700},
         {"dtype": torch.float16, "layout": kv_layout("fp16_512"), "d_qk": 512},
         {"page_size": 8},
         {"layout": kv_layout("fp8_656"), "h_q": 32},

@@ -14,7 +14,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -104,6 +106,31 @@ CHECKS = (
     Case("sanitize", (200, 65, 0), h_q=3, s_q=2, causal=True, sink=True, parts=4),
     Case("sanitize_rows", (150, 40), page=5, h_q=20, window=70, parts=3),
     Case("varlen_window", (4000, 300, 70, 9), queries=(1, 1, 2, 0, 2), h_q=16, window=100),
+    Case("rows64", (4096, 100, 333), h_q=64),
+    Case("rows64_one_key", (1,), h_q=64),
+    Case("rows64_causal", (700, 100, 12, 0), h_q=16, s_q=4, causal=True, sink=True),
+    Case("rows64_h20_s3", (900, 130, 5, 64), h_q=20, s_q=3, causal=True),
+    Case("rows64_ring_wraps", (64 * 23 + 5,), h_q=64, parts=1),
+    Case("rows64_few_parts", (0, 1, 63, 64, 65, 1000, 0, 2048, 777), h_q=64, parts=3, sink=True),
+    Case("rows64_invariant", (0, 300, 5000, 256, 257), h_q=64, policy="batch_invariant", parts=7),
+    Case("rows64_many_pieces", (131072,), h_q=64, chunk=128, policy="batch_invariant"),
+    Case("rows64_units_shared", (7000, 7000, 7000, 7000), h_q=64, parts=40),
+    Case("rows64_uneven_cuts", (5000, 2500, 90), h_q=48, parts=13, unit=24, chunk=240),
+    Case("rows64_h_kv2", (900, 130), h_q=128, h_kv=2, parts=66),
+    Case("rows64_fp16", (900, 130, 5), dtype=torch.float16, h_q=64, causal=True),
+    Case("rows64_d512", (900, 130, 5), d_qk=512, h_q=64),
+    Case("rows64_fp16_d512", (900, 130, 5), dtype=torch.float16, d_qk=512, h_q=33),
+    Case("rows64_page16", (900, 130, 5, 0, 16), page=16, h_q=64),
+    Case("rows64_page40", (900, 130, 5, 0, 16), page=40, h_q=64),
+    Case("rows64_page128", (900, 130, 5), page=128, h_q=64),
+    Case("rows64_bad_page", (900, 130, 500), bad_page=True, h_q=64),
+    Case("rows64_strided", (900, 130, 5), strided=True, h_q=64),
+    Case("rows64_large_logits", (3000, 999), scale=8.0, h_q=64),
+    Case("rows64_window", (4000, 300, 70, 0, 1, 129), window=128, h_q=64),
+    Case("rows64_window_s4", (4000, 9000, 70), window=5000, s_q=4, h_q=16, sink=True),
+    Case("rows64_varlen", (4000, 300, 70, 0, 1, 500), queries=(2, 1, 4, 0, 2, 3, 4), h_q=16, causal=True, sink=True),
+    Case("rows64_varlen_window", (4000, 300, 70, 9), queries=(1, 1, 3, 0, 2), h_q=20, window=100),
+    Case("rows64_sanitize", (200, 65, 0), h_q=12, s_q=3, causal=True, sink=True, parts=4),
 )
 
 
@@ -262,7 +289,7 @@ def oracle(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kernel_name(case: Case) -> str:
-    rows = 16 if query_limit(case) * case.h_q // case.h_kv <= 16 else 32
+    rows = next(n for n in (16, 32, 64) if query_limit(case) * case.h_q // case.h_kv <= n)
     dtype = "bf16" if case.dtype == torch.bfloat16 else "fp16"
     return next(c.name for c in VARIANTS if (c.dtype, c.rows, c.d_qk) == (dtype, rows, case.d_qk))
 
@@ -349,9 +376,9 @@ def graph_of(call) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def check_invariance(fns: Functions) -> str:
+def check_invariance(fns: Functions, heads: int = 16) -> str:
     """batch_invariant: a request's bits are the same alone, among others, and on another number of parts."""
-    base = Case("invariance", (5000, 70, 0, 1000, 4096), policy="batch_invariant", chunk=512)
+    base = Case("invariance", (5000, 70, 0, 1000, 4096), h_q=heads, policy="batch_invariant", chunk=512)
     x = Inputs(base)
     outs = []
     for parts in (132, 5, 1):
@@ -372,9 +399,9 @@ def check_invariance(fns: Functions) -> str:
     return "bits equal alone, among others, on 1, 5 and 132 parts"
 
 
-def check_graph(fns: Functions) -> str:
+def check_graph(fns: Functions, heads: int = 16) -> str:
     """Plan and decode in one graph, lengths changed between replays; then many replays, bit by bit."""
-    case = Case("graph", (4096, 3000, 64, 0, 2500, 9000))
+    case = Case("graph", (4096, 3000, 64, 0, 2500, 9000), h_q=heads)
     x = Inputs(case, poison=False)
     x.table.clamp_(0, x.kv.shape[0] - 1)
     op = Operator(fns, x, kernel_name(case))
@@ -400,9 +427,9 @@ def check_graph(fns: Functions) -> str:
     return "40 sets of lengths, 10000 equal replays"
 
 
-def check_nan(fns: Functions) -> str:
+def check_nan(fns: Functions, heads: int = 16) -> str:
     """A NaN in a seen key makes its request's rows NaN, whole; the merge of others goes on, and no launch waits for it."""
-    case = Case("nan", (5000, 3000, 64))
+    case = Case("nan", (5000, 3000, 64), h_q=heads)
     x = Inputs(case)
     want, want_lse = oracle(x)
     x.kv[x.table[0, 3].long(), 5, 0, 100] = math.nan
@@ -420,7 +447,9 @@ def check_nan(fns: Functions) -> str:
 
 def check_named(fns: Functions, names: list[str]) -> None:
     """One line per check, as soon as it is known."""
-    whole = {"plans": check_plans, "graph": check_graph, "invariance": check_invariance, "nan": check_nan}
+    whole: dict[str, Callable[[Functions], str]] = {"plans": check_plans}
+    for name, each in (("graph", check_graph), ("invariance", check_invariance), ("nan", check_nan)):
+        whole |= {name: each, f"{name}64": partial(each, heads=64)}
     for name in names:
         try:
             text = whole[name](fns) if name in whole else check(fns, next(c for c in CHECKS if c.name == name))
@@ -431,7 +460,7 @@ def check_named(fns: Functions, names: list[str]) -> None:
 
 def sanitize(library: str, names: list[str], limit: float = 60.0) -> int:
     """compute-sanitizer's four tools over the smallest cases; returns how many found something."""
-    names = names or ["one_tile", "few_tiles_one_part", "sanitize", "sanitize_rows"]
+    names = names or ["one_tile", "few_tiles_one_part", "sanitize", "sanitize_rows", "rows64_sanitize"]
     dirty = 0
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, library]
@@ -452,7 +481,8 @@ def sanitize(library: str, names: list[str], limit: float = 60.0) -> int:
 
 def run_checks(library: str, names: list[str], limit: float = 100.0, processes: int = 12) -> int:
     """Checks dealt to a few processes: a hang or a dead context costs what was left of one. Returns how many fail."""
-    names = names or ["graph", "plans", "invariance", "nan", *(case.name for case in CHECKS)]
+    whole = ("graph", "graph64", "plans", "invariance", "invariance64", "nan", "nan64")
+    names = names or [*whole, *(case.name for case in CHECKS)]
     dealt = [names[i::processes] for i in range(min(processes, len(names)))]
     running = [
         subprocess.Popen(

@@ -74,7 +74,7 @@ def supports_bulk_copies(problem: DecodeProblem) -> Verdict:
 
 @dataclass(frozen=True)
 class FewRows:
-    """`decode_dense_small`: up to 32 query rows per KV head; merges its partials itself."""
+    """`decode_dense_small`: up to 32 query rows per KV head, 64 of many long requests; merges its partials itself."""
 
     op: str = field(default="decode", init=False)
     backend: str = field(default="cute", init=False)

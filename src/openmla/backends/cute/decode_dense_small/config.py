@@ -1,8 +1,8 @@
 """How the few-row dense decode kernel can be built, and which problems it takes. No DSL import.
 
 The shared-memory plan (bytes, 576 columns): a tile of 64 keys 73,728; Q 1,152 per row; P 128 per row; the exchange of
-partial scores 256 per row; barriers, maxima and factors below 2,048. Two tiles and 32 rows are 197,632 of 232,448. With
-512 columns a third tile fits beside 16 rows. Of fp8_656 a tile is 41,984, P lies there four times, and four warpgroups
+partial scores 256 per row; barriers, maxima and factors below 2,048. Two tiles and 32 rows are 197,632 of 232,448; with 64
+rows, which exchange nothing, 231,424. With 512 columns a third tile fits beside 16 rows. Of fp8_656 a tile is 41,984, P lies there four times, and four warpgroups
 exchange three times as much: 115,712 with 16 rows and two tiles, twice on an SM; 199,680 with four; 204,800 with 32
 rows and three.
 """
@@ -23,7 +23,9 @@ from openmla.core.target import Target
 from openmla.split.schedule import Policy, SplitPlan, plan_decode, ranges_needed
 
 FAMILY = "decode_dense_small"
-MAX_ROWS = 32  # query rows per KV head; more rows have no spill-free variant and belong to decode_dense
+MAX_ROWS = 32  # query rows per KV head; more belong to decode_dense, but for
+MAX_WIDE_ROWS = 64  # of so many and so long requests: see `is_wide`
+WIDE_BATCH, WIDE_TOKENS = 64, 16384
 GROUP_ROWS = 16
 MAX_GROUPED_ROWS = 128
 MAX_GROUPED_TOKENS = 8192  # of all requests; 16384 in four requests are as fast in either kernel
@@ -56,7 +58,7 @@ class Config:
 
     Attributes:
         dtype: of q, KV and out.
-        rows: query rows per KV head, padded to 16 or 32: N of the matrix instructions.
+        rows: query rows per KV head, padded to 16, 32 or 64: N of the matrix instructions.
         d_qk: 576, or 512 without RoPE columns.
         stages: tiles of 64 keys in the ring.
         layout: of the cache: elements of dtype, or a byte layout of CODES.
@@ -95,7 +97,7 @@ class Config:
     @property
     def threads(self) -> int:
         """Of a CTA: the warpgroups and the loading warp, or four."""
-        return 128 * self.warpgroups + (32 * LOADERS if self.gathers else 32)
+        return 128 * self.warpgroups + (32 * LOADERS if self.gathers or self.rows == 64 else 32)
 
     def as_dict(self) -> dict[str, Any]:
         """For the bundle's manifest."""
@@ -110,7 +112,7 @@ def _stages(rows: int, d_qk: int) -> int:
 VARIANTS: tuple[Config, ...] = tuple(
     Config(dtype, rows, d_qk, _stages(rows, d_qk))
     for dtype in ("bf16", "fp16")
-    for rows in (16, 32)
+    for rows in (16, 32, 64)
     for d_qk in (576, 512)
 ) + tuple(
     Config("bf16", rows, kv_layout(layout).d_qk, stages, layout)
@@ -142,6 +144,21 @@ def grouped(problem: DecodeProblem) -> DecodeProblem:
     return replace(problem, h_kv=groups)
 
 
+def is_wide(problem: DecodeProblem) -> bool:
+    """Whether 33 to 64 rows are better off here than with decode_dense, which has them in one block.
+
+    They are where memory decides and a request has two pieces at most: 64 heads, batch 128, 16384 keys (log 55 of decode_dense).
+    Which kernel runs may not depend on the batch where the bits may not.
+    """
+    return (
+        MAX_ROWS < rows_per_kv_head(problem) <= MAX_WIDE_ROWS
+        and problem.batch * problem.h_kv >= WIDE_BATCH
+        and problem.max_pages * problem.page_size >= WIDE_TOKENS
+        and problem.page_size % BOX == 0
+        and not (problem.layout.is_quantised or problem.window or problem.is_batch_invariant)
+    )
+
+
 def supports(problem: DecodeProblem, target: Target) -> Verdict:
     """May this kernel run the problem here? Every reason against it."""
     problem = grouped(problem)
@@ -158,9 +175,10 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
         (problem.d_qk in (576, 512), f"needs d_qk 576 or 512, got {problem.d_qk}"),
         (problem.d_v == D_V, f"needs d_v {D_V}, got {problem.d_v}"),
         (
-            1 <= rows <= MAX_ROWS,
+            1 <= rows <= MAX_ROWS or is_wide(problem),
             f"takes up to {MAX_ROWS} query rows per KV head (s_q * h_q / h_kv), got {rows} (multiples of {GROUP_ROWS} "
-            f"also where batch * max_pages * page_size <= {MAX_GROUPED_TOKENS} and h_kv = 1)",
+            f"also where batch * max_pages * page_size <= {MAX_GROUPED_TOKENS} and h_kv = 1; up to {MAX_WIDE_ROWS} of "
+            f"{WIDE_BATCH} and more requests in tables of {WIDE_TOKENS} tokens and more)",
         ),
         (1 <= problem.batch <= MAX_BATCH, f"takes a batch of 1 to {MAX_BATCH}, got {problem.batch}"),
         (problem.h_kv <= target.num_sms, f"needs an SM per KV head, got h_kv={problem.h_kv} on {target.num_sms} SMs"),
@@ -172,7 +190,7 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     """The variant that runs the problem. Call only where `supports` is true."""
     problem = grouped(problem)
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
-    rows = 16 if rows_per_kv_head(problem) <= 16 else 32
+    rows = next(n for n in (16, 32, 64) if rows_per_kv_head(problem) <= n)
     if problem.layout.is_quantised:
         is_short = problem.batch * problem.max_pages * problem.page_size <= MAX_LONE_TOKENS
         is_lone = rows == 16 and is_short and not problem.is_batch_invariant

@@ -1,4 +1,4 @@
-"""Dense MLA decode for few rows (s_q * heads per KV head <= 32): device code.
+"""Dense MLA decode for few rows (s_q * heads per KV head <= 32; 64 of many long requests): device code.
 
 Operands are swapped, so that the few rows lie on the N side of wgmma and nothing is padded to 64:
     S^T [64 keys, N]      = K [64, 576] Q^T          A = K, K-major; B = Q, K-major
@@ -15,13 +15,18 @@ Partials pass through an exchange in global memory without flags, fences or coun
 word whether they are there (UNWRITTEN is a NaN that arithmetic never yields), whoever needs them polls them, and the one
 reader of each marks it unwritten again. The launch is cooperative, so waiting for the others is safe.
 
+With 64 rows, two tiles and Q leave no room for that exchange: each warpgroup makes the scores of its 32 rows over all columns,
+and gives a tile back in quarters of 16 keys while it weighs the others. A whole warpgroup loads, of which one warp does, so
+that it can leave its registers to the others.
+
 Barriers per tile: X (both warpgroups: partial S^T exchanged), M (one warpgroup: maxima of its four warps), P (both:
 P and rescale factors stored). A second write to any of these buffers lies behind at least one of them.
 
 Byte caches (`codes.py`) have loads, products and weights of their own, and more warps: with 16 rows two CTAs share an SM,
 with 32 four warpgroups share a tile. Their rows may also be named one by one (`gathered.py`): a request is then a query token.
 
-Budget at N = 16: two tiles 147,456 + Q 18,432 + P 2,048 + X 4,096 bytes; 288 threads; no spills.
+Budget at N = 16: two tiles 147,456 + Q 18,432 + P 2,048 + X 4,096 bytes; 288 threads; no spills. At N = 64: two tiles +
+Q 73,728 + P 8,192; 384 threads.
 docs/kernels/decode_dense_small.md has the timeline and the log of experiments.
 """
 
@@ -39,6 +44,7 @@ from openmla.backends.cute.decode_dense_small.gathered import LOADERS, Gathered
 from openmla.backends.cute.decode_dense_small.loads import BOX, D_V, NO_WINDOW, SLICE, Loads, M
 from openmla.backends.cute.decode_dense_small.merge import BAR_P, BAR_X, LN_2, Merge
 
+REGS_MATH, REGS_LOADS = 232, 40  # with 64 rows; x 256 and x 128 threads = 64,512
 BAR_Q, BAR_M = 3, 4  # named barriers; BAR_M + w belongs to warpgroup w
 
 
@@ -72,7 +78,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         self.warpgroups, self.consumers, self.ctas_per_sm = warpgroups, 128 * warpgroups, ctas_per_sm
         self.p_dtype = Float16 if self.has_codes else dtype
         self.gathers = gathers
-        self.loaders = LOADERS if self.gathers else 1  # loading warps
+        self.halves_rows = rows == 64  # of the scores: no room for exchanging sums over half of the columns
+        # Loading warps. With 64 rows a whole warpgroup, of which one loads, so that it can leave registers to the others.
+        self.loaders = LOADERS if self.gathers or self.halves_rows else 1
+        self.quarters = 4 if self.halves_rows else 1  # in which a tile is given back, while its other keys are weighed
         self.boxes = M // BOX
         self.piece_bytes = rows * 2304
         self.slices = d_qk // SLICE
@@ -113,12 +122,15 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         p_layout = tile(self.n, M, GROUPS) if const_expr(self.has_codes) else tile(self.n, M)
         ring_size = self.stages * M * (self.row_bytes if const_expr(self.has_codes) else self.d_qk)
         ring_type = Uint8 if const_expr(self.has_codes) else self.dtype
-        x_size = M * self.n * (self.warpgroups - 1)
+        x_size = 0 if const_expr(self.halves_rows) else M * self.n * (self.warpgroups - 1)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
         if const_expr(self.has_codes):  # products of single warps, bulk copies without descriptors
             qk, pv, tma, tma_kv = None, None, None, None
         else:
-            qk = sm90.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, self.n))
+            qk_rows = self.n // 2 if const_expr(self.halves_rows) else self.n
+            qk = sm90.make_trivial_tiled_mma(
+                self.dtype, self.dtype, k_major, k_major, Float32, (1, 1, 1), (64, qk_rows)
+            )
             pv = sm90.make_trivial_tiled_mma(
                 self.dtype, self.dtype, mn_major, k_major, Float32, (1, 1, 1), (64, self.n)
             )
@@ -136,7 +148,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         @cute.struct
         class Storage:
             full: cute.struct.MemRange[Int64, self.stages]
-            empty: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages * self.quarters]
             info: cute.struct.MemRange[Int32, self.stages * 2]
             top: cute.struct.Align[cute.struct.MemRange[Float32, self.n * 4], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, self.n], 16]
@@ -210,7 +222,8 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                         cute.arch.mbarrier_init(full + i, M)
                     else:
                         cute.arch.mbarrier_init(full + i, 1 if is_boxed else 32)
-                    cute.arch.mbarrier_init(empty + i, 4 * self.warpgroups)
+                    for quarter in cutlass.range_constexpr(self.quarters):
+                        cute.arch.mbarrier_init(empty + i * self.quarters + quarter, 4 * self.warpgroups)
             if const_expr(not self.has_codes):
                 cpasync.prefetch_descriptor(tma)
         if warp == 1:
@@ -229,7 +242,22 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         ):  # both loading warps alike, in a way that tells the compiler nothing about the others:
             # it would build the merge, which asks for warps below 8, in another way, and spill 11 words of it
             role = cute.arch.inline_ptx("and.b32 {$w0}, {$r0}, -4;", write_only_types=[Int32], read_only_args=[warp])
-        if role == 4 * self.warpgroups:
+        if const_expr(self.halves_rows):
+            if warp >= 4 * self.warpgroups:
+                cute.arch.setmaxregister_decrease(REGS_LOADS)
+                if warp == 4 * self.warpgroups:
+                    self.produce(
+                        tma, tma_kv, kv, table, lengths, metadata, faults, q.shape[1], window, max_s_q, unit, part, head_kv,
+                        full, empty, sm_info, sm_ring,
+                    )  # fmt: skip
+            else:
+                cute.arch.setmaxregister_increase(REGS_MATH)
+                self.consume(
+                    st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink,
+                    cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
+                    part, head_kv, warp,
+                )  # fmt: skip
+        elif role == 4 * self.warpgroups:
             if const_expr(self.gathers):
                 self.produce_gathered(
                     kv, table, lengths, metadata, faults, q.shape[1], unit, part, warp - 4 * self.warpgroups, full, empty,
@@ -312,9 +340,13 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         sm_last = st.last.get_tensor(cute.make_layout(n))
         # [warpgroup that adds it, place of the giver, group of four, thread, four]: 16 bytes per thread without bank conflicts
         givers = self.warpgroups - 1
-        sm_x = st.x.get_tensor(
-            cute.make_layout((givers + 1, givers, per // 4, 128, 4), stride=(givers * per * 128, per * 128, 512, 4, 1))
-        )
+        sm_x = None
+        if const_expr(not self.halves_rows):
+            sm_x = st.x.get_tensor(
+                cute.make_layout(
+                    (givers + 1, givers, per // 4, 128, 4), stride=(givers * per * 128, per * 128, 512, 4, 1)
+                )
+            )
         q_base = st.q.data_ptr().toint().to(Int32)
         p_base = st.p.data_ptr().toint().to(Int32)
         ring_base = st.ring.data_ptr().toint().to(Int32)
@@ -330,7 +362,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
             sm_v = cute.make_tensor(sm_ring.iterator, cute.select(sm_ring.layout, [1, 0, 2]))
             a_v = pv.make_fragment_A(thr_pv.partition_A(cute.flat_divide(sm_v, (M, M))))
             b_p = pv.make_fragment_B(thr_pv.partition_B(sm_p))
-            s = qk.make_fragment_C(qk.partition_shape_C((64, n)))
+            s = qk.make_fragment_C(qk.partition_shape_C((64, n // 2 if const_expr(self.halves_rows) else n)))
             o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(8 // self.warpgroups)]
         held = Int32(0)  # see codes.follow_scales
         tile_bytes = M * self.row_bytes if const_expr(self.has_codes) else self.boxes * self.box_bytes
@@ -432,16 +464,23 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                                 steps = (
                                     4 // self.warpgroups
                                 )  # of a slice's four: one copy of the code for all warpgroups
-                                for k in cutlass.range_constexpr(steps * self.slices):
-                                    at = (wg * steps + k % steps, k // steps)
-                                    qk.set(warpgroup.Field.ACCUMULATE, k != 0)
-                                    cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
+                                if const_expr(self.halves_rows):
+                                    for k in cutlass.range_constexpr(4 * self.slices):
+                                        at = (k % 4, k // 4)
+                                        qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                                        rows_of_q = cute.append_ones(b_q[None, wg, at], up_to_rank=2)
+                                        cute.gemm(qk, s, a_k[None, None, at, stage], rows_of_q, s)
+                                else:
+                                    for k in cutlass.range_constexpr(steps * self.slices):
+                                        at = (wg * steps + k % steps, k // steps)
+                                        qk.set(warpgroup.Field.ACCUMULATE, k != 0)
+                                        cute.gemm(qk, s, a_k[None, None, at, stage], b_q[None, None, at], s)
                                 warpgroup.commit_group()
                                 seen_keys = sm_info[0, stage], sm_info[1, stage]
                                 warpgroup.wait_group(0)
 
                             # ---- X: give the other warpgroup its rows, add what it gives
-                            for w in cutlass.range_constexpr(self.warpgroups):
+                            for w in cutlass.range_constexpr(0 if self.halves_rows else self.warpgroups):
                                 if w == wg:
                                     for i in cutlass.range_constexpr(per):
                                         mine[i] = s[w * per + i]
@@ -451,8 +490,8 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                                         sm_x[w, giver, i // 4, wtid, i % 4] = s[w * per + i]
                             cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
                             for i in cutlass.range_constexpr(per):
-                                x = mine[i]
-                                for giver in cutlass.range_constexpr(self.warpgroups - 1):
+                                x = s[i] if const_expr(self.halves_rows) else mine[i]
+                                for giver in cutlass.range_constexpr(0 if self.halves_rows else self.warpgroups - 1):
                                     x = x + sm_x[wg, giver, i // 4, wtid, i % 4]
                                 to_log2 = scale_log2
                                 if const_expr(self.has_codes):
@@ -554,13 +593,15 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                                             b_p[None, None, k],
                                             o[m],
                                         )
-                                warpgroup.commit_group()
+                                    if const_expr(k % (4 // self.quarters) == 4 // self.quarters - 1):
+                                        warpgroup.commit_group()
                             if token + M >= stop:
                                 self.publish(top, total, sm_top, sm_last, target, pieces, rows, wg, wwarp, lane, tid)
-                            if const_expr(not self.has_codes):
-                                warpgroup.wait_group(0)
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive(empty + stage)
+                            for quarter in cutlass.range_constexpr(self.quarters):
+                                if const_expr(not self.has_codes):
+                                    warpgroup.wait_group(self.quarters - 1 - quarter)
+                                with cute.arch.elect_one():
+                                    cute.arch.mbarrier_arrive(empty + stage * self.quarters + quarter)
                             stage += 1
                             if stage == self.stages:
                                 stage = Int32(0)
@@ -604,10 +645,26 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                     count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
                     begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
                 if pieces > 1:
-                    self.merge(
-                        st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where, first_query,
-                        head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
-                    )  # fmt: skip
+                    if const_expr(self.has_codes):
+                        self.merge(
+                            st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                            first_query, head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
+                        )  # fmt: skip
+                    elif pieces == 2:
+                        self.merge_few(
+                            out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                            first_query, head_kv, pieces, begin_unit, end_unit, rows, group, per_group, 2,
+                        )  # fmt: skip
+                    elif pieces <= 4:
+                        self.merge_few(
+                            out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                            first_query, head_kv, pieces, begin_unit, end_unit, rows, group, per_group, 4,
+                        )  # fmt: skip
+                    else:
+                        self.merge(
+                            st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                            first_query, head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
+                        )  # fmt: skip
         if const_expr(not self.gathers):
             if max_s_q > 0:
                 if (part == 0) & (warp < 8):

@@ -29,6 +29,7 @@ class Loads:
     box_bytes: int
     has_codes: bool
     gathers: bool
+    quarters: int
 
     @cute.jit
     def prefetch(self, table: cute.Tensor, lengths: cute.Tensor, parts: Int32, part: Int32):
@@ -138,12 +139,14 @@ class Loads:
                     _, row = self.locate(token // BOX, boxes_per_page)
                     boxes = (end - token + BOX - 1) // BOX
                     boxes = boxes if boxes < self.boxes else Int32(self.boxes)
-                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    cute.arch.mbarrier_wait(empty + stage * self.quarters, phase)
                     with cute.arch.elect_one():
                         sm_info[0, stage] = self.bytes_of(seen)
                         sm_info[1, stage] = self.bytes_of(seen >> 4)
                         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, boxes * self.box_bytes)
                     for i in cutlass.range(boxes, unroll=1):
+                        if const_expr(self.quarters > 1):
+                            cute.arch.mbarrier_wait(empty + stage * self.quarters + i // 2, phase)
                         page = cute.arch.shuffle_sync(pages, place * self.boxes + i)
                         cute.copy(
                             tma,
@@ -154,6 +157,8 @@ class Loads:
                         )
                         row += 1
                         row = row if row < boxes_per_page else Int32(0)
+                    for quarter in cutlass.range_constexpr(1, self.quarters):  # no phase may pass unseen
+                        cute.arch.mbarrier_wait(empty + stage * self.quarters + quarter, phase)
                     stage += 1
                     if stage == self.stages:
                         stage = Int32(0)
@@ -257,7 +262,8 @@ class Loads:
                             pages,
                         )
                     else:
-                        cute.arch.mbarrier_wait(empty + stage, phase)
+                        for quarter in cutlass.range_constexpr(self.quarters):
+                            cute.arch.mbarrier_wait(empty + stage * self.quarters + quarter, phase)
                         for half in cutlass.range_constexpr(2):
                             position = token + lane + half * 32
                             column = position // page_size

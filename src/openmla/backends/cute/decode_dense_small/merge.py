@@ -192,6 +192,130 @@ class Merge:
                     line[eighth * 8 + 4 + (lane >> 3)] = words[1]
 
     @cute.jit
+    def merge_few(
+        self,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        place: Int64,
+        sink: cute.Tensor,
+        has_sink: Int32,
+        where: Int32,
+        first_query: Int32,
+        head_kv: Int32,
+        pieces: Int32,
+        begin_unit: Int32,
+        end_unit: Int32,
+        rows: Int32,
+        group: Int32,
+        per_group: Int32,
+        per: cutlass.Constexpr,
+    ):
+        """As `merge`, where a request has `per` pieces at most: a warp takes 8 / per units at once.
+
+        `merge` waits twice for memory in every round of eight units, and a holder of two pieces has 16 rounds of 64 rows.
+        The four lanes of a slot have the statistics of one piece of one unit.
+        """
+        n, units = self.n, 8 // per
+        tid, _, _ = cute.arch.thread_idx()
+        lane, warp = tid & 31, tid >> 5
+        slot = lane >> 2
+        held = cute.make_rmem_tensor(cute.make_layout(4), Int32)
+        stat = cute.recast_tensor(held, Float32)
+        loaded = cute.make_rmem_tensor(cute.make_layout((4, 8)), Int32)
+        values = cute.recast_tensor(loaded, Float32)
+        weights = cute.make_rmem_tensor(cute.make_layout(2), Float32)
+        sums = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        for base in cutlass.range(begin_unit, end_unit, 8 * units, unroll=1):
+            first = base + warp * units
+            # ---- statistics
+            unit, piece = first + slot // per, slot % per
+            is_there = (unit < end_unit) & (piece < pieces)
+            stats = place + (n * 2048 + self.place_of(unit) * 64 + (lane & 3) * 16) + piece * self.piece_bytes
+            self.await_stats(held, stats, Int32(8) if is_there else Int32(0), lane)
+            row = (unit >> 5) * 8 + (lane & 3) * 2
+            for r in cutlass.range_constexpr(2):
+                peak = stat[2 * r]
+                for d in (4, 8)[: per // 2]:
+                    peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, d))
+                shift = peak if peak > -Float32.inf else Float32(0.0)
+                weights[r] = cute.math.exp2(stat[2 * r] - shift, fastmath=True)
+                total = stat[2 * r + 1] * weights[r]
+                for d in (4, 8)[: per // 2]:
+                    total = total + cute.arch.shuffle_sync_bfly(total, d)
+                token, head = self.split_row(row + r if row + r < rows else Int32(0), head_kv, group, per_group)
+                scale, lse2 = self.closing(peak, total, sink, head, has_sink)
+                weights[r] = weights[r] * scale
+                if (piece == 0) & ((unit & 31) == 0) & is_there & (row + r < rows):
+                    lse[where, head, first_query + token] = lse2 * LN_2
+            # ---- data
+            self.await_units(loaded, place + lane * 16, first, end_unit, pieces, per)
+            for j in cutlass.range_constexpr(units):
+                sums.fill(0.0)
+                for p in cutlass.range_constexpr(per):  # the weights of slot u are lane 4 u + lane % 4's
+                    u = j * per + p
+                    weight = [cute.arch.shuffle_sync(weights[r], u * 4, mask_and_clamp=0x31F) for r in range(2)]
+                    for i in cutlass.range_constexpr(4):
+                        sums[i] = sums[i] + values[i, u] * weight[i % 2]
+                self.store_unit(
+                    sums, out, where, first_query, head_kv, rows, group, per_group, first + j, end_unit, lane
+                )
+            for u in cutlass.range_constexpr(8):
+                if (first + u // per < end_unit) & (u % per < pieces):
+                    data = place + (self.place_of(first + u // per) * 512 + lane * 16)
+                    self.unwrite(data, u % per * self.piece_bytes)
+            if is_there:
+                self.unwrite(stats, 0)
+
+    @cute.jit
+    def place_of(self, unit: Int32) -> Int32:
+        """Where `store_partial` puts a unit, in units."""
+        block, eighth = unit >> 5, unit & 31
+        return ((eighth >> 2) * (self.n // 8) + block) * 4 + (eighth & 3)
+
+    @cute.jit
+    def await_units(
+        self, loaded: cute.Tensor, place: Int64, first: Int32, end_unit: Int32, pieces: Int32, per: cutlass.Constexpr
+    ):
+        """16 bytes per lane of 8 / per units of each piece, as soon as all are there."""
+        for u in cutlass.range_constexpr(8):
+            is_there = (first + u // per < end_unit) & (u % per < pieces)
+            loaded[0, u] = Int32(UNWRITTEN) if is_there else Int32(0)
+            loaded[1, u], loaded[2, u], loaded[3, u] = Int32(0), Int32(0), Int32(0)
+        polls = Int32(MAX_POLLS)
+        while polls > 0:
+            for u in cutlass.range_constexpr(8):
+                data = place + self.place_of(first + u // per) * 512
+                self.look(loaded[None, u], u % per * self.piece_bytes, data)
+            is_missing = cutlass.Boolean(False)
+            for u in cutlass.range_constexpr(8):
+                is_missing = is_missing | (loaded[0, u] == UNWRITTEN)
+            polls -= 1
+            if not cute.arch.vote_any_sync(is_missing):
+                polls = Int32(0)
+
+    @cute.jit
+    def store_unit(
+        self, sums: cute.Tensor, out: cute.Tensor, where: Int32, first_query: Int32, head_kv: Int32, rows: Int32,
+        group: Int32, per_group: Int32, unit: Int32, end_unit: Int32, lane: Int32,
+    ):  # fmt: skip
+        """A unit of out. Lane 4 c + p has columns c and c + 8 of rows 2 p and 2 p + 1; see `merge`."""
+        four = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        packed = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
+        words = cute.recast_tensor(packed, Int32)
+        is_odd = (lane & 4) != 0
+        for i in cutlass.range_constexpr(2):
+            other = cute.arch.shuffle_sync_bfly(sums[2 * i] if is_odd else sums[2 * i + 1], 4)
+            four[2 * i] = other if is_odd else sums[2 * i]
+            four[2 * i + 1] = sums[2 * i + 1] if is_odd else other
+        row = (unit >> 5) * 8 + (lane & 3) * 2 + (lane >> 2 & 1)
+        if (unit < end_unit) & (row < rows):
+            token, head = self.split_row(row, head_kv, group, per_group)
+            line = cute.recast_tensor(out[where, first_query + token, head, None], Int32)
+            packed.store(four.load().to(self.dtype))
+            line[(unit & 31) * 8 + (lane >> 3)] = words[0]
+            line[(unit & 31) * 8 + 4 + (lane >> 3)] = words[1]
+
+    @cute.jit
     def await_stats(self, held: cute.Tensor, address: Int64, count: Int32, lane: Int32):
         """Maximum and sum, of two rows, of piece `lane // 4` of a group of eight, as soon as all eight are there."""
         held[0] = Int32(UNWRITTEN) if lane >> 2 < count else Int32(MINUS_INFINITY)
