@@ -148,7 +148,9 @@ class Call:
         ),
         pytest.param({"lengths": (640,), "h_q": 4, "chunk": 64, "parts": 5}, id="teams-of-2"),
         pytest.param({"lengths": (300, 70, 0), "h_q": 4, "chunk": 64, "parts": 3, "ranges": 3}, id="lists-of-ranges"),
-        pytest.param({"lengths": (400, 70, 0), "h_q": 16, "s_q": 2, "parts": 2, "causal": True}, id="rows32-two-pieces"),
+        pytest.param(
+            {"lengths": (400, 70, 0), "h_q": 16, "s_q": 2, "parts": 2, "causal": True}, id="rows32-two-pieces"
+        ),
         pytest.param({"lengths": (300, 70), "h_q": 11, "s_q": 4, "window": 100, "sink": True, "parts": 2}, id="rows64"),
         pytest.param({"lengths": (640,), "h_q": 40, "parts": 3}, id="rows64-three-pieces"),
         pytest.param({"lengths": (130, 70), "layout": "fp8_656", "parts": 2}, id="fp8_656"),
