@@ -89,6 +89,46 @@ def test_an_inference_tensor_may_be_refused_and_is_never_mistaken() -> None:
     assert not are_alike(q[:2], table)
 
 
+@pytest.mark.parametrize("is_quick", [True, False], ids=["quick", "usual"])
+@pytest.mark.parametrize("strides", [(16, 8, 1), (8, 24, 1)], ids=["plain", "other order"])
+def test_made_tensors_are_like_the_one_given(
+    monkeypatch: pytest.MonkeyPatch, strides: tuple[int, ...], is_quick: bool
+) -> None:
+    assert repeats._quick_empty("cpu") is not None and repeats._quick_empty("abacus") is None
+    if not is_quick:
+        monkeypatch.setattr(repeats, "_quick_empty", lambda device: None)
+    like = torch.zeros(400, dtype=torch.bfloat16).as_strided((3, 2, 8), strides)
+    make = repeats.maker_of(like)
+    with torch.inference_mode():
+        inside = make()
+    first, second = make(), make()
+    assert first.is_inference() is second.is_inference() is False and inside.is_inference()
+    for made in (first, second, inside):
+        assert (made.shape, made.dtype, made.device, made.requires_grad) == (like.shape, like.dtype, like.device, False)
+        assert made.stride() == strides
+    first.fill_(1)
+    second.fill_(2)
+    assert bool((first == 1).all())
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_of_several_gpus_the_tensor_s_own_is_taken(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+    class Tensor:
+        device, shape, dtype = torch.device("cuda", 1), torch.Size([2, 3]), torch.float32
+
+        def stride(self) -> tuple[int, int]:
+            return 3, 1
+
+    usual = torch.empty(2, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    monkeypatch.setattr(repeats, "_quick_empty", lambda device: lambda *given: given)
+    monkeypatch.setattr(torch, "empty_strided", lambda *given, **options: usual)
+    monkeypatch.setattr(torch, "empty_like", lambda like: like)
+    made = repeats.maker_of(Tensor())  # type: ignore[arg-type]
+    assert made() == ((2, 3), (3, 1), torch.float32) if current == 1 else made() is usual
+
+
 @pytest.mark.parametrize("missed", ["shape", "stride", "dtype", "device"])
 def test_a_pytorch_whose_comparison_misses_something_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch, missed: str
