@@ -139,7 +139,7 @@ def apart(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
 def cases(found: dict[str, ModuleType], device: torch.device) -> Iterator[tuple[str, Callable[[], float]]]:
     """Name, and how far apart results are."""
     ours, theirs = found["openmla"], found.get("sgl-flash-mla")
-    for h_q, s_q in ((16, 1), (128, 1), (128, 2)):
+    for h_q, s_q in ((16, 1), (128, 1), (128, 2), (16, 4), (128, 4)):
         step = Step(device, h_q, s_q)
         yield (
             f"dense bf16 h_q {h_q} s_q {s_q}, oracle",

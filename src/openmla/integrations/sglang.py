@@ -7,9 +7,8 @@ SGLang reaches FlashMLA through a module, from 0.5.23 on `flash_mla` (package sg
 `register` puts OpenMLA in the place of both. What these modules have beyond `openmla.flash_mla` is here:
 
     schedule tensors         SGLang asks for them once per step and copies them into static buffers; here they are zeros of the
-                             right shape, made without waiting for the device. A captured step of one query token per request
-                             plans on the device in its first layer, for the lengths of the replay; any other call plans for
-                             itself
+                             right shape, made without waiting for the device. A captured step plans on the device in its first
+                             layer, for the lengths of the replay; an eager call plans for itself
     statistics in base 2     of sparse prefill, where they are asked for
     MegaAttention            SM100 only: refused with the reason when it is called
 """
@@ -134,8 +133,7 @@ def flash_mla_with_kvcache(
     if num_splits is not None and is_sparse and options.get("kv_format") is None:
         if (row_bytes, q.shape[-1]) == (_V32_NO_ROPE_BYTES, 512):
             options["kv_format"] = "V32_NO_ROPE"
-    # Two query tokens per request plan for themselves: replays of them have not been compared on a GPU.
-    elif num_splits is not None and not is_sparse and block_table is not None and q.shape[1] == 1:
+    elif num_splits is not None and not is_sparse and block_table is not None:
         form = (q.shape, q.dtype, k_cache.shape, k_cache.stride(), block_table.shape, causal)
         shared = _of_this_capture(num_splits, form)
         if shared is not None:
