@@ -327,3 +327,26 @@ def test_checks_that_watch_every_call_are_not_passed_by(calls: list[str], monkey
         monkeypatch.setenv("OPENMLA_CHECKS", mode)
         openmla.decode(**tensors, plan=plan, backend="cute")
         assert calls.count("usual") == ways + 1
+
+
+def test_plans_of_one_signature_share_what_they_compare(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans come and go with every step; the comparison is made once, and again where another mode makes it useless."""
+    made = []
+    stock = repeats.kinds_of
+    monkeypatch.setattr(repeats, "kinds_of", lambda *tensors: (made.append(len(tensors)), stock(*tensors))[1])
+    tensors = decode_tensors(16)
+    for step in range(3):
+        plan = openmla.plan(**tensors, backend="cute")
+        calls.clear()
+        for _ in range(3):
+            openmla.decode(**tensors, plan=plan, backend="cute")
+        assert calls == ["usual"], step
+    assert made == [4]
+    with torch.inference_mode():
+        calls.clear()
+        for _ in range(3):
+            openmla.decode(**tensors, plan=plan, backend="cute")
+        assert calls == ["usual"] and made == [4, 4]
+    for _ in range(2):
+        openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
+    assert made == [4, 4, 5]

@@ -45,6 +45,7 @@ class Prepared:
     asked: str = "auto"  # the backend that the caller asked for; only auto may go on with another kernel
     spans: tuple[int, ...] = ()  # bytes from the first to the last element of out and of each input; see check_overlap
     workspace: dict[str, int] = field(default_factory=dict)  # policy -> bytes
+    tensors: Any = None  # of `ops.repeats`: what calls of this signature compare and make
 
 
 _prepared: dict[tuple[Any, ...], Prepared] = {}

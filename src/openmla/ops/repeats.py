@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,11 +43,8 @@ class Repeat:
         self.backend, self.checks = _look(_BACKEND), _look(_CHECKS)
         self.sink, self.softmax_scale, self.fault_word = operands.attn_sink, operands.softmax_scale, operands.fault_word
         self.sink_at = 0 if self.sink is None else self.sink.data_ptr()
-        given = (operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens)
-        self.are_alike = kinds_of(*given, *((operands.out,) if is_out_given else ()))
-        self.make_out, self.make_lse = maker_of(operands.out), maker_of(operands.lse)
+        self.are_alike, self.make_out, self.make_lse, self.spans = _tensors_of(prepared, operands, is_out_given)
         self.is_overlap_checked = is_out_given and env.CHECKS.read() != "off"
-        self.spans = tuple(map(extent, (operands.out, *given, self.sink)))
 
     def again(
         self, options: tuple[Any, ...], q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,
@@ -115,6 +112,26 @@ class Repeat:
     ) -> DecodeOperands:  # fmt: skip
         given = (q, kv_cache, block_table, cache_seqlens)
         return DecodeOperands(*given, self.softmax_scale, out, lse, self.fault_word, None, self.sink)
+
+
+class Tensors(NamedTuple):
+    """What the repeated calls of one signature compare and make; kept with it, for plans come and go with every step."""
+
+    are_alike: Callable[..., bool]  # of q, kv_cache, block_table, cache_seqlens, and out where it is given
+    make_out: Callable[[], torch.Tensor]
+    make_lse: Callable[[], torch.Tensor]
+    spans: tuple[int, ...]  # bytes of out, q, kv_cache, block_table, cache_seqlens, attn_sink
+
+
+def _tensors_of(prepared: Prepared, operands: DecodeOperands, is_out_given: bool) -> Tensors:
+    given = (operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens)
+    compared = (*given, operands.out) if is_out_given else given
+    found: Tensors | None = prepared.tensors
+    if found is None or not found.are_alike(*compared):  # the comparison may be of another mode, such as inference
+        spans = tuple(map(extent, (operands.out, *given, operands.attn_sink)))
+        found = Tensors(kinds_of(*compared), maker_of(operands.out), maker_of(operands.lse), spans)
+        prepared.tensors = found
+    return found
 
 
 def repeat_of(

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,13 +113,13 @@ def serve(family: str, config: Variant) -> Served:
         return _served[key]
 
 
-def argument(function: Any, value: Any) -> Any:
-    """`value` as a loaded function takes it without converting: 0.2 us less per tensor and call, for what stays the same."""
-    if not isinstance(value, torch.Tensor) or type(function).__module__.partition(".")[0] != "tvm_ffi":
-        return value
+def arguments(function: Any, values: Iterable[Any]) -> list[Any]:
+    """`values` as a loaded function takes them without converting: 0.2 us less per tensor and call, for what stays the same."""
+    if type(function).__module__.partition(".")[0] != "tvm_ffi":
+        return [*values]
     import tvm_ffi
 
-    return tvm_ffi.from_dlpack(value)
+    return [tvm_ffi.from_dlpack(each) if isinstance(each, torch.Tensor) else each for each in values]
 
 
 def loaded() -> dict[str, str]:

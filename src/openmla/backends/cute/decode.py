@@ -331,23 +331,21 @@ def repeated(
     if plan.partials is None or operands.cu_seqlens_q is not None:
         return None
     calls: list[tuple[Any, ...]] = []
-    recorded = replace(compiled, decode=lambda *arguments: calls.append(arguments))
-    kernel.launch(recorded, problem, operands, plan)
+    function, record = compiled.decode, lambda *arguments: calls.append(arguments)
+    kernel.launch(
+        Compiled(compiled.config, compiled.options, record, None, None, compiled.scratch), problem, operands, plan
+    )
     (arguments,) = calls
-    varying = (
-        operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, operands.out, operands.lse
-    )  # fmt: skip
-    which = [next((i for i, tensor in enumerate(varying) if each is tensor), -1) for each in arguments]
-    places = [place for place, i in enumerate(which) if i >= 0]
-    if (
-        [i for i in which if i >= 0] != [*range(len(varying))]
-        or places[:4] != [0, 1, 2, 3]
-        or places[5] != places[4] + 1
-    ):
+    varying = (operands.q, operands.kv_cache, operands.block_table, operands.cache_seqlens, operands.out, operands.lse)
+    numbers = {id(tensor): i for i, tensor in enumerate(varying)}
+    places = [place for place, each in enumerate(arguments) if id(each) in numbers]
+    if [numbers[id(arguments[place])] for place in places] != [*range(len(varying))]:
         return None
-    function, results = compiled.decode, places[4]
-    fixed = [bundle.argument(function, each) for each in arguments]
-    between, behind = fixed[4:results], fixed[results + 2 :]
+    results = places[4]
+    if places != [0, 1, 2, 3, results, results + 1]:
+        return None
+    between = bundle.arguments(function, arguments[4:results])
+    behind = bundle.arguments(function, arguments[results + 2 :])
 
     def run(
         q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, out: torch.Tensor,
