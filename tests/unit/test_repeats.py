@@ -14,6 +14,7 @@ import torch
 from cute_stand_ins import LOG2_E, decode_tensors
 
 import openmla
+from openmla import flash_mla
 from openmla.core.errors import PlanMismatchError, ProblemError, UnsupportedError
 from openmla.ops import observers, repeats
 from openmla.reference import attention
@@ -350,3 +351,67 @@ def test_plans_of_one_signature_share_what_they_compare(calls: list[str], monkey
     for _ in range(2):
         openmla.decode(**tensors, plan=plan, backend="cute", out=torch.empty(3, 1, 16, 512).bfloat16())
     assert made == [4, 4, 5]
+
+
+def _border(tensors: dict[str, torch.Tensor], meta: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    given = {"tile_scheduler_metadata": meta, "num_splits": None, "head_dim_v": 512} | options
+    return flash_mla.flash_mla_with_kvcache(*tensors.values(), **given)
+
+
+@pytest.fixture
+def step(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], Any]:
+    """Tensors, and metadata of FlashMLA's that two layers have used."""
+    monkeypatch.setenv("OPENMLA_BACKEND", "cute")
+    tensors, (meta, _) = decode_tensors(16), flash_mla.get_mla_metadata()
+    for _ in range(2):
+        _border(tensors, meta)
+    calls.clear()
+    return tensors, meta
+
+
+def test_flash_mla_s_interface_repeats_calls_as_well(step: Any, calls: list[str]) -> None:
+    first, meta = step
+    second = {**first, "q": first["q"].flip(0), "kv_cache": first["kv_cache"].flip(0)}
+    for tensors in (second, first):
+        out, lse = _border(tensors, meta)
+        golden = attention.decode(*tensors.values(), softmax_scale=576**-0.5, d_v=512)
+        assert torch.equal(out, golden.out.bfloat16())
+        assert torch.equal(lse, golden.lse.float().nan_to_num(neginf=torch.inf)), "a request without keys has +inf"
+        assert bool((lse[1] == torch.inf).all())
+    assert not calls
+
+
+def test_what_differs_at_flash_mla_s_interface_is_looked_at(step: Any, calls: list[str]) -> None:
+    tensors, meta = step
+    out, _ = _border(tensors, meta, softmax_scale=0.5)
+    golden = attention.decode(*tensors.values(), softmax_scale=0.5, d_v=512)
+    assert torch.equal(out, golden.out.bfloat16()) and calls == ["usual"]
+    meta.plan = None  # whoever takes it away gets a new one
+    assert torch.equal(_border(tensors, meta, softmax_scale=0.5)[0], out)
+    assert len(calls) == 3, "the plan, and the call"
+    tensors["cache_seqlens"].copy_(torch.tensor([3, 640, 0]))  # on a CPU the host can see it
+    golden = attention.decode(*tensors.values(), softmax_scale=0.5, d_v=512)
+    assert torch.equal(_border(tensors, meta, softmax_scale=0.5)[0], golden.out.bfloat16())
+    with pytest.raises(ProblemError, match="k_cache"):
+        _border({**tensors, "kv_cache": tensors["kv_cache"].half()}, meta, softmax_scale=0.5)
+    _border(tensors, meta, softmax_scale=0.5, out=torch.empty_like(out))
+    calls.clear()
+    over = tensors["q"].flatten()[: out.numel()].view_as(out)
+    with pytest.raises(ProblemError, match=r"(?s)flash_mla_with_kvcache.*out must not overlap"):
+        _border(tensors, meta, softmax_scale=0.5, out=over)
+    assert not calls, "it was the repeated call that looked"
+    for wrong in ({"num_splits": tensors["cache_seqlens"]}, {"topk_length": tensors["cache_seqlens"]}):
+        with pytest.raises(ProblemError):
+            _border(tensors, meta, softmax_scale=0.5, **wrong)
+    for name in ("block_table", "cache_seqlens"):
+        with pytest.raises(ProblemError, match="must be given"):
+            _border({**tensors, name: None}, meta, softmax_scale=0.5)
+
+
+def test_the_plan_of_flash_mla_s_metadata_may_be_used_by_others(step: Any, calls: list[str]) -> None:
+    tensors, meta = step
+    want, lse = _border(tensors, meta)
+    openmla.decode(**tensors, plan=meta.plan, softmax_scale=0.5, lse_base="2", backend="cute")
+    calls.clear()
+    again, lse_again = _border(tensors, meta)
+    assert torch.equal(again, want) and torch.equal(lse_again, lse) and not calls

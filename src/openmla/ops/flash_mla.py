@@ -18,18 +18,24 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from openmla.core.errors import ConfigError, PlanMismatchError, ProblemError
+from openmla.core.errors import ConfigError, ProblemError
 from openmla.core.layout import KVLayout, kv_layout
-from openmla.core.target import Target
 from openmla.ops import native
+from openmla.ops.flash_mla_metadata import (
+    FlashMLASchedMeta,
+    check_config,
+    get_mla_metadata,
+    is_current,
+    metadata_of,
+    repeated,
+)
 from openmla.ops.prefill import prefill
-from openmla.split.schedule import Policy, plan_decode
+from openmla.split.schedule import Policy
 
 __all__ = [
     "FlashMLASchedMeta",
@@ -65,71 +71,6 @@ _UPSTREAM_WORDS = {
 _NATIVE_WORD = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in _UPSTREAM_WORDS))
 # What upstream deduces from the bytes of a row. 528 stands for two formats; upstream reads it as V4.1.
 _BY_ROW_BYTES = {656: "fp8_656", 584: "fp8_584", 528: "fp8_528_mx", 288: "fp4_288", 576: "fp8_576"}
-
-
-@dataclass
-class FlashMLASchedMeta:
-    """Scheduling metadata: empty at first, filled by the first call that it is passed to."""
-
-    @dataclass
-    class Config:
-        """Shapes of the call that filled it; a later call must agree."""
-
-        b: int
-        s_q: int
-        h_q: int
-        page_block_size: int
-        h_k: int
-        causal: bool
-        is_fp8_kvcache: bool
-        topk: int | None
-        extra_page_block_size: int | None
-        extra_topk: int | None
-
-    have_initialized: bool = False
-    config: Config | None = None
-    tile_scheduler_metadata: torch.Tensor | None = None  # [num_sm_parts, 8] int32, or a multiple of num_sm_parts rows
-    num_splits: torch.Tensor | None = None  # [batch + 1] int32
-    plan: native.Plan | None = None
-
-
-def get_mla_metadata(
-    cache_seqlens: torch.Tensor | None = None,
-    num_q_tokens_per_head_k: int | None = None,
-    num_heads_k: int | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Any, Any]:
-    """Scheduling metadata in the form that the caller's code was written for.
-
-    Without arguments: (an empty FlashMLASchedMeta, None), as upstream has it since 2026.
-    With arguments (the older form): (tile_scheduler_metadata [num_sm_parts, 8] int32, num_splits [batch + 1] int32),
-    computed from cache_seqlens; copies into static buffers work as before.
-
-    Args:
-        cache_seqlens: [batch] int32.
-        num_q_tokens_per_head_k: s_q * h_q // h_k.
-        num_heads_k: KV heads.
-        *args, **kwargs: num_heads_q, is_fp8_kvcache, topk of later versions; they do not change the plan.
-
-    Raises:
-        ProblemError: arguments given, but not a length tensor and two positive integers.
-    """
-    if cache_seqlens is None:
-        return FlashMLASchedMeta(), None
-    wrong = []
-    if not isinstance(cache_seqlens, torch.Tensor) or cache_seqlens.dim() != 1:
-        wrong.append(f"cache_seqlens must be an int32 tensor [batch], got {type(cache_seqlens).__name__}")
-    for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
-        if not isinstance(value, int) or value < 1:
-            wrong.append(f"{name} must be a positive int, got {value!r}")
-    if wrong:
-        raise ProblemError("get_mla_metadata", wrong)
-    assert isinstance(num_q_tokens_per_head_k, int) and isinstance(num_heads_k, int)
-    row_blocks = -(-num_q_tokens_per_head_k // 64)
-    num_parts = max(Target.detect(cache_seqlens.device).num_sms // (row_blocks * num_heads_k), 1)
-    split = plan_decode(cache_seqlens.tolist(), num_parts)
-    return split.tile_scheduler_metadata(cache_seqlens.device), split.num_splits_tensor(cache_seqlens.device)
 
 
 def flash_mla_with_kvcache(
@@ -200,13 +141,27 @@ def flash_mla_with_kvcache(
         Determinism: bitwise for a fixed plan. CUDA graphs: safe after one warm call.
         Source: signature of deepseek-ai/FlashMLA.
     """
+    options = (head_dim_v, softmax_scale, causal, is_fp8_kvcache, kv_format, enable_batch_invariant, backend)
+    is_plain = (
+        indices is None and extra_k_cache is None and extra_indices_in_kvcache is None and topk_length is None
+        and extra_topk_length is None and descale_q is None and descale_k is None
+    )  # fmt: skip
+    if is_plain and num_splits is None and isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
+        try:
+            again = repeated(
+                tile_scheduler_metadata, options, q, k_cache, block_table, cache_seqlens, attn_sink, out
+            )  # fmt: skip
+        except ProblemError as error:
+            raise _in_upstream_words(error) from None
+        if again is not None:
+            return again[0], _border_lse(again[1])
     is_bytes = isinstance(k_cache, torch.Tensor) and k_cache.dtype.itemsize == 1
     has_codes = isinstance(q, torch.Tensor) and q.dtype == torch.float8_e4m3fn
     is_quantised = is_bytes if is_fp8_kvcache is None or has_codes else bool(is_fp8_kvcache)
-    meta = _metadata(tile_scheduler_metadata, num_splits)
+    meta = metadata_of(tile_scheduler_metadata, num_splits)
     layout = _layout_of(k_cache, is_quantised, kv_format, "k_cache")
     if meta is not None:
-        _check_config(meta, q, k_cache, causal, is_quantised, indices, extra_k_cache, extra_indices_in_kvcache)
+        check_config(meta, q, k_cache, causal, is_quantised, indices, extra_k_cache, extra_indices_in_kvcache)
     if indices is not None and causal:
         raise ProblemError("flash_mla_with_kvcache", ["causal must be False with indices: they are the mask"])
     if indices is not None and (descale_q is not None or descale_k is not None):
@@ -230,6 +185,8 @@ def flash_mla_with_kvcache(
     except ProblemError as error:
         raise _in_upstream_words(error) from None
     assert lse is not None
+    if is_plain and meta is not None and meta.plan is not None:
+        meta.repeat, meta.options = (meta.plan.repeats or (None,))[0], options
     return result, _border_lse(lse)
 
 
@@ -266,7 +223,7 @@ def _dense(
     is_causal = causal and (not isinstance(q, torch.Tensor) or q.dim() != 4 or q.shape[1] != 1)
     plan = None
     if meta is not None and not torch.compiler.is_compiling():  # a traced graph plans inside the operation
-        if meta.plan is not None and not _is_current(meta.plan, cache_seqlens):
+        if meta.plan is not None and not is_current(meta.plan, cache_seqlens):
             meta.plan = None
         if meta.plan is None:
             meta.plan = native.plan(
@@ -280,44 +237,6 @@ def _dense(
         attn_sink=attn_sink, kv_layout=layout, plan=plan, policy=policy, out=out, backend=backend,
         descale_q=descales[0], descale_k=descales[1],
     )  # fmt: skip
-
-
-def _is_current(plan: native.Plan, cache_seqlens: torch.Tensor) -> bool:
-    if not cache_seqlens.is_cpu:
-        return True  # only the kernel could know
-    known = plan.cache_seqlens
-    if known.shape != cache_seqlens.shape or known.device != cache_seqlens.device:
-        return True  # another shape: let the plan's own check name the difference
-    return torch.equal(known, cache_seqlens)
-
-
-def _metadata(given: Any, num_splits: Any) -> FlashMLASchedMeta | None:
-    """The object form, or None for the tuple form (whose tensors hold nothing that the call does not have)."""
-    if isinstance(given, FlashMLASchedMeta):
-        if num_splits is not None:
-            raise ProblemError(
-                "flash_mla_with_kvcache",
-                ["num_splits must be None beside a FlashMLASchedMeta; the object holds the splits"],
-            )
-        return given
-    if isinstance(given, torch.Tensor) and isinstance(num_splits, torch.Tensor):
-        wrong = []
-        if given.dim() != 2 or given.shape[1] != 8 or given.dtype != torch.int32:
-            wrong.append(
-                f"tile_scheduler_metadata must be [num_sm_parts, 8] int32, got {tuple(given.shape)} {given.dtype}"
-            )
-        if num_splits.dim() != 1 or num_splits.dtype != torch.int32:
-            wrong.append(f"num_splits must be [batch + 1] int32, got {tuple(num_splits.shape)} {num_splits.dtype}")
-        if wrong:
-            raise ProblemError("flash_mla_with_kvcache", wrong)
-        return None
-    raise ProblemError(
-        "flash_mla_with_kvcache",
-        [
-            "tile_scheduler_metadata and num_splits must be what get_mla_metadata returned, got "
-            f"{type(given).__name__} and {type(num_splits).__name__}"
-        ],
-    )
 
 
 def _layout_of(cache: Any, is_quantised: bool, kv_format: str | None, name: str) -> KVLayout | None:
@@ -338,36 +257,6 @@ def _layout_of(cache: Any, is_quantised: bool, kv_format: str | None, name: str)
             ],
         )
     return kv_layout(_BY_ROW_BYTES[row_bytes])
-
-
-def _check_config(
-    meta: FlashMLASchedMeta, q: Any, k_cache: Any, causal: bool, is_quantised: bool, indices: Any, extra_cache: Any,
-    extra_indices: Any,
-) -> None:  # fmt: skip
-    """Fill the metadata's config on its first call; afterwards every field must agree."""
-    if not (isinstance(q, torch.Tensor) and q.dim() == 4 and isinstance(k_cache, torch.Tensor) and k_cache.dim() == 4):
-        return  # the problem's own check will say what is wrong
-    batch, s_q, h_q, _ = q.shape
-    _, page_size, h_k, _ = k_cache.shape
-    fields = (
-        batch, s_q, h_q, page_size, h_k, causal, is_quantised,
-        indices.shape[-1] if isinstance(indices, torch.Tensor) else None,
-        extra_cache.shape[1] if isinstance(extra_cache, torch.Tensor) else None,
-        extra_indices.shape[-1] if isinstance(extra_indices, torch.Tensor) else None,
-    )  # fmt: skip
-    if meta.config is None:
-        meta.config, meta.have_initialized = FlashMLASchedMeta.Config(*fields), True
-        return
-    if tuple(vars(meta.config).values()) == fields:
-        return
-    now = FlashMLASchedMeta.Config(*fields)
-    differing = [
-        f"{field}: the metadata was filled with {getattr(meta.config, field)}, the call has {getattr(now, field)}"
-        for field in FlashMLASchedMeta.Config.__dataclass_fields__
-        if getattr(meta.config, field) != getattr(now, field)
-    ]
-    if differing:
-        raise PlanMismatchError("flash_mla_with_kvcache", [*differing, "call get_mla_metadata() for this shape"])
 
 
 def flash_mla_sparse_fwd(
