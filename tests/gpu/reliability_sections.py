@@ -206,8 +206,8 @@ def section_values() -> None:
 def _looked_at(way: str) -> Iterator[None]:
     """One of the ways to look at calls whose cost is measured: a validation mode, or `fast` with an observer."""
     os.environ["OPENMLA_CHECKS"] = "fast" if ", " in way else way
-    if way == "fast, sampled":
-        metrics.sample(1000)
+    if way in SAMPLED:
+        metrics.sample(SAMPLED[way])
     elif way == "fast, replays counted":
         metrics.count_replays()
     elif way == "fast, watchdog":
@@ -221,11 +221,18 @@ def _looked_at(way: str) -> Iterator[None]:
     os.environ["OPENMLA_CHECKS"] = "fast"
 
 
-WAYS = ("off", "fast", "fast, sampled", "fast, replays counted", "fast, watchdog", "device", "strict")
+SAMPLED = {"fast, sampled": 1000, "fast, every call sampled": 1}
+WAYS = (
+    "off", "fast", "fast, sampled", "fast, every call sampled", "fast, replays counted", "fast, watchdog", "device", "strict"
+)  # fmt: skip
+CLOSE, CLOSE_ROUNDS = ("off", "fast", "fast, sampled"), 10  # fractions of a microsecond apart: ten times the rounds
 
 
 def section_modes(rounds: float = 60) -> None:
-    """What the four modes and observers cost: all ways in turn, host time per call and device time per call in a graph."""
+    """What the four modes and observers cost: all ways in turn, host time per call and device time per call in a graph.
+
+    One call of 1000 sampled costs what the calls between samples cost more, and a thousandth of a sample.
+    """
     for name, given in (
         ("b128 h_q 16 32k table", decode_arguments(batch=128, h_q=16, tokens=2000)),
         ("b4 h_q 128 4k", decode_arguments(batch=4, h_q=128, tokens=4096)),
@@ -246,12 +253,21 @@ def section_modes(rounds: float = 60) -> None:
                         graphs[way] = _graph_us(call)
                     if way != "strict" or number % 10 == 0:
                         host[way].append(_host_us(call))
+        close: dict[str, list[float]] = {way: [] for way in CLOSE}
+        for number in range(int(rounds) * CLOSE_ROUNDS):
+            for way in CLOSE if number % 2 else CLOSE[::-1]:
+                with _looked_at(way):
+                    close[way].append(_host_us(call))
         device = {way: [] for way in graphs}
         for _ in range(int(rounds)):
             for way, time_us in graphs.items():
                 device[way].append(time_us())
-        say(case=name, rounds=int(rounds), host_us=_medians(host), device_us=_medians(device),
-            host_over_off_us=_differences(host, "off"), host_over_fast_us=_differences(host, "fast"),
+        say(case=name, rounds=int(rounds), rounds_of_close_ways=int(rounds) * CLOSE_ROUNDS,
+            host_us=_medians(host | close), device_us=_medians(device),
+            host_over_off_us=_differences(host, "off") | _differences(close, "off"),
+            host_over_fast_us=_differences(host, "fast") | _differences(close, "fast"),
+            uncertain_us={f"{way} over {base}": _uncertain(close[way], close[base])
+                          for way, base in (("fast", "off"), ("fast, sampled", "fast"))},
             device_over_off_us=_differences(device, "off"))  # fmt: skip
 
 
@@ -266,6 +282,12 @@ def _differences(times: dict[str, list[float]], base: str) -> dict[str, list[flo
         way: [round(q, 2) for q in statistics.quantiles((a - b for a, b in zip(each, times[base], strict=True)), n=4)]
         for way, each in paired.items()
     }
+
+
+def _uncertain(times: list[float], base: list[float]) -> float:
+    """Half of the 95 % interval of the median of the differences within a round."""
+    low, _, high = statistics.quantiles((a - b for a, b in zip(times, base, strict=True)), n=4)
+    return round(1.57 * (high - low) / len(times) ** 0.5, 2)
 
 
 def _host_us(call: Callable[[], Any]) -> float:
