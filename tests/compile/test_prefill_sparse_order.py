@@ -96,6 +96,7 @@ def test_lists_are_ordered_where_rows_do_not_fit_and_turns_follow_one_another():
     assert not gather.is_ordered(replace(WIDE, s_q=132), H100)  # one turn
     assert not gather.is_ordered(replace(WIDE, topk=500), H100)
     assert not gather.is_ordered(replace(WIDE, topk=4096), H100)
+    assert not gather.is_ordered(replace(WIDE, s_q=131_073), H100)  # their memory
 
 
 def test_the_gather_reads_the_ordered_lists_and_the_same_lengths():

@@ -71,6 +71,9 @@ class GatherCta(Cta):
 
         return arrive
 
+    def do_createpolicy(self, p: list[str], o: list[str]) -> Any:
+        return self._ignore(p, o)  # what leaves a cache first
+
     def do_abs(self, p: list[str], o: list[str]) -> Any:
         write, value = self.writer(o[0]), self.reader(o[1], p[-1])
         return lambda warp, mask: write(warp, mask, np.abs(value(warp)))

@@ -26,6 +26,7 @@ SLICE = 64  # columns of one 128-byte swizzled box
 SLICE_BYTES = 64 * 128
 D_V = 512
 LONGEST = 2048  # entries of a list that can be ordered
+MAX_ORDERED = 2**28  # bytes of a call's ordered lists, which are memory of their own: 32,768 tokens of 2,048
 SMEM_LIMIT = 232_448
 MAX_BYTES = 2**36 - 16  # offsets are 32-bit counts of 16 bytes, and the last one means "no row"
 ROLES = {"scores": 152, "values": 160, "producers": 40}  # registers per thread; with two warpgroups of values 512
@@ -212,7 +213,8 @@ def is_ordered(problem: Problem, target: Target) -> bool:
         return False
     is_wide = 0 < target.l2_bytes < problem.s_kv * problem.d_qk * 2
     has_turns = tokens(problem) > num_parts(problem, target)
-    return is_wide and has_turns and 8 * BLOCK_TOKENS <= problem.topk <= LONGEST
+    has_room = tokens(problem) * problem.topk * 4 <= MAX_ORDERED
+    return is_wide and has_turns and has_room and 8 * BLOCK_TOKENS <= problem.topk <= LONGEST
 
 
 def _variant(problem: Problem, target: Target) -> Config:

@@ -392,7 +392,8 @@ class PrefillSparse:
 
     @cute.jit
     def copy_row(
-        self, base: Int64, offset: Int32, there: Int32, first: cutlass.Constexpr, count: cutlass.Constexpr
+        self, base: Int64, offset: Int32, there: Int32, first: cutlass.Constexpr, count: cutlass.Constexpr,
+        once: cutlass.Constexpr = False,
     ):  # fmt: skip
         """This lane's 16 bytes of one row, for `count` slices from slice `first` on; zeros if the row is not there.
 
@@ -401,13 +402,19 @@ class PrefillSparse:
             offset: of the row, in 16 bytes.
             there: where it goes in the first slice.
             first, count: slices of the source; in shared memory they follow one another.
+            once: nobody reads this row again, so that it shall leave the L2 first.
         """
+        hint, policy, make = "", "", ""
+        if const_expr(once):
+            hint, policy = ".L2::cache_hint", ", h"
+            make = " .reg .b64 h; createpolicy.fractional.L2::evict_first.b64 h, 1.0;"
         copies = "".join(
-            f" cp.async.cg.shared.global.L2::128B [{{$r2}} + {SLICE_BYTES * x}], [a + {128 * (first + x)}], 16, n;"
+            f" cp.async.cg.shared.global{hint}.L2::128B [{{$r2}} + {SLICE_BYTES * x}], [a + {128 * (first + x)}], 16, n{policy};"
             for x in range(count)
         )
         cute.arch.inline_ptx(
-            "{ .reg .b64 a; .reg .b32 n, o; .reg .pred p; setp.ne.s32 p, {$r1}, -1; selp.b32 n, 16, 0, p;"
+            f"{{{make} .reg .b64 a; .reg .b32 n, o; .reg .pred p;"
+            + " setp.ne.s32 p, {$r1}, -1; selp.b32 n, 16, 0, p;"
             + " selp.b32 o, {$r1}, 0, p; mad.wide.u32 a, o, 16, {$r0};"
             + copies
             + " }",
@@ -470,7 +477,7 @@ class PrefillSparse:
             offset = Int32(NO_ROW)
             if head < c.h_q:
                 offset = token * c.token_step + head * c.head_step
-            self.copy_row(base, offset, of_row(there, i), first, count)
+            self.copy_row(base, offset, of_row(there, i), first, count, self.config.form == "rows")
             cute.arch.sync_warp()
 
     @cute.jit
@@ -1077,7 +1084,14 @@ class PrefillSparse:
                             words[g] = sent if odd else low
                             words[g + step] = high if odd else sent
                 if is_row:
-                    cute.autovec_copy(
-                        cute.make_tensor(pairs.iterator, cute.make_layout(8)),
-                        cute.make_tensor(base + (h * 128 + i * 8), cute.make_layout(8)),
-                    )
+                    there = base + (h * 128 + i * 8)
+                    if const_expr(self.config.form == "rows"):  # leaves the L2 first, as Q does
+                        cute.arch.inline_ptx(
+                            "st.global.cs.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+                            read_only_args=[there.toint(), *(words[g] for g in range(4))],
+                        )
+                    else:
+                        cute.autovec_copy(
+                            cute.make_tensor(pairs.iterator, cute.make_layout(8)),
+                            cute.make_tensor(there, cute.make_layout(8)),
+                        )

@@ -24,13 +24,14 @@ from openmla.backends.cute.prefill_sparse.config import LONGEST
 THREADS = 128
 WARPS = THREADS // 32
 BUCKETS = 32  # one per lane of the warp that adds them up
+WORDS = BUCKETS // 2  # a word counts for two: no list has 2^16 entries
 BATCH = 8  # entries of a thread that are loaded together
 
 
 class RowOrder:
     """The launch. Lists of up to `LONGEST` entries."""
 
-    smem_bytes = ((THREADS + 2) * BUCKETS + LONGEST) * 4
+    smem_bytes = (THREADS * WORDS + WORDS + BUCKETS + LONGEST) * 4
 
     @cute.jit
     def __call__(
@@ -75,8 +76,8 @@ class RowOrder:
         token, _, _ = cute.arch.block_idx()
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = cutlass.memory.SmemAllocator()
-        counts = smem.allocate_tensor(Int32, cute.make_layout((THREADS, BUCKETS)), 16)
-        totals = smem.allocate_tensor(Int32, cute.make_layout(BUCKETS), 16)
+        counts = smem.allocate_tensor(Int32, cute.make_layout((THREADS, WORDS)), 16)
+        totals = smem.allocate_tensor(Int32, cute.make_layout(WORDS), 16)
         bases = smem.allocate_tensor(Int32, cute.make_layout(BUCKETS), 16)
         places = smem.allocate_tensor(Int32, cute.make_layout(LONGEST), 16)
         values = cute.make_rmem_tensor(BATCH, Int32)
@@ -86,33 +87,33 @@ class RowOrder:
         if has_length != 0:
             length = cutlass.min(cutlass.max(topk_length[token], 0), length)
 
-        for b in cutlass.range_constexpr(BUCKETS):
-            counts[tid, b] = Int32(0)
+        for word in cutlass.range_constexpr(WORDS):
+            counts[tid, word] = Int32(0)
         for first in cutlass.range(tid, length, THREADS * BATCH, unroll=1):
             self.load(source, first, length, values)
             for i in cutlass.range_constexpr(BATCH):
                 if first + i * THREADS < length:
                     b = self.bucket(values[i], share)
-                    counts[tid, b] = counts[tid, b] + 1
+                    counts[tid, b >> 1] = counts[tid, b >> 1] + (1 << ((b & 1) * 16))
         cute.arch.sync_threads()
 
-        # Each warp some buckets: how many entries of it lie before a thread's, lanes first.
-        for k in cutlass.range_constexpr(BUCKETS // WARPS):
-            b = warp * (BUCKETS // WARPS) + k
+        # Each warp some words: how many entries of their buckets lie before a thread's, lanes first.
+        for k in cutlass.range_constexpr(WORDS // WARPS):
+            word = warp * (WORDS // WARPS) + k
             for i in cutlass.range_constexpr(WARPS):
-                values[i] = counts[lane + 32 * i, b]
+                values[i] = counts[lane + 32 * i, word]
             below = values[0]
             for i in cutlass.range_constexpr(1, WARPS):
                 below = below + values[i]
             below = self.inclusive(below, lane)
             if lane == 31:
-                totals[b] = below
+                totals[word] = below
             for i in cutlass.range_constexpr(WARPS):
                 below = below - values[i]
-                counts[lane + 32 * i, b] = below
+                counts[lane + 32 * i, word] = below
         cute.arch.sync_threads()
         if warp == 0:
-            mine = totals[lane]
+            mine = (totals[lane >> 1] >> ((lane & 1) * 16)) & 0xFFFF
             end = self.inclusive(mine, lane)
             is_turned = (token // parts & 1) != 0
             bases[lane] = length - end if is_turned else end - mine
@@ -123,9 +124,9 @@ class RowOrder:
             for i in cutlass.range_constexpr(BATCH):
                 if first + i * THREADS < length:
                     b = self.bucket(values[i], share)
-                    place = counts[tid, b]
-                    counts[tid, b] = place + 1
-                    places[bases[b] + place] = values[i]
+                    before = counts[tid, b >> 1]
+                    counts[tid, b >> 1] = before + (1 << ((b & 1) * 16))
+                    places[bases[b] + ((before >> ((b & 1) * 16)) & 0xFFFF)] = values[i]
         cute.arch.sync_threads()
         for at in cutlass.range(tid, length, THREADS, unroll=4):
             line[at] = places[at]
