@@ -92,6 +92,8 @@ def test_a_list_is_the_same_entries_by_where_their_rows_lie(topk, rows, parts, l
 def test_lists_are_ordered_where_rows_do_not_fit_and_turns_follow_one_another():
     assert gather.is_ordered(WIDE, H100)
     assert not gather.is_ordered(replace(WIDE, s_kv=50_000), H100)  # all in L2
+    assert not gather.is_ordered(replace(WIDE, h_q=128), H100)  # twice the work beside as many bytes
+    assert gather.is_ordered(replace(WIDE, h_q=128, s_kv=131_072), H100)
     assert not gather.is_ordered(WIDE, replace(H100, l2_bytes=0))  # of unknown size
     assert not gather.is_ordered(replace(WIDE, s_q=132), H100)  # one turn
     assert not gather.is_ordered(replace(WIDE, topk=500), H100)

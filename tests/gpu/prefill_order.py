@@ -65,7 +65,7 @@ def one_list(function, tokens, topk, rows, parts, has_length):
     return fine and same and in_order and untouched
 
 
-def whole(d_qk, h_q, has_length, rows=65536, tokens=300, topk=700):
+def whole(d_qk, h_q, has_length, rows=131072, tokens=300, topk=700):
     """The operation over ordered lists beside the oracle, twice, and in a CUDA graph; bad indices are reported."""
     g = torch.Generator(CUDA).manual_seed(h_q)
     q = torch.randn(tokens, h_q, d_qk, device=CUDA, generator=g).to(torch.bfloat16)

@@ -207,11 +207,12 @@ def num_parts(problem: Problem, target: Target) -> int:
 
 def is_ordered(problem: Problem, target: Target) -> bool:
     """Whether lists are put in the order of their rows first: where rows do not fit in the L2, a turn's tokens are followed
-    by another's, and lists are long enough to be spread (log 30: 5 to 8 % there, 0 where rows take 0.7 of the L2).
+    by another's, and lists are long enough to be spread. Each block of heads is work beside the same bytes from memory, so
+    with two of them rows have to take twice the L2 (log 30: 5 to 8 % there, else 0 to -1 %).
     """
     if not isinstance(problem, SparsePrefillProblem):
         return False
-    is_wide = 0 < target.l2_bytes < problem.s_kv * problem.d_qk * 2
+    is_wide = 0 < target.l2_bytes * row_blocks(problem) < problem.s_kv * problem.d_qk * 2
     has_turns = tokens(problem) > num_parts(problem, target)
     has_room = tokens(problem) * problem.topk * 4 <= MAX_ORDERED
     return is_wide and has_turns and has_room and 8 * BLOCK_TOKENS <= problem.topk <= LONGEST
