@@ -84,7 +84,8 @@ def test_two_loaders_know_the_soft_cap_alone_and_no_exchange():
     assert replace(plain, is_exchanged=True).loaders == 1
     assert replace(plain, mods=(soft_cap(30.0),)).loaders == 2
     assert replace(plain, mods=(soft_cap(60.0),)).loaders == 1, "a cap without the form"
-    assert replace(plain, page_size=0, mods=(soft_cap(30.0),)).loaders == 1, "has not run"
+    assert replace(plain, d_qk=512, page_size=0, mods=(soft_cap(30.0),)).loaders == 2
+    assert replace(plain, dtype="fp16", mods=(soft_cap(30.0),)).loaders == 1, "nor in fp16"
     assert all(config.loaders == config.cluster for config in dense.VARIANTS)
     assert replace(plain, mods=(soft_cap(30.0),)).opens_late
     assert not any(each.opens_late for each in (plain, replace(plain, loaders=1, mods=(soft_cap(30.0),))))

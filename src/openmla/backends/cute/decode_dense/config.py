@@ -56,7 +56,7 @@ class Config:
             fetch one ahead at most.
         prefetch_from: the first of a tile's quarters that is fetched ahead; RoPE always is.
         loaders: warps that load keys: 2 for the schedule of `two_loaders`, 5 % faster, which knows of mods the soft cap in its
-            own form alone (d_qk 576, pages of 64), and no exchange: with those it is 1.
+            own form alone, and no exchange: with those it is 1.
         is_exchanged: the kernel ends by exchanging its rows with other ranks (`exchange.py`).
         mods: functions called for each score, every score_mod before every mask_mod.
     """
@@ -77,8 +77,7 @@ class Config:
     mods: tuple[Mod, ...] = ()
 
     def __post_init__(self) -> None:
-        is_known = self.cap is not None and (self.d_qk, self.page_size) == (576, 64)  # what has run on a GPU
-        if (self.mods and not is_known) or self.is_exchanged:
+        if (self.mods and self.cap is None) or self.is_exchanged:
             object.__setattr__(self, "loaders", 1)
 
     @property
