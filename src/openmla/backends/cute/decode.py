@@ -96,7 +96,7 @@ class FewRows:
 
     def compile(self, problem: DecodeProblem, config: small.Config, target: Target) -> Compiled:
         """Load both functions, compiling what neither bundle nor cache has."""
-        overhead = small.OVERHEAD_BLOCKS  # also of the merge, which this kernel does itself
+        overhead = small.overhead_blocks(config)  # also of the merge, which this kernel does itself
         parts = small.num_parts(problem, target)
         options = PlanOptions(parts, small.BLOCK_TOKENS, overhead, overhead, 1, small.CHUNK_TOKENS)
         return Compiled(config, options, _serve(small.FAMILY, config), _serve("schedule", ScheduleVariant()))

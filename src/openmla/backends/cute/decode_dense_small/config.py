@@ -25,7 +25,7 @@ from openmla.split.schedule import Policy, SplitPlan, plan_decode, ranges_needed
 FAMILY = "decode_dense_small"
 MAX_ROWS = 32  # query rows per KV head; more belong to decode_dense, but for
 MAX_WIDE_ROWS = 64  # of so many and so long requests: see `is_wide`
-WIDE_BATCH, WIDE_TOKENS = 64, 16384
+WIDE_BATCH, WIDE_TOKENS, WIDE_OVERHEAD_BLOCKS = 64, 16384, 3
 GROUP_ROWS = 16
 MAX_GROUPED_ROWS = 128
 MAX_GROUPED_TOKENS = 8192  # of all requests; 16384 in four requests are as fast in either kernel
@@ -147,7 +147,7 @@ def grouped(problem: DecodeProblem) -> DecodeProblem:
 def is_wide(problem: DecodeProblem) -> bool:
     """Whether 33 to 64 rows are better off here than with decode_dense, which has them in one block.
 
-    They are where memory decides and a request has two pieces at most: 64 heads, batch 128, 16384 keys (log 55 of decode_dense).
+    They are where memory decides and a request has two pieces at most: 64 heads, batch 128, 16384 keys (logs 56 and 57 of decode_dense).
     Which kernel runs may not depend on the batch where the bits may not.
     """
     return (
@@ -208,6 +208,11 @@ def num_parts(problem: DecodeProblem, target: Target) -> int:
     """
     ctas = configs(problem, target)[0].ctas_per_sm * target.num_sms
     return _even(max(ctas // grouped(problem).h_kv, 1))
+
+
+def overhead_blocks(config: Config) -> int:
+    """What a piece costs beside its tiles, in the plan: a partial of 64 rows is 147 KB (0.4 % at batch 128, log 57 of decode_dense)."""
+    return WIDE_OVERHEAD_BLOCKS if config.rows == MAX_WIDE_ROWS else OVERHEAD_BLOCKS
 
 
 def _even(parts: int) -> int:
