@@ -156,3 +156,12 @@ def test_a_plan_covers_every_list(tokens: int, topk: int, parts: int) -> None:
         seen[piece.request] |= set(found)
     assert all(each == set(range(tiles)) for each in seen)
     assert plan.num_splits[-1] <= tokens + parts
+
+
+def test_no_part_without_a_tile() -> None:
+    problem, _ = _call()
+    found = {
+        (tokens, topk): small.gathered_parts(replace(problem, total_q=tokens, topk=topk), H100)
+        for tokens, topk in ((1, 1), (1, 2048), (2, 2000), (16, 2048), (128, 2048))
+    }
+    assert found == {(1, 1): 1, (1, 2048): 32, (2, 2000): 64, (16, 2048): 128, (128, 2048): 132}

@@ -5,7 +5,8 @@ page * page_size + place of a slot of the cache; -1 is no key, and what is neith
 no key become zeros, and the tile's description has the consumers mask them.
 
 Each of four loading warps takes 16 of a tile's 64 rows, one bulk copy each. The address of a copy must be the same for the
-whole warp, so 16 rows are a loop of 16; with one warp it took twice as long as a tile may.
+whole warp, so 16 rows are 16 copies in a row, their addresses in uniform registers; where a row is missing, a loop over lanes.
+With one warp and that loop it took twice as long as a tile may.
 """
 
 import cutlass
@@ -49,7 +50,7 @@ class Gathered:
     def index_at(
         self, indices: cute.Tensor, where: Int32, place: Int32, token: Int32, loader: Int32, lane: Int32
     ) -> Int32:
-        """The lane's index of the tile at `token`: asked for a tile ahead, and without waiting for the list's length."""
+        """The lane's index of the tile at `token`: asked for two tiles ahead, and without waiting for the list's length."""
         position = token + loader * ROWS + lane
         index = Int32(NO_ROW)
         if (lane < ROWS) & (position < indices.shape[2]):
@@ -72,20 +73,23 @@ class Gathered:
         empty: cutlass.Constexpr,
         sm_info: cute.Tensor,
         ring_base: Int32,
+        first_range: tuple[Int32, ...],
     ):
-        """A loading warp: its rows of every tile of every piece of this part, in ring order."""
+        """A loading warp: its rows of every tile of every piece of this part, in ring order; `first_range`: see `range_of`."""
         stage = Int32(0)
         phase = Int32(1)  # the first lap finds every stage free
         bad = Int32(0)
         lane = cute.arch.lane_idx()
-        number = Int32(0)
+        number, found = Int32(0), first_range
         while number < metadata.shape[0]:
-            begin_request, end_request, begin, last_end, _ = self.range_of(metadata, number, part)
+            begin_request, end_request, begin, last_end, _ = found
             begin, last_end = begin * unit, last_end * unit
             number = number + 1 if begin_request <= end_request else Int32(metadata.shape[0])
+            found = self.range_of(metadata, number if number < metadata.shape[0] else Int32(0), part)
             for request in cutlass.range(begin_request, end_request + 1, unroll=1):
                 where, place = self.token_of(request, s_q)
                 index = self.index_at(indices, where, place, begin, loader, lane)
+                later = self.index_at(indices, where, place, begin + M, loader, lane)
                 raw = lengths[where, place]
                 length = self.clamped(raw, indices, kv)
                 if raw != length:
@@ -100,7 +104,8 @@ class Gathered:
                             row = self.distance_of(kv, index)
                         elif (index != NO_ROW) & (lane < ROWS):
                             bad = bad | INDEX_OUT_OF_RANGE
-                    index = self.index_at(indices, where, place, token + M, loader, lane)
+                    index = later
+                    later = self.index_at(indices, where, place, token + 2 * M, loader, lane)
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     self.copy_rows(
                         kv.iterator.toint(), row, full + stage, sm_info.iterator.toint().to(Int32) + stage * 8, loader, lane,
@@ -146,9 +151,19 @@ class Gathered:
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.row_bytes)
         cute.arch.sync_warp()
         barrier = full.toint().to(Int32)
-        if row != NO_ROW:
-            source = cache + Int64(Uint32(row)) * 16
-            cute.arch.inline_ptx(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-                read_only_args=[target + lane * self.row_bytes, source, Int32(self.row_bytes), barrier],
-            )
+        if seen == 0xFFFF:
+            ones = [cute.arch.make_warp_uniform(cute.arch.shuffle_sync(row, i)) for i in range(ROWS)]
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(ROWS):
+                    self.copy_row(target + i * self.row_bytes, cache + Int64(Uint32(ones[i])) * 16, barrier)
+        elif row != NO_ROW:
+            self.copy_row(target + lane * self.row_bytes, cache + Int64(Uint32(row)) * 16, barrier)
+
+    @cute.jit
+    def copy_row(self, target: Int32, source: Int64, barrier: Int32):
+        """One row by a bulk copy, to be evicted first from the L2."""
+        cute.arch.inline_ptx(
+            "{ .reg .b64 policy; mov.b64 policy, 0x12F0000000000000; cp.async.bulk.shared::cluster.global.mbarrier"
+            "::complete_tx::bytes.L2::cache_hint [{$r0}], [{$r1}], {$r2}, [{$r3}], policy; }",
+            read_only_args=[target, source, Int32(self.row_bytes), barrier],
+        )

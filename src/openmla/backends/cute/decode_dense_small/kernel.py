@@ -234,6 +234,9 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()  # who comes next may wait on the SMs that come free
+        first_range = None
+        if const_expr(self.gathers):  # the plan of a shape was made on the host, long before the kernel before
+            first_range = self.range_of(metadata, Int32(0), part)
         cute.arch.griddepcontrol_wait()  # what is read from here on, the kernel before may have written
 
         role = warp
@@ -255,13 +258,13 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                 self.consume(
                     st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink,
                     cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
-                    part, head_kv, warp,
+                    part, head_kv, warp, first_range,
                 )  # fmt: skip
         elif role == 4 * self.warpgroups:
             if const_expr(self.gathers):
                 self.produce_gathered(
                     kv, table, lengths, metadata, faults, q.shape[1], unit, part, warp - 4 * self.warpgroups, full, empty,
-                    sm_info, st.ring.data_ptr().toint().to(Int32),
+                    sm_info, st.ring.data_ptr().toint().to(Int32), first_range,
                 )  # fmt: skip
             elif const_expr(self.has_codes):
                 self.produce_rows(
@@ -282,7 +285,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
             self.consume(
                 st, sm_info, sm_ring, full, empty, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink,
                 cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
-                part, head_kv, warp,
+                part, head_kv, warp, first_range,
             )  # fmt: skip
 
     @cute.jit
@@ -318,6 +321,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         part: Int32,
         head_kv: Int32,
         warp: Int32,
+        first_range: tuple[Int32, ...] | None,
     ):
         """The two warpgroups: dot products, softmax, weighted sum, and the rows of each piece's result."""
         n, per = (
@@ -381,7 +385,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         stage = Int32(0)
         phase = Int32(0)
         ranges, number, used = metadata.shape[0], Int32(0), Int32(0)  # used: ranges with work
-        after, after_end, after_begin, after_last, after_split = self.range_of(metadata, Int32(0), part)
+        if const_expr(self.gathers):
+            after, after_end, after_begin, after_last, after_split = first_range
+        else:
+            after, after_end, after_begin, after_last, after_split = self.range_of(metadata, Int32(0), part)
         while number < ranges:
             found, found_end = after, after_end
             found_begin, found_last, found_split = after_begin, after_last, after_split

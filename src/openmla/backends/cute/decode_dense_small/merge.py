@@ -24,6 +24,7 @@ class Merge:
     warpgroups: int
     piece_bytes: int
     has_codes: bool
+    gathers: bool
 
     @cute.jit
     def pieces_here(
@@ -330,7 +331,7 @@ class Merge:
     @cute.jit
     def await_data(self, loaded: cute.Tensor, address: Int64, count: Int32, lane: Int32):
         """A unit's 16 bytes per lane of eight pieces, as soon as all are there."""
-        if const_expr(self.has_codes):
+        if const_expr(self.has_codes and not self.gathers):
             self.probe(address, count, lane)
         for u in cutlass.range_constexpr(8):
             loaded[0, u] = Int32(UNWRITTEN) if u < count else Int32(0)
