@@ -6,10 +6,10 @@
     python tests/gpu/decode_dense_small_gathered.py sanitize LIBRARY FUNCTION         compute-sanitizer's four tools
     python tests/gpu/decode_dense_small_gathered.py api - [LAYOUT ...]                the cases through openmla.sparse_decode
     python tests/gpu/decode_dense_small_gathered.py graphs -          graphs and calls of several streams side by side
-    python tests/gpu/decode_dense_small_gathered.py time LIBRARY[,LIBRARY] ROWS.jsonl [FUNCTION/PARTS[@CELL] ...]
+    python tests/gpu/decode_dense_small_gathered.py time LIBRARY[,LIBRARY] ROWS.jsonl [FUNCTION[/PARTS][@CELL] ...]
 
 The cases and the peer are those of decode_sparse.py beside this file. `time` walks over as many input sets as make the
-touched rows outgrow the L2, in one graph, all contenders in turn.
+touched rows outgrow the L2, in one graph, all contenders in turn; without PARTS as many parts as the library takes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import torch
 from openmla.backends.cute.decode_dense_small import config as small
 from openmla.backends.cute.decode_dense_small.launch import build, launch_gathered
 from openmla.core.layout import kv_layout
+from openmla.core.problem import SparseDecodeProblem
+from openmla.core.target import Target
 
 CUDA = "cuda"
 SECONDS = 160
@@ -271,11 +273,11 @@ def sanitize(library, name, tools=("memcheck", "racecheck", "synccheck", "initch
 
 # ---------------------------------------------------------------------- timing
 
-CELLS = [(b, 1, h, 2048) for h in (16, 8) for b in (128, 16, 1)] + [
-    (32, 1, 16, 2048),
-    (64, 2, 16, 2048),
-    (4, 1, 16, 2048),
-]
+CELLS = (
+    [(b, 1, h, 2048) for h in (16, 8) for b in (128, 16, 1)]
+    + [(b, 1, h, 2048) for h in (16, 8) for b in (64, 32, 8, 4, 2)]
+    + [(64, 2, 16, 2048)]
+)
 REQUESTS, TOKENS = 128, 16384  # of the cache that all cells share
 
 
@@ -354,7 +356,7 @@ def time_all(library, rows_path, contenders, only):
         if only and not any(each in cell for each in only):
             continue
         sets = timing_sets(kv, batch, s_q, h_q, topk)
-        graphs, kept, differ = {}, [], {}
+        graphs, kept, differ, used = {}, [], {}, {}
         peers = [sparse_gate.peer_call(SimpleNamespace(operands=o)) for o in sets]
         graphs["peer"], keep = captured(peers)
         graphs["peer"].replay()
@@ -362,9 +364,12 @@ def time_all(library, rows_path, contenders, only):
         want = keep[0][0][:, :, :h_q].float()
         kept.append(keep)
         for contender in contenders:
-            name, parts = contender.partition("@")[0].split("/")
+            name, _, parts = contender.partition("@")[0].partition("/")
+            problem = SparseDecodeProblem.from_tensors(sets[0].q, kv, sets[0].indices, layout=layout)
+            parts = parts or small.gathered_parts(problem, Target.detect(torch.device(CUDA)))
             if not cell.startswith(contender.partition("@")[2]):
                 continue
+            used[contender] = int(parts)
             cs = [planned(SimpleNamespace(operands=o), int(parts)) for o in sets[:1]]
             cs += [SimpleNamespace(**{**vars(cs[0]), "operands": o}) for o in sets[1:]]
             function = function_of(modules, name)
@@ -385,6 +390,7 @@ def time_all(library, rows_path, contenders, only):
                 "cell": cell, "device": device, "kernel": name, "median_us": round(median, 2), "min_us": round(low, 2),
                 "max_us": round(high, 2), "ratio": round(found["peer"][0] / median, 3),
                 "gbps": round(batch * s_q * topk * 656 / median / 1e3), "difference": differ.get(name, 0.0),
+                "parts": used.get(name, 0),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
             with open(rows_path, "a") as file:
