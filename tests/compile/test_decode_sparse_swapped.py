@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ptx_machine import Cta
-from ptx_program import Memory, describe, parse
+from ptx_program import Memory, TensorMap, describe, parse
 from test_decode_sparse_ptx import functions as stored
 from test_decode_sparse_ptx import gate, merge
 
@@ -46,8 +46,10 @@ class Emulated:
         free = lambda tensor, fixed=(), unit=(): describe(  # noqa: E731
             memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
         )
+        strides = [2, *(2 * q.stride(d) for d in (2, 1, 0))]
+        boxes = TensorMap(memory.place(q), [q.shape[d] for d in (3, 2, 1, 0)], strides, [64, 64, 1, 1])
         values = [
-            free(q, (3,), (3,)), free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length), free(metadata, (1,), (0, 1)),
+            boxes, b"\0" * 12, free(q, (3,), (3,)), free(kv, (), (1,)), free(indices, (), (2,)), free(topk_length), free(metadata, (1,), (0, 1)),
             free(num_splits, (), (0,)), free(sink, (), (0,)), free(out, (3,), (3,)), free(lse), free(out_accum, (2,), (2,)),
             free(lse2_accum, (), (1,)), free(fault, (0,), (0,)), free(redo, (), (2,)),
             *(np.array([x], np.int32).tobytes() for x in (blocks, page_size, chunk, has_length, has_sink, has_redo)),
@@ -81,6 +83,7 @@ CASES = {
         {"page_size": 7, "absent": 0.2, "hostile": 0.1, "sink": float("inf")},
     ),
     "two blocks of heads, lengths": ((2, 2, 80, 70), {"lengths": [[0, 1], [70, 64]]}),
+    "pieces of five tiles to none": ((7, 1, 8, 320), {"lengths": [[320], [64], [128], [0], [65], [129], [256]]}),
     "three CTAs": ((1, 1, 64, 310), {"parts": 3, "queries": 6.0, "keys": 2.0}),
     "varlen": ((11, 1, 1, 3), {"varlen": True, "lengths": [3, 0, 1, 2, 3, 3, 0, 0, 3, 3, 1]}),
 }

@@ -14,11 +14,13 @@ Schedule (384 threads; j counts the tiles of a piece)
     Each math warpgroup has every second tile, and 256 columns of the value of every tile. Half a turn apart: one's softmax and
     conversions stand beside products of the other. Products run on across the ends of a phase: the keys of the next one are
     taken before they are waited for.
+    When the scores of a piece are complete the copy engine brings the next Q, and the producers fit it and order its columns
+    where it lies, while the last values are multiplied. Q of the first piece the math warps load themselves.
 
 Which column, which key (permutations are free in the dimension that is summed, and in M until the rows are stored)
     Scores: lane 4 g + t reads bytes 32 t to 32 t + 31 of 128 codes of keys g and g + 8 of its warp's 16: sixteen lanes of two
     keys, 656 bytes apart, hit all banks. Code 16 j' + 4 s + 2 h + e of them is element 8 h + 2 t + e of product 4 j' + s; Q is
-    stored with its columns in that order (`begin`), each row times a power of two that fits it into fp16 (`fit_row`).
+    stored with its columns in that order (`first_q`, `fit_q`), each row times a power of two that fits it into fp16 (`fit_row`).
     Values: ldmatrix.trans of pairs of bytes gives a lane keys 2 t and 2 t + 1 of columns 2 g and 2 g + 1; column 2 g is row g
     of the product, column 2 g + 1 row g + 8. So a lane ends with pairs of neighbouring columns and stores them.
 
@@ -31,6 +33,9 @@ Synchronisation
     empty[3, 4]  math warps -> producer warp q              8 warps, when they have read sixteen keys for the values
     p_full[2]    weights -> both                            4 warps. It also says: the maximum is final, and the values of
                  the tile before are done here, so that the other warpgroup may write its P, maximum and factors.
+    q_empty      math -> first producer warp                8 warps, when their last scores of a piece are complete
+    q_raw        copy engine -> producers                   1 + bytes, from the second piece on
+    q_full       producers -> math                          4 warps: fitted and in order
     known        math -> producers                          8 warps: whether the first tile's scales fit
     piece_*      as in decode_sparse/kernel.py
     barriers 1, 2 within a math warpgroup; 3 both, twice per piece and once for the first tile's scales
@@ -47,12 +52,13 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from openmla.backends.cute.decode_sparse.config import Config
+from openmla.backends.cute.decode_sparse.config import SLICE_BYTES, Config
 from openmla.backends.cute.decode_sparse.kernel import (
     AHEAD,
+    EVICT_FIRST,
     FIELDS,
     LAZY_LOG2,
     LN2,
@@ -127,11 +133,18 @@ class Swapped(DecodeSparse):
         qk, pv = mma(OperandMajorMode.K), mma(OperandMajorMode.MN)
         qk_first, qk_rope = mma(OperandMajorMode.K, dtype), mma(OperandMajorMode.K, dtype)
 
+        # head | column | token | request
+        q_rows = cute.make_tensor(q.iterator, cute.select(q.layout, [2, 3, 1, 0]))
+        tma_q, t_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q_rows, tiled(64, 64), (64, 64))
+
         @cute.struct
         class Storage:
             full: cute.struct.MemRange[Int64, 4 * TILES]
             empty: cute.struct.MemRange[Int64, 4 * TILES]
             p_full: cute.struct.MemRange[Int64, 2]
+            q_raw: cute.struct.MemRange[Int64, 1]
+            q_full: cute.struct.MemRange[Int64, 1]
+            q_empty: cute.struct.MemRange[Int64, 1]
             piece_full: cute.struct.MemRange[Int64, PIECES]
             piece_empty: cute.struct.MemRange[Int64, PIECES]
             piece: cute.struct.MemRange[Int32, FIELDS * PIECES]
@@ -141,6 +154,7 @@ class Swapped(DecodeSparse):
             known: cute.struct.MemRange[Int64, 1]
             verdict: cute.struct.MemRange[Int32, 1]
             rows: cute.struct.Align[cute.struct.MemRange[Float32, 2 * 64], 16]
+            fit: cute.struct.Align[cute.struct.MemRange[Float32, 64], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, 2 * 64], 16]
             warp_peak: cute.struct.Align[cute.struct.MemRange[Float32, 4 * 64], 16]
             warp_sum: cute.struct.Align[cute.struct.MemRange[Float32, 8 * 64], 16]
@@ -151,7 +165,7 @@ class Swapped(DecodeSparse):
         self.storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
         self.kernel(
-            q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum, fault_word, redo, blocks,
+            tma_q, t_q, q, kv, indices, topk_length, metadata, num_splits, sink, out, lse, out_accum, lse2_accum, fault_word, redo, blocks,
             page_size, chunk_blocks, has_length, has_sink, has_redo, scale_log2, qk_first, qk, qk_rope, pv, q_layout, p_layout,
         ).launch(
             grid=[cute.ceil_div(q.shape[2], 64), q.shape[1], metadata.shape[0]],
@@ -163,6 +177,8 @@ class Swapped(DecodeSparse):
     @cute.kernel
     def kernel(
         self,
+        tma_q: cute.CopyAtom,
+        t_q: cute.Tensor,
         q: cute.Tensor,
         kv: cute.Tensor,
         indices: cute.Tensor,
@@ -196,8 +212,10 @@ class Swapped(DecodeSparse):
         pointer = lambda name: getattr(store, name).data_ptr()  # noqa: E731
         base = lambda name: getattr(store, name).data_ptr().toint()  # noqa: E731
         c = Scope(
-            **{name: pointer(name) for name in ("full", "empty", "p_full", "piece_full", "piece_empty", "known")},
-            **{f"{name}_base": base(name) for name in ("rows", "factor", "warp_peak", "warp_sum", "q", "p", "raw")},
+            **{name: pointer(name) for name in (
+                "full", "empty", "p_full", "q_raw", "q_full", "q_empty", "piece_full", "piece_empty", "known",
+            )},
+            **{f"{name}_base": base(name) for name in ("rows", "fit", "factor", "warp_peak", "warp_sum", "q", "p", "raw")},
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             plan=store.plan.get_tensor(cute.make_layout(4)),
             valid=store.valid.get_tensor(cute.make_layout((4, TILES))),
@@ -206,6 +224,7 @@ class Swapped(DecodeSparse):
             s_q=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner, dtype=self.operand),
             s_q_stored=store.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             s_p=store.p.get_tensor(p_layout.outer, swizzle=p_layout.inner),
+            tma_q=tma_q, t_q=t_q,
             q=q, kv=kv, indices=indices, topk_length=topk_length, metadata=metadata, num_splits=num_splits, sink=sink,
             out=out, lse=lse, out_accum=out_accum, lse2_accum=lse2_accum, fault_word=fault_word, redo=redo, blocks=blocks,
             page_size=page_size, chunk_blocks=chunk_blocks, has_length=has_length, has_sink=has_sink,
@@ -220,11 +239,15 @@ class Swapped(DecodeSparse):
                     (c.empty, 8, 4 * TILES),
                     (c.p_full, 4, 2),
                     (c.known, 8, 1),
+                    (c.q_raw, 1, 1),
+                    (c.q_full, 4, 1),
+                    (c.q_empty, 8, 1),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 8 + 3, PIECES),
                 ):
                     for i in range(copies):
                         cute.arch.mbarrier_init(pointer_ + i, count)
+            cpasync.prefetch_descriptor(tma_q)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
@@ -259,10 +282,16 @@ class Swapped(DecodeSparse):
             if s.is_lead:
                 self.describe(c, piece + AHEAD)
             for j in cutlass.range(tiles, unroll=1):
-                if turn == TILES:  # before the first wait for a place
+                if (turn == TILES) | ((piece == 1) & (j == 0)):  # before the first wait for a place, or for Q's
                     cute.arch.mbarrier_wait(c.known, 0)
                     void = c.verdict[0]
                 if void == 0:
+                    if piece > 0:
+                        # When the piece before has its scores: the place of its last tile is free only later.
+                        if j == cutlass.min(tiles - 1, 1):
+                            self.bring_q(c, piece)
+                        if j == cutlass.min(tiles - 1, 2):
+                            self.fit_q(c, piece)
                     turn += 1
                     place = slot * 4 + c.warp
                     cute.arch.mbarrier_wait(c.empty + place, phase)
@@ -317,6 +346,78 @@ class Swapped(DecodeSparse):
                 )
         cute.arch.sync_warp()
 
+    @cute.jit
+    def bring_q(self, c: cutlass.Constexpr, piece: Int32):
+        """This CTA's 64 heads of the token of a later piece, when the scores of the piece before are complete."""
+        if c.warp == 0:
+            tile = cute.local_tile(c.t_q, (64, 64), (c.m_block, None, c.token, c.piece[REQUEST, piece % PIECES]))
+            boxes = cute.group_modes(cute.flat_divide(c.s_q_stored, (64, 64))[None, None, 0, None], 0, 2)
+            s_q, g_q = cpasync.tma_partition(c.tma_q, 0, cute.make_layout(1), boxes, cute.group_modes(tile, 0, 2))
+            cute.arch.mbarrier_wait(c.q_empty, (piece & 1) ^ 1)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(c.q_raw, 9 * SLICE_BYTES)
+            for x in cutlass.range_constexpr(9):
+                cute.copy(c.tma_q, g_q[None, x], s_q[None, x], tma_bar_ptr=c.q_raw, cache_policy=Int64(EVICT_FIRST))
+
+    @cute.jit
+    def fit_q(self, c: cutlass.Constexpr, piece: Int32):
+        """Sixteen rows of Q in fp16, columns in the order of the products, where they lie; four and four beside each other."""
+        cute.arch.mbarrier_wait(c.q_raw, (piece & 1) ^ 1)
+        lane = self.fresh_lane(c)
+        t, hi = lane % 4, lane // 4 % 2
+        for y in cutlass.range(2, unroll=1):
+            words = [cute.make_rmem_tensor(8, Int32) for _ in range(2)]
+            rows, lines, swaps, peaks, factors = [], [], [], [], []
+            for z in cutlass.range_constexpr(2):
+                rows.append(c.warp * 16 + 8 * y + 4 * z + lane // 8)
+                lines.append(c.q_base + rows[z] * 128)
+                swaps.append((lane // 8 + 4 * z) * 16)
+                peaks.append(Int32(0))
+            code = [lines[z] + t // 2 * SLICE_BYTES + ((64 * (t % 2) + 16 * hi) ^ swaps[z]) for z in range(2)]
+            rope = [lines[z] + 8 * SLICE_BYTES + ((32 * t + 16 * hi) ^ swaps[z]) for z in range(2)]
+            to = [lines[z] + ((64 * hi) ^ swaps[z]) + 4 * t for z in range(2)]
+            for x in cutlass.range_constexpr(9):
+                for z in cutlass.range_constexpr(2):
+                    self.take_q(rope[z] if x == 8 else code[z], x, words[z], 4 * (x % 2))
+                    for w in cutlass.range_constexpr(2):
+                        at = 4 * (x % 2) + 2 * w
+                        peaks[z] = self.largest(peaks[z], words[z][at], words[z][at + 1])
+            for z in cutlass.range_constexpr(2):
+                factors.append(self.fit_row(c, lane, peaks[z], c.fit_base + rows[z] * 4))
+            for b in cutlass.range_constexpr(5):
+                for z in cutlass.range_constexpr(2):
+                    self.take_q(rope[z] if b == 4 else code[z], 2 * b, words[z], 0)
+                    if const_expr(b < 4):
+                        self.take_q(code[z], 2 * b + 1, words[z], 4)
+                cute.arch.sync_warp()
+                for z in cutlass.range_constexpr(2):
+                    for x in cutlass.range_constexpr(2 if b < 4 else 1):
+                        for w in cutlass.range_constexpr(4):  # (lo, h)
+                            cute.arch.inline_ptx(
+                                "st.shared.b32 [{$r0} + " + str(8192 * (2 * b + x)) + "], {$r1};",
+                                read_only_args=[to[z] ^ (16 * w), self.fitted(words[z][4 * x + w], factors[z], b < 4)],
+                            )
+        cute.arch.fence_view_async_shared()
+        self.arrive(c.q_full)
+
+    @cute.jit
+    def largest(self, peak: Int32, pair: Int32, other: Int32):
+        """The larger magnitudes of three pairs of bf16, as bits; those of the last two beside the way to the first."""
+        return cute.arch.inline_ptx(
+            "{ .reg .b32 a, b, p; and.b32 a, {$r1}, 2147450879; and.b32 b, {$r2}, 2147450879; max.u16x2 a, a, b;"
+            " mov.b32 p, {$r0}; max.u16x2 {$w0}, p, a; }",
+            write_only_types=[Int32],
+            read_only_args=[peak, pair, other],
+        )
+
+    @cute.jit
+    def take_q(self, there: Int32, x: cutlass.Constexpr, into: cute.Tensor, at: cutlass.Constexpr):
+        """Sixteen bytes of a row of Q: half of what a lane has of 128 columns, or (8) of RoPE."""
+        if const_expr(x < 8):
+            self.take(there ^ (32 * (x % 2)), x // 2 * 2 * SLICE_BYTES, into, at)
+        else:
+            self.take(there, 0, into, at)
+
     # ------------------------------------------------------------------ the two math warpgroups
 
     @cute.jit
@@ -347,9 +448,11 @@ class Swapped(DecodeSparse):
         before, p_phase, piece, void = Int32(0), Int32(0), Int32(0), Int32(0)
         tiles = self.next_piece(c, Int32(0))
         while tiles > 0:
-            self.begin(c, s, c.piece[REQUEST, piece % PIECES])
             if piece == 0:
+                self.first_q(c, c.piece[REQUEST, Int32(0)])
                 void = self.judge(c)
+            else:
+                self.begin(c, piece)
             if void != 0:
                 tiles = Int32(0)
             l0, l1 = Float32(0.0), Float32(0.0)
@@ -357,6 +460,8 @@ class Swapped(DecodeSparse):
                 acc.fill(0.0)
             # Every second tile is this warpgroup's: its scores, the values of the one before beside its weights, its values.
             j = c.group
+            if j >= tiles:
+                self.arrive(c.q_empty)
             while j < tiles:
                 slot, phase = (before + j) % TILES, (before + j) // TILES & 1
                 self.scores_of(c, s, scores, slot, phase)
@@ -364,10 +469,14 @@ class Swapped(DecodeSparse):
                     v = self.await_values(c, (before + j + TILES - 1) % TILES, c.group ^ 1, p_phase)
                     p_phase = p_phase ^ (Int32(2) >> c.group)
                     warpgroup.wait_group(0)
+                    if j + 2 >= tiles:
+                        self.arrive(c.q_empty)
                     l0, l1 = self.follow(c, s, accs, c.group ^ 1, l0, l1)
                     l0, l1 = self.values_and_weights(c, s, v, accs, scores, slot, c.group, l0, l1)
                 else:
                     warpgroup.wait_group(0)
+                    if j + 2 >= tiles:
+                        self.arrive(c.q_empty)
                     l0, l1 = self.weights(c, s, scores, slot, c.group, l0, l1)
                 v = self.await_values(c, slot, c.group, p_phase)
                 p_phase = p_phase ^ (Int32(1) << c.group)
@@ -412,8 +521,8 @@ class Swapped(DecodeSparse):
         return cute.arch.make_warp_uniform(void)
 
     @cute.jit
-    def begin(self, c: cutlass.Constexpr, s: cutlass.Constexpr, request: Int32):
-        """Q into shared memory, columns in the order of the products; the running maximum of every row."""
+    def first_q(self, c: cutlass.Constexpr, request: Int32):
+        """Q of the first piece into shared memory, by these warps: the way through the copy engine is 3 us longer at the start."""
         lane = self.fresh_lane(c)
         if c.group == 0:
             if c.warp == 0:
@@ -436,23 +545,34 @@ class Swapped(DecodeSparse):
                     write_only_types=[Int32] * 4,
                     read_only_args=[rope_from if x == 8 else code_from, is_row],
                 )
-            self.fit_row(c, lane, row, words)
+            peak = Int32(0)
+            for x in cutlass.range_constexpr(18):
+                peak = self.largest(peak, words[2 * x], words[2 * x + 1])
+            factor = self.fit_row(c, lane, peak, c.rows_base + (row // 2 * 16 + row % 2 * 4 + 8))
             to = c.q_base + row * 128 + ((4 * hi) ^ (row % 8)) * 16 + 4 * t
             for x in cutlass.range_constexpr(9):
                 for w in cutlass.range_constexpr(4):  # (lo, h)
                     cute.arch.inline_ptx(
                         "st.shared.b32 [{$r0} + " + str(8192 * x) + "], {$r1};",
-                        read_only_args=[to ^ (16 * w), words[4 * x + w]],
+                        read_only_args=[to ^ (16 * w), self.fitted(words[4 * x + w], factor, x < 8)],
                     )
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=3, number_of_threads=256)
 
     @cute.jit
-    def fit_row(self, c: cutlass.Constexpr, lane: Int32, row: Int32, words: cute.Tensor):
-        """A row of Q, in eight lanes, as fp16 times the power of two that brings its largest element to 2^14; RoPE stays bf16."""
-        peak = Int32(0)
-        for x in cutlass.range_constexpr(36):
-            peak = self.larger(peak, words[x])
+    def begin(self, c: cutlass.Constexpr, piece: Int32):
+        """Q of a later piece is there; the running maximum of every row, and what makes a logit of its products."""
+        cute.arch.mbarrier_wait(c.q_full, (piece & 1) ^ 1)
+        if (c.group == 0) & (c.warp == 0):
+            lane = self.fresh_lane(c)
+            f0, f1 = self.take_pair(c.fit_base + lane * 8, 0)
+            self.store_pair(c.rows_base + lane * 16, Float32(NO_MAXIMUM), Float32(NO_MAXIMUM))
+            self.store_pair(c.rows_base + lane * 16 + 8, f0, f1)
+        cute.arch.barrier(barrier_id=3, number_of_threads=256)
+
+    @cute.jit
+    def fit_row(self, c: cutlass.Constexpr, lane: Int32, peak: Int32, there: Int32):
+        """The power of two that brings the largest element of a row of Q, in eight lanes, to 2^14; what it does to logits."""
         for d in (1, 2, 4):
             peak = self.larger(peak, cute.arch.shuffle_sync_bfly(peak, d))
         peak = cutlass.max(peak & 0xFFFF, (peak >> 16) & 0xFFFF)
@@ -461,14 +581,11 @@ class Swapped(DecodeSparse):
         size = c.scale_log2 * sign
         if c.scale_log2 == 0.0:
             sign, size = Float32(0.0), Float32(1.0)
-        factor = self.as_float((268 - exponent) << 23) * sign
         # Positive, for what is masked is -inf; logits are nothing where the product is smaller.
         scale = cute.arch.fmax(size * self.as_float((exponent - 14) << 23), Float32(1.0e-30))
-        there = c.rows_base + (row // 2 * 16 + row % 2 * 4 + 8)
         if lane % 8 == 0:
             cute.arch.inline_ptx("st.shared.f32 [{$r0}], {$r1};", read_only_args=[there, scale])
-        for x in cutlass.range_constexpr(36):
-            words[x] = self.fitted(words[x], factor, x < 32)
+        return self.as_float((268 - exponent) << 23) * sign
 
     @cute.jit
     def unfit(self, worst: Int32, scale: Int32):
@@ -889,58 +1006,77 @@ class Swapped(DecodeSparse):
             x0, x1 = self.take_pair(c.warp_sum_base + lane * 8, 256 * w)
             l0, l1 = l0 + x0, l1 + x1
         split_slot, request = c.piece[SPLIT_SLOT, index], c.piece[REQUEST, index]
-        lse, lse2_accum = c.lse, c.lse2_accum
         inverses = cute.make_rmem_tensor(2, Float32)
         for e in cutlass.range_constexpr(2):
             m, l = (m0, l0) if e == 0 else (m1, l1)  # noqa: E741
             head = c.m_block * 64 + 2 * lane + e
-            inverse, lse2 = Float32(0.0), -Float32.inf
-            if l != 0.0:  # also NaN, which shall be seen
+            inverse = Float32(0.0)
+            if l != 0.0:  # also NaN, which shall be seen; an empty row stays 0, also for a sink of -inf
                 inverse = Float32(1.0) / l
-                lse2 = m + cute.math.log2(l)
-            if head < c.h_q:
-                is_writer = (c.group == 0) & (c.warp == 0)
-                if split_slot >= 0:
-                    if is_writer:
-                        lse2_accum[split_slot, c.token * c.h_q + head] = lse2
-                else:
-                    if is_writer:
-                        lse[request, head, c.token] = lse2 * Float32(LN2)
-                    if c.has_sink != 0:
-                        weight = cute.math.exp2(c.sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
-                        if l != 0.0:  # an empty row stays 0, also for a sink of -inf
-                            inverse = inverse / (Float32(1.0) + weight)
+                if (c.has_sink != 0) & (split_slot < 0) & (head < c.h_q):
+                    weight = cute.math.exp2(c.sink[head] * Float32(LOG2_E) - self.lse2_of(m, l), fastmath=True)
+                    inverse = inverse / (Float32(1.0) + weight)
             inverses[e] = inverse
-        self.store_out_of(c, s, accs, inverses, split_slot, request)
+        self.store_out_of(c, accs, inverses, split_slot, request)
+        if (c.group == 0) & (c.warp == 0):
+            lse, lse2_accum = c.lse, c.lse2_accum
+            for e in cutlass.range_constexpr(2):
+                m, l = (m0, l0) if e == 0 else (m1, l1)  # noqa: E741
+                head = c.m_block * 64 + 2 * lane + e
+                if head < c.h_q:
+                    if split_slot >= 0:
+                        lse2_accum[split_slot, c.token * c.h_q + head] = self.lse2_of(m, l)
+                    else:
+                        lse[request, head, c.token] = self.lse2_of(m, l) * Float32(LN2)
+
+    @cute.jit
+    def lse2_of(self, m: Float32, l: Float32):  # noqa: E741
+        """Log-sum-exp, base 2, of a row from its maximum and sum."""
+        lse2 = -Float32.inf
+        if l != 0.0:  # also NaN
+            lse2 = m + cute.math.log2(l)
+        return lse2
 
     @cute.jit
     def store_out_of(
-        self, c: cutlass.Constexpr, s: cutlass.Constexpr, accs: cutlass.Constexpr, inverses: cute.Tensor,
-        split_slot: Int32, request: Int32,
+        self, c: cutlass.Constexpr, accs: cutlass.Constexpr, inverses: cute.Tensor, split_slot: Int32, request: Int32,
     ):  # fmt: skip
-        """Pairs of neighbouring columns, eight lanes side by side: 32 bytes of bf16, or 64 of fp32."""
+        """Pairs of neighbouring columns, eight lanes side by side: 32 bytes of bf16, or 64 of fp32.
+
+        Without branches in either: code that runs once per piece is fetched as it comes.
+        """
         lane = self.fresh_lane(c)
+        row = c.m_block * 64 + 2 * (lane % 4)
         column = c.group * 256 + c.warp * 64 + lane // 4 * 2
-        for i in cutlass.range_constexpr(8):
-            for e in cutlass.range_constexpr(2):
-                inverse = self.from_lane_float(inverses[e], lane % 4, 4 * i)
-                head = c.m_block * 64 + 8 * i + 2 * (lane % 4) + e
-                if head < c.h_q:
-                    if split_slot >= 0:
-                        line = c.out_accum[split_slot, c.token * c.h_q + head, None]
-                        there = line.iterator.toint() + Int64(column) * 4
-                        for m in cutlass.range_constexpr(4):
-                            cute.arch.inline_ptx(
-                                "st.global.v2.f32 [{$r0} + " + str(64 * m) + "], {{$r1}, {$r2}};",
-                                read_only_args=[there, accs[m][4 * i + e] * inverse, accs[m][4 * i + 2 + e] * inverse],
-                            )
-                    else:
-                        line = c.out[request, c.token, head, None]
-                        there = line.iterator.toint() + Int64(column) * 2
-                        for m in cutlass.range_constexpr(4):
-                            cute.arch.inline_ptx(
-                                "{ .reg .b32 w; cvt.rn.bf16x2.f32 w, {$r2}, {$r1}; st.global.b32 [{$r0} + "
-                                + str(32 * m)
-                                + "], w; }",
-                                read_only_args=[there, accs[m][4 * i + e] * inverse, accs[m][4 * i + 2 + e] * inverse],
-                            )
+        inverse = cute.make_rmem_tensor(16, Float32)
+        for x in cutlass.range_constexpr(16):
+            inverse[x] = self.from_lane_float(inverses[x % 2], lane % 4, 4 * (x // 2))
+        if split_slot >= 0:
+            there, step = self.line_of(c.out_accum, (split_slot, c.token * c.h_q + row), 4 * column)
+            for x in cutlass.range_constexpr(16):
+                i, e = x // 2, x % 2
+                for m in cutlass.range_constexpr(4):
+                    cute.arch.inline_ptx(
+                        "{ .reg .pred p; .reg .b64 a; mad.lo.s64 a, {$r1}, " + str(8 * i + e) + ", {$r0}; setp.lt.s32 p, {$r2}, {$r3};"
+                        " @p st.global.v2.f32 [a + " + str(64 * m) + "], {{$r4}, {$r5}}; }",
+                        read_only_args=[there, step, row + (8 * i + e), c.h_q,
+                                        accs[m][4 * i + e] * inverse[x], accs[m][4 * i + 2 + e] * inverse[x]],
+                    )  # fmt: skip
+        else:
+            there, step = self.line_of(c.out, (request, c.token, row), 2 * column)
+            for x in cutlass.range_constexpr(16):
+                i, e = x // 2, x % 2
+                for m in cutlass.range_constexpr(4):
+                    cute.arch.inline_ptx(
+                        "{ .reg .pred p; .reg .b64 a; .reg .b32 w; mad.lo.s64 a, {$r1}, " + str(8 * i + e) + ", {$r0};"
+                        " setp.lt.s32 p, {$r2}, {$r3}; cvt.rn.bf16x2.f32 w, {$r5}, {$r4}; @p st.global.b32 [a + "
+                        + str(32 * m) + "], w; }",
+                        read_only_args=[there, step, row + (8 * i + e), c.h_q,
+                                        accs[m][4 * i + e] * inverse[x], accs[m][4 * i + 2 + e] * inverse[x]],
+                    )  # fmt: skip
+
+    @cute.jit
+    def line_of(self, to: cute.Tensor, at: cutlass.Constexpr, more: Int32):
+        """Address of a byte of a row, and how far the same byte of the next row is."""
+        first = to[*at, None].iterator.toint()
+        return first + Int64(more), to[*at[:-1], at[-1] + 1, None].iterator.toint() - first
