@@ -237,9 +237,9 @@ everywhere but with the longest lists, where it is 2 % (docs/kernels/decode_spar
 leads to them.
 """
 
-SWAPPED_TILES = (64, 120)
-"""Of a list and of a part, from which SWAPPED runs: 4 to 8 % faster then, and slower where pieces are many or parts small (H100,
-rows ds-13-*). A cache whose scales are not powers of two between 2^-14 and 2^7 loses 26 us."""
+SWAPPED_TILES = (32, (31, 62))
+"""Of a list, and of a part with one block of heads or with more, from which SWAPPED runs: 1 to 10 % faster there (H100, rows
+ds-16-*). A cache whose scales are not powers of two between 2^-14 and 2^7 loses 14 us, so not where it gains 2."""
 
 SPILLING = (("fp8_528_mx", False), ("fp8_528", True))
 """Right too, but the assembler finds no registers for all of their values in bf16; not served until it does."""
@@ -287,7 +287,8 @@ def supports(problem: SparseDecodeProblem, target: Target) -> Verdict:
 def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
     """Variants that run the problem, best first. Call only where `supports` is true."""
     plain = Config(problem.layout.name, problem.extra is not None)
-    each, (of_list, of_part) = tiles(problem.topk), SWAPPED_TILES
+    each, (of_list, of_parts) = tiles(problem.topk), SWAPPED_TILES
+    of_part = of_parts[min(row_blocks(problem), 2) - 1]
     is_long = each >= of_list and requests(problem)[0] * each >= of_part * num_parts(problem, target)
     return (SWAPPED, plain) if plain == SWAPPED.repeat and is_long else (plain,)
 
