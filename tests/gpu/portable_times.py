@@ -47,7 +47,8 @@ def time_mods(
     arguments = decode_arguments(h_q, s_k, batch, device, s_q) | {"backend": backend}
     contenders: dict[str, Any] = {"plain": None, "window": mods.sliding_window(s_k // 2)}
     if backend == "cute":
-        contenders |= {name: CUTE_MODS[name] for name in ("soft_cap", "sink_tokens")} | {"page": mod_of_the_page()}
+        contenders |= {name: CUTE_MODS[name] for name in ("soft_cap", "sink_tokens")}
+        contenders |= {} if names else {"page": mod_of_the_page()}
     else:
         slopes = torch.linspace(0, 1, h_q, device=device)
         contenders |= {
