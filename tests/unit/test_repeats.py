@@ -16,7 +16,7 @@ from cute_stand_ins import LOG2_E, decode_tensors
 import openmla
 from openmla import flash_mla
 from openmla.core.errors import PlanMismatchError, ProblemError, UnsupportedError
-from openmla.ops import observers, repeats
+from openmla.ops import observers, recovery, repeats
 from openmla.reference import attention
 
 
@@ -279,6 +279,7 @@ def test_a_tensor_resized_in_place_is_another_call(calls: list[str], name: str) 
 def test_a_sink_that_moved_is_read_where_it_is(calls: list[str]) -> None:
     tensors = {**decode_tensors(16), "attn_sink": torch.nn.Parameter(torch.zeros(16), requires_grad=False)}
     plan = openmla.plan(**tensors, backend="cute")
+    calls.clear()
     for value in (0.0, 9.0, 9.0):
         if float(tensors["attn_sink"][0]) != value:
             tensors["attn_sink"].data = torch.full((16,), value)
@@ -286,12 +287,47 @@ def test_a_sink_that_moved_is_read_where_it_is(calls: list[str]) -> None:
         sink = tensors["attn_sink"]
         golden = attention.decode(*list(tensors.values())[:4], softmax_scale=576**-0.5, d_v=512, attn_sink=sink)
         assert torch.equal(out, golden.out.bfloat16())
+    assert calls == ["usual"] * 2, "the second call with 9 repeats the first"
 
 
-@pytest.mark.parametrize("name", ["kv_cache", "out"])
-def test_an_address_that_wide_copies_cannot_take_is_another_call(calls: list[str], name: str) -> None:
-    tensors = {**decode_tensors(16), "out": torch.zeros(3, 1, 16, 512).bfloat16()}
-    asked = {key: each for key, each in tensors.items() if key != "out"}
+def test_what_changes_around_a_repeated_call_is_looked_at(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another setting, and a device that was lost: the usual way decides what they mean."""
+    tensors = decode_tensors(16)
+    plan = openmla.plan(**tensors, backend="cute")
+    openmla.decode(**tensors, plan=plan, backend="cute")
+    for change in (
+        lambda: monkeypatch.setenv("OPENMLA_BACKEND", "torch"),
+        lambda: monkeypatch.setitem(recovery.LOST, "cuda", "a test"),
+    ):
+        openmla.decode(**tensors, plan=plan, backend="cute")
+        calls.clear()
+        openmla.decode(**tensors, plan=plan, backend="cute")
+        assert not calls
+        change()
+        openmla.decode(**tensors, plan=plan, backend="cute")
+        assert calls == ["usual"]
+
+
+def test_no_sink_and_another_view_of_it_are_looked_at(calls: list[str]) -> None:
+    """Both pass whatever looks at addresses alone: no sink has none, and the view begins where the sink did."""
+    tensors = decode_tensors(16)
+    memory = torch.linspace(-9, 9, 32)
+    plan = openmla.plan(**tensors, attn_sink=memory[:16], backend="cute")
+    openmla.decode(**tensors, attn_sink=memory[:16], plan=plan, backend="cute")
+    with pytest.raises(PlanMismatchError, match="has_sink"):
+        openmla.decode(**tensors, plan=plan, backend="cute")
+    with pytest.raises(ProblemError, match="attn_sink"):
+        openmla.decode(**tensors, attn_sink=memory[::2], plan=plan, backend="cute")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_out_given"), [("q", False), ("kv_cache", False), ("q", True), ("kv_cache", True), ("out", True)]
+)
+def test_an_address_that_wide_copies_cannot_take_is_another_call(
+    calls: list[str], name: str, is_out_given: bool
+) -> None:
+    asked = decode_tensors(16)
+    tensors = {**asked, "out": torch.zeros(3, 1, 16, 512).bfloat16()} if is_out_given else asked
     plan = openmla.plan(**asked, backend="cute")
     openmla.decode(**tensors, plan=plan, backend="cute")
     calls.clear()
