@@ -59,6 +59,30 @@ def test_supported_problems_get_an_ahead_of_time_variant():
                 assert dense.row_blocks(asked) % config.cluster == 0
 
 
+def test_many_rows_over_few_keys_are_four_groups():
+    few = problem(batch=1, total_q=1, max_pages=64)
+    (config,) = coded.configs(few, H100)
+    assert (config.rows, config.cluster) == (32, 1) and config in coded.VARIANTS
+    assert coded.grouped(few, config).h_kv == 4
+    half = replace(few, h_q=64)
+    assert coded.configs(half, H100)[0].rows == 16 and coded.grouped(half, coded.configs(half, H100)[0]).h_kv == 4
+    for changes in (
+        {"max_pages": 4096}, {"batch": 128}, {"h_q": 100}, {"h_q": 16}, {"s_q": 2, "total_q": 2}, {"page_size": 128},
+        {"is_varlen": True}, {"is_batch_invariant": True},
+    ):  # fmt: skip
+        asked = replace(few, **changes)
+        assert coded.grouped(asked, coded.configs(asked, H100)[0]) == asked, changes
+
+
+def test_a_variant_chosen_for_more_keys_keeps_its_rows_on_few():
+    many, few = problem(batch=4, max_pages=4096), problem(batch=1, total_q=1, max_pages=2)
+    (config,) = coded.configs(many, H100)
+    seen = coded.grouped(few, config)
+    assert seen == few
+    blocks = -(-dense.row_blocks(seen) // config.cluster) * config.cluster
+    assert blocks * seen.h_kv * dense.num_parts(seen, H100) <= H100.num_sms
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

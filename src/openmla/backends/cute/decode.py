@@ -288,7 +288,8 @@ class CodedRows(ManyRows):
 
     def compile(self, problem: DecodeProblem, config: Any, target: Target) -> Compiled:
         """Load the three functions, compiling what neither bundle nor cache has."""
-        parts, splitting = large.num_parts(problem, target), large.MERGE_BLOCKS * large.row_blocks(problem)
+        seen = coded.grouped(problem, config)
+        parts, splitting = large.num_parts(seen, target), large.MERGE_BLOCKS * large.row_blocks(seen)
         chunk = large.chunk_tokens(problem)
         options = PlanOptions(parts, large.BLOCK_TOKENS, large.OVERHEAD_BLOCKS, splitting, 1, chunk)
         merge = _serve(large.MERGE_FAMILY, self._merge(problem))
@@ -296,10 +297,18 @@ class CodedRows(ManyRows):
             config, options, _serve(coded.FAMILY, config), _serve("schedule", ScheduleVariant()), merge
         )  # fmt: skip
 
+    def _partials(
+        self, compiled: Compiled, problem: DecodeProblem, has_chunks: bool
+    ) -> tuple[tuple[int, int, int], tuple[int, int]]:
+        return super()._partials(compiled, coded.grouped(problem, compiled.config), has_chunks)
+
     def launch(self, compiled: Compiled, problem: DecodeProblem, operands: DecodeOperands, plan: DecodePlan) -> None:
         """The kernel, and where it does not merge itself, the merge of the requests that it had to split."""
+        groups = coded.grouped(problem, compiled.config).h_kv
         out_accum, lse2_accum = scratch(operands, plan, *self._partials(compiled, problem, plan.chunk_blocks > 0))
         direct = with_aligned_out(operands)
+        if groups != problem.h_kv:
+            direct = direct._replace(kv_cache=direct.kv_cache.expand(-1, -1, groups, -1))
         launch_coded(
             compiled.decode, direct, plan.tile_scheduler_metadata, plan.num_splits, out_accum, lse2_accum,
             s_q=problem.s_q, chunk_blocks=plan.chunk_blocks, is_causal=problem.is_causal, window=problem.window,
@@ -307,7 +316,7 @@ class CodedRows(ManyRows):
         )  # fmt: skip
         if plan.arrivals is None:
             launch_merge(compiled.combine, direct, plan.num_splits, out_accum, lse2_accum, s_q=problem.s_q)
-        if direct is not operands:
+        if direct.out is not operands.out:
             operands.out.copy_(direct.out)
 
     def repeatable(
