@@ -17,6 +17,7 @@ from ptx_machine import Cta, Deadlock
 from ptx_program import ALL, LANES, TYPES, Memory, Program, from_bf16, swizzle
 
 GONE = 1 << 40  # the place of lanes that have returned
+RANK_BIT = 24  # an address in a cluster: place in shared memory, and from this bit on rank + 1
 TOGETHER = (
     "shfl",
     "vote",
@@ -35,6 +36,11 @@ class GridCta(Cta):
         """As in Cta; nobody stands at a barrier."""
         super().begin(block, seed)
         self.places: dict[int, int] = {}  # warp -> named barrier
+        self.cluster: list[GridCta] = [self]
+        self.cluster_phase = [
+            0,
+            0,
+        ]  # arrivals of this CTA's warps at the cluster's barrier, and phases that they wait for
 
     # ------------------------------------------------------------------ control
 
@@ -99,6 +105,67 @@ class GridCta(Cta):
             return pause
 
         return leave
+
+    # ------------------------------------------------------------------ clusters
+
+    def do_mapa(self, p: list[str], o: list[str]) -> Any:
+        write, where, rank = self.writer(o[0]), self.reader(o[1], "u32"), self.reader(o[2], "u32")
+        return lambda warp, mask: write(warp, mask, where(warp) | (rank(warp) + np.uint32(1) << np.uint32(RANK_BIT)))
+
+    def there(self, address: int) -> tuple[GridCta, int]:
+        """The CTA of the cluster that an address lies in, and the place in its shared memory."""
+        cta = self.cluster[(address >> RANK_BIT) - 1] if address >> RANK_BIT else self
+        assert any(not warp.is_done for warp in cta.warps), "the other CTA has left"
+        return cta, address & (1 << RANK_BIT) - 1
+
+    def do_barrier(self, p: list[str], o: list[str]) -> Any:
+        assert p[1] == "cluster", p
+
+        def arrive(warp: Warp, mask: np.ndarray) -> None:
+            assert mask.all(), "barrier.cluster of lanes that are elsewhere"
+            self.cluster_phase[0] += 1
+
+        def wait(warp: Warp, mask: np.ndarray) -> bool:
+            done = all(cta.cluster_phase[0] >= len(cta.warps) for cta in self.cluster)  # one phase in a launch
+            return not done
+
+        return arrive if p[2] == "arrive" else wait
+
+    def send(self, p: list[str], o: list[str]) -> Any:
+        """st.async: bytes into the shared memory of a CTA of the cluster, counted by a barrier there."""
+        where, reads, barrier = (
+            self.address(o[0]),
+            [self.reader(x, "u32") for x in self.vector(o[1])],
+            self.address(o[2]),
+        )
+
+        def run(warp: Warp, mask: np.ndarray) -> None:
+            for lane in np.flatnonzero(mask):
+                (cta, place), (other, counted) = (
+                    self.there(int(where(warp)[lane])),
+                    self.there(int(barrier(warp)[lane])),
+                )
+                assert cta is other, "bytes here, their barrier there"
+                content = np.array([read(warp)[lane] for read in reads], np.uint32).view(np.uint8)[None]
+                assert place % content.size == 0, "not aligned"
+                cta.store("shared", np.array([place]), content)
+                cta.barriers[counted].bytes -= content.size
+                cta.barriers[counted].flip()
+
+        return run
+
+    def do_mbarrier(self, p: list[str], o: list[str]) -> Any:
+        if "shared::cluster" not in p:
+            return super().do_mbarrier(p, o)
+        assert p[1] == "arrive", p
+        where = self.address(o[1])
+
+        def arrive(warp: Warp, mask: np.ndarray) -> None:
+            for lane in np.flatnonzero(mask):
+                cta, place = self.there(int(where(warp)[lane]))
+                cta.barriers[place].arrive()
+
+        return arrive
 
     # ------------------------------------------------------------------ lanes
 
@@ -221,6 +288,8 @@ class GridCta(Cta):
         return read
 
     def do_st(self, p: list[str], o: list[str]) -> Any:
+        if p[1] == "async":
+            return self.send(p, o)
         if p[-1] != "b128":
             return super().do_st(p, o)
         where = self.address(o[0])
@@ -416,9 +485,9 @@ class GridCta(Cta):
 
 def launch(
     program: Program, memory: Memory, params: Sequence[Any], blocks: Iterable[tuple[int, int, int]], threads: int,
-    shared_bytes: int, seed: int = 0,
+    shared_bytes: int, seed: int = 0, cluster: int = 1,
 ) -> int:  # fmt: skip
-    """Run all blocks at once; how many instructions that took.
+    """Run all blocks at once, so many of them that follow each other in a cluster; how many instructions that took.
 
     Raises:
         Deadlock: no warp of any CTA can go on.
@@ -431,6 +500,8 @@ def launch(
         cta.begin(block, seed + index)
         cta.block |= {**everywhere, "%globaltimer": 0}  # time stands still
         ctas.append(cta)
+    for index, cta in enumerate(ctas):
+        cta.cluster = ctas[index // cluster * cluster :][:cluster]
     with np.errstate(all="ignore"):
         while True:
             alive = [(cta, warp) for cta in ctas for warp in cta.warps if not warp.is_done]

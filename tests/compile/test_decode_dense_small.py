@@ -35,7 +35,15 @@ def test_variant_compiles_within_budget(config, tmp_path):
     from openmla.backends.cute.decode_dense_small.launch import build
 
     resources = build(config, tmp_path).resources
-    kind = "" if config.layout == "plain" else "_codes_alone" if config.stages == small.LONE_STAGES else "_codes"
+    kind = (
+        "_pairs"
+        if config.pairs
+        else ""
+        if config.layout == "plain"
+        else "_codes_alone"
+        if config.stages == small.LONE_STAGES
+        else "_codes"
+    )
     budget = BUDGETS["decode_dense_small"][f"n{config.rows}{kind}"]
     assert resources.spills == 0, resources
     assert resources.registers <= budget["registers"], resources
@@ -141,6 +149,29 @@ def test_supported_problems_have_a_compiled_variant(changes):
     assert chosen
     assert all(config in small.VARIANTS for config in chosen)
     assert chosen[0].rows >= small.rows_per_kv_head(asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_paired"),
+    [
+        ({"h_q": 128, "batch": 1, "total_q": 1, "max_pages": 64}, True),
+        ({"h_q": 128, "batch": 1, "total_q": 1, "max_pages": 16}, False),  # a tile for each part, and no more
+        ({"h_q": 128, "max_pages": 16}, True),
+        ({"h_q": 64, "batch": 1, "total_q": 1, "max_pages": 64}, True),
+        ({"h_q": 48}, False),  # three groups
+        ({"h_q": 32}, False),
+        ({"h_q": 128, "layout": kv_layout("fp8_656")}, False),
+        ({"h_q": 128, "is_batch_invariant": True}, False),
+    ],
+)
+def test_two_groups_share_the_tiles_of_a_part_that_has_several(changes, is_paired):
+    asked = problem(**changes)
+    assert small.is_paired(asked, H100) == is_paired
+    if small.supports(asked, H100):
+        chosen = small.configs(asked, H100)[0]
+        assert chosen.pairs == is_paired
+        assert chosen in small.VARIANTS
+        assert small.workspace(asked, chosen, 16, "balanced", 4096).exchange[2] == chosen.rows * 576
 
 
 def test_other_targets_are_refused():

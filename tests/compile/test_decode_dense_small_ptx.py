@@ -37,7 +37,7 @@ class Call:
 
     def __init__(
         self, lengths, *, h_q=16, s_q=1, page=64, parts=3, chunk=0, causal=False, sink=False, window=0, offsets=(),
-        ranges=None, layout="plain",
+        ranges=None, layout="plain", pairs=False,
     ) -> None:  # fmt: skip
         gen = torch.Generator().manual_seed(0)
         self.layout = layout
@@ -77,8 +77,14 @@ class Call:
         self.metadata = plan.tile_scheduler_metadata().view(plan.ranges, parts, 8)
         self.num_splits = plan.num_splits_tensor()
         rows = h_q * (self.max_s_q or s_q)
-        self.config = next(x for x in small.VARIANTS if x.layout == layout and x.dtype == "bf16" and x.rows >= rows)
-        self.exchange = torch.full((1, plan.num_pieces, self.config.rows * 576), 0x7FC00001, dtype=torch.int32)
+        self.groups = rows // 16 if pairs else 1
+        self.config = next(
+            x for x in small.VARIANTS
+            if x.layout == layout and x.dtype == "bf16" and x.rows >= rows // self.groups and x.pairs == pairs
+        )  # fmt: skip
+        self.exchange = torch.full(
+            (self.groups, plan.num_pieces, self.config.rows * 576), 0x7FC00001, dtype=torch.int32
+        )
         self.exchange[..., ::4] = small.UNWRITTEN
         self.out, self.lse = torch.empty(*lead, h_q, 512).bfloat16(), torch.empty(lead[0], h_q, lead[1])
         self.fault = torch.zeros(1, dtype=torch.int32)
@@ -95,12 +101,12 @@ class Call:
                 memory, tensor, [d in fixed for d in range(tensor.dim())], [d in unit for d in range(tensor.dim())]
             )
 
-        kv, sink = self.kv, torch.zeros(1) if self.sink is None else self.sink
+        kv, sink = self.kv.expand(-1, -1, self.groups, -1), torch.zeros(1) if self.sink is None else self.sink
         steps = [2, 2 * kv.stride(1), 128, 2 * kv.stride(2), 2 * kv.stride(0)]
-        boxes = TensorMap(memory.place(kv), [64, self.page, 9, 1, kv.shape[0]], steps, [64, 8, 9])
+        boxes = TensorMap(memory.place(kv), [64, self.page, 9, self.groups, kv.shape[0]], steps, [64, 8, 9])
         window = self.options["window"]
         params = [
-            *([boxes, np.array([self.page, 1, kv.shape[0]], np.int32).tobytes()] if self.layout == "plain" else []),
+            *([boxes, np.array([self.page, self.groups, kv.shape[0]], np.int32).tobytes()] if self.layout == "plain" else []),
             free(self.q, (3,), (3,)),
             free(kv, (3,), (3,)), free(self.table, (), (1,)), free(self.lengths, (), (0,)),
             free(self.metadata, (2,), (1, 2)), free(self.num_splits, (), (0,)), free(self.out, (3,), (3,)),
@@ -116,10 +122,13 @@ class Call:
                 program,
                 memory,
                 params,
-                [(x, 0, 0) for x in blocks or range(self.parts)],
+                [(x, 0, 0) for x in blocks or range(self.parts)]
+                if self.groups == 1
+                else [(x, y, 0) for y in range(self.groups // 2) for x in range(2 * self.parts)],
                 self.config.threads,
                 smem,
                 seed,
+                2 if self.config.pairs else 1,
             )
         finally:
             memory.read_back()
@@ -192,6 +201,26 @@ def test_the_machine_code_computes_attention(options):
     call = Call(**options)
     call.run(seed=1)
     call.check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"lengths": (300, 70), "h_q": 32, "parts": 2, "sink": True}, id="one-and-two-tiles"),
+        pytest.param({"lengths": (200, 64, 0, 1), "h_q": 32, "parts": 1}, id="one-piece-each"),
+        pytest.param({"lengths": (500, 70), "h_q": 16, "s_q": 4, "parts": 1, "causal": True}, id="four-groups"),
+        pytest.param({"lengths": (700, 9), "h_q": 16, "s_q": 2, "parts": 2, "window": 100}, id="window"),
+        pytest.param({"lengths": (150, 70), "h_q": 32, "parts": 2, "page": 3}, id="page3"),
+        pytest.param(
+            {"lengths": (300, 70, 9), "h_q": 16, "offsets": (1, 2, 4, 4), "parts": 2, "causal": True}, id="varlen"
+        ),
+    ],
+)
+def test_the_machine_code_of_pairs_computes_attention(options):
+    call = Call(**options, pairs=True)
+    for seed in (1, 2):
+        call.run(seed)
+        call.check()
 
 
 def test_pieces_of_several_requests_meet_in_any_order():

@@ -52,6 +52,7 @@ class Case:
     strided: bool = False
     window: int = 0
     queries: tuple[int, ...] = ()  # of each request, packed (cu_seqlens_q); the first entry is rows of nobody
+    groups: int = 1  # of 16 rows each, over the same keys; two share a cluster
 
 
 CHECKS = (
@@ -130,6 +131,37 @@ CHECKS = (
     Case("rows64_window_s4", (4000, 9000, 70), window=5000, s_q=4, h_q=16, sink=True),
     Case("rows64_varlen", (4000, 300, 70, 0, 1, 500), queries=(2, 1, 4, 0, 2, 3, 4), h_q=16, causal=True, sink=True),
     Case("rows64_varlen_window", (4000, 300, 70, 9), queries=(1, 1, 3, 0, 2), h_q=20, window=100),
+    Case("pairs", (4096,), h_q=128, groups=8, parts=16),
+    Case("pairs_one_key", (1,), h_q=128, groups=8, parts=16),
+    Case("pairs_batch", (0, 70, 129, 65, 64, 1), h_q=128, groups=8, parts=16),
+    Case("pairs_few_parts", (0, 1, 63, 64, 65, 1000, 0, 2048, 777), h_q=64, groups=4, parts=3, sink=True),
+    Case("pairs_many_requests", tuple(37 * i % 300 for i in range(40)), h_q=128, groups=8, parts=16),
+    Case("pairs_h96", (3000, 77), h_q=96, groups=6, parts=22),
+    Case("pairs_s2_causal", (4096, 1, 2, 300), h_q=64, s_q=2, groups=8, parts=16, causal=True, sink=True),
+    Case("pairs_s8_causal", (700, 3, 100), h_q=8, s_q=8, groups=4, parts=32, causal=True),
+    Case("pairs_window", (4000, 300, 70, 0, 1, 129), h_q=64, s_q=2, groups=8, parts=16, window=200, sink=True),
+    Case("pairs_bad_page", (900, 130, 500), bad_page=True, h_q=128, groups=8, parts=16),
+    Case("pairs_strided", (900, 130, 5), strided=True, h_q=128, groups=8, parts=16),
+    Case("pairs_page16", (900, 130, 5, 0, 16), page=16, h_q=128, groups=8, parts=16),
+    Case("pairs_page40", (900, 130, 5, 0, 16), page=40, h_q=128, groups=8, parts=16),
+    Case("pairs_page7_bad", (900, 130, 500), page=7, bad_page=True, h_q=128, groups=8, parts=16),
+    Case("pairs_large_logits", (3000, 999), scale=8.0, h_q=128, groups=8, parts=16),
+    Case(
+        "pairs_varlen",
+        (4000, 300, 70, 0, 1, 500),
+        queries=(2, 1, 4, 0, 2, 3, 4),
+        h_q=32,
+        groups=8,
+        parts=16,
+        causal=True,
+        sink=True,
+    ),
+    Case("pairs_varlen_window", (4000, 300, 70, 9), queries=(1, 1, 2, 0, 2), h_q=64, window=100, groups=8, parts=16),
+    Case("pairs_unit8", (4096, 100, 333, 0, 7), unit=8, h_q=128, groups=8, parts=16),
+    Case("pairs_fp16", (4096, 130, 5), dtype=torch.float16, h_q=128, groups=8, parts=16),
+    Case("pairs_d512", (4096, 130, 5), d_qk=512, h_q=128, groups=8, parts=16),
+    Case("pairs_fp16_d512", (1000, 130, 5), dtype=torch.float16, d_qk=512, h_q=128, groups=8, parts=16),
+    Case("pairs_sanitize", (200, 65, 0), h_q=16, s_q=2, groups=2, causal=True, sink=True, parts=4),
     Case("rows64_sanitize", (200, 65, 0), h_q=12, s_q=3, causal=True, sink=True, parts=4),
 )
 
@@ -220,7 +252,8 @@ class Operator:
         self.num_splits = torch.full((batch + 1,), -7, dtype=torch.int32, **dev)
         self.out = torch.full((*x.q.shape[:3], 512), nan, dtype=case.dtype, **dev)
         self.lse = torch.full((x.q.shape[0], case.h_q, x.q.shape[1]), nan, **dev)
-        self.exchange = torch.full((case.h_kv, slots, rows * 576), 0x7FC00001, dtype=torch.int32, **dev)
+        self.kv = x.kv if case.groups == 1 else x.kv.expand(-1, -1, case.groups, -1)
+        self.exchange = torch.full((self.kv.shape[2], slots, rows * 576), 0x7FC00001, dtype=torch.int32, **dev)
         self.exchange[..., ::4] = UNWRITTEN
         self.faults = torch.zeros(1, dtype=torch.int32, **dev)
         self.chunk_blocks = case.chunk // case.unit if case.policy == "batch_invariant" else 0
@@ -237,7 +270,7 @@ class Operator:
 
     def run(self) -> None:
         x, case = self.x, self.case
-        self.decode(x.q, x.kv, x.table, x.lengths, self.metadata, self.num_splits, self.out, self.lse, self.exchange, x.sink,
+        self.decode(x.q, self.kv, x.table, x.lengths, self.metadata, self.num_splits, self.out, self.lse, self.exchange, x.sink,
                     x.cu_seqlens_q, self.faults, self.scale_log2, int(case.causal or case.window > 0), case.window or NO_WINDOW,
                     query_limit(case) if case.queries else 0, case.unit, self.chunk_blocks, int(case.sink))  # fmt: skip
 
@@ -289,9 +322,9 @@ def oracle(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kernel_name(case: Case) -> str:
-    rows = next(n for n in (16, 32, 64) if query_limit(case) * case.h_q // case.h_kv <= n)
-    dtype = "bf16" if case.dtype == torch.bfloat16 else "fp16"
-    return next(c.name for c in VARIANTS if (c.dtype, c.rows, c.d_qk) == (dtype, rows, case.d_qk))
+    rows = next(n for n in (16, 32, 64) if query_limit(case) * case.h_q // (case.h_kv * case.groups) <= n)
+    dtype, pairs = "bf16" if case.dtype == torch.bfloat16 else "fp16", case.groups > 1
+    return next(c.name for c in VARIANTS if (c.dtype, c.rows, c.d_qk, c.pairs) == (dtype, rows, case.d_qk, pairs))
 
 
 def check(fns: Functions, case: Case) -> str:
@@ -460,7 +493,14 @@ def check_named(fns: Functions, names: list[str]) -> None:
 
 def sanitize(library: str, names: list[str], limit: float = 60.0) -> int:
     """compute-sanitizer's four tools over the smallest cases; returns how many found something."""
-    names = names or ["one_tile", "few_tiles_one_part", "sanitize", "sanitize_rows", "rows64_sanitize"]
+    names = names or [
+        "one_tile",
+        "few_tiles_one_part",
+        "sanitize",
+        "sanitize_rows",
+        "rows64_sanitize",
+        "pairs_sanitize",
+    ]
     dirty = 0
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, library]

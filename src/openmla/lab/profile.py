@@ -174,7 +174,8 @@ def rows_per_load(kernel: Any, config: Any, case: Case) -> int:
         from openmla.backends.cute.decode_dense.config import BLOCK_ROWS
 
         return BLOCK_ROWS * int(config.cluster)  # a cluster shares its loads by multicast
-    return int(getattr(config, "rows", 64))
+    rows = int(getattr(config, "rows", 64))
+    return 2 * rows if getattr(config, "pairs", False) else rows  # either CTA of a pair has the rows of both
 
 
 def memory_of(case: Case, rows_each: int) -> Memory:

@@ -64,6 +64,7 @@ class Config:
         stages: tiles of 64 keys in the ring.
         layout: of the cache: elements of dtype, or a byte layout of CODES.
         gathers: index lists name each row, for every query token; else a request's keys lie in pages.
+        pairs: clusters of two CTAs for two groups of `rows` rows (see `is_paired`).
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
@@ -72,12 +73,14 @@ class Config:
     stages: int = 2
     layout: str = "plain"
     gathers: bool = False
+    pairs: bool = False
 
     @property
     def name(self) -> str:
         """Exported function name; says every field."""
         name = f"{FAMILY}_{self.dtype}_n{self.rows}_d{self.d_qk}_s{self.stages}"
         name = name if self.layout == "plain" else f"{name}_{self.layout}"
+        name = f"{name}_pairs" if self.pairs else name
         return f"{name}_gathered" if self.gathers else name
 
     @property
@@ -115,7 +118,9 @@ VARIANTS: tuple[Config, ...] = tuple(
     for dtype in ("bf16", "fp16")
     for rows in (16, 32, 64)
     for d_qk in (576, 512)
-) + tuple(
+)
+VARIANTS += tuple(Config(dtype, GROUP_ROWS, d_qk, pairs=True) for dtype in ("bf16", "fp16") for d_qk in (576, 512))
+VARIANTS += tuple(
     Config("bf16", rows, kv_layout(layout).d_qk, stages, layout)
     for layout in CODES
     for rows, stages in (*CODE_STAGES.items(), (16, LONE_STAGES))
@@ -143,6 +148,18 @@ def grouped(problem: DecodeProblem) -> DecodeProblem:
     if rows % GROUP_ROWS or heads % groups:
         return problem
     return replace(problem, h_kv=groups)
+
+
+def is_paired(problem: DecodeProblem, target: Target) -> bool:
+    """Whether two groups share the tiles of a part, each CTA every second one for both: where a part has more than one."""
+    groups = grouped(problem).h_kv
+    parts = _even(max(target.num_sms // groups, 1))
+    return (
+        groups != problem.h_kv
+        and groups % 2 == 0
+        and not problem.layout.is_quantised
+        and problem.batch * problem.max_pages * problem.page_size > parts * BLOCK_TOKENS
+    )
 
 
 def is_wide(problem: DecodeProblem) -> bool:
@@ -189,6 +206,7 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
 
 def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     """The variant that runs the problem. Call only where `supports` is true."""
+    pairs = is_paired(problem, target)
     problem = grouped(problem)
     dtype: Literal["bf16", "fp16"] = "bf16" if problem.dtype == torch.bfloat16 else "fp16"
     rows = next(n for n in (16, 32, 64) if rows_per_kv_head(problem) <= n)
@@ -197,6 +215,8 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
         is_lone = rows == 16 and is_short and not problem.is_batch_invariant
         stages = LONE_STAGES if is_lone else CODE_STAGES[rows]
         return (Config(dtype, rows, problem.d_qk, stages, problem.layout.name),)
+    if pairs:
+        return (Config(dtype, rows, problem.d_qk, pairs=True),)
     return (Config(dtype, rows, problem.d_qk, _stages(rows, problem.d_qk)),)
 
 

@@ -43,12 +43,13 @@ from openmla.backends.cute.decode_dense_small.codes import GROUPS, LOWEST_OF_ALL
 from openmla.backends.cute.decode_dense_small.gathered import LOADERS, Gathered
 from openmla.backends.cute.decode_dense_small.loads import BOX, D_V, NO_WINDOW, SLICE, Loads, M
 from openmla.backends.cute.decode_dense_small.merge import BAR_P, BAR_X, LN_2, Merge
+from openmla.backends.cute.decode_dense_small.pairs import SENT_BYTES, STATS_BYTES, Pairs
 
 REGS_MATH, REGS_LOADS = 232, 40  # with 64 rows; x 256 and x 128 threads = 64,512
 BAR_Q, BAR_M = 3, 4  # named barriers; BAR_M + w belongs to warpgroup w
 
 
-class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
+class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
     """One compiled variant.
 
     Args:
@@ -60,6 +61,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         warpgroups: that share a tile; each takes rows / warpgroups query rows, at least 8.
         ctas_per_sm: that registers and shared memory must leave room for.
         gathers: index lists name each row (see `gathered`).
+        pairs: clusters of two CTAs, for twice `rows` together (see `pairs`).
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         warpgroups: int = 2,
         ctas_per_sm: int = 1,
         gathers: bool = False,
+        pairs: bool = False,
     ) -> None:
+        self.kept, self.pairs = rows, pairs  # kept: rows whose results this CTA has
+        rows = 2 * rows if pairs else rows
         self.dtype, self.n, self.d_qk, self.stages, self.row_bytes = dtype, rows, d_qk, stages, row_bytes
         self.has_codes = row_bytes > 0
         self.warpgroups, self.consumers, self.ctas_per_sm = warpgroups, 128 * warpgroups, ctas_per_sm
@@ -83,7 +88,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         self.loaders = LOADERS if self.gathers or self.halves_rows else 1
         self.quarters = 4 if self.halves_rows else 1  # in which a tile is given back, while its other keys are weighed
         self.boxes = M // BOX
-        self.piece_bytes = rows * 2304
+        self.piece_bytes = self.kept * 2304
         self.slices = d_qk // SLICE
         self.box_bytes = BOX * d_qk * 2
 
@@ -158,6 +163,9 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
             x: cute.struct.Align[cute.struct.MemRange[Float32, x_size], 16]
+            other: cute.struct.Align[cute.struct.MemRange[Float32, SENT_BYTES // 4 if self.pairs else 0], 16]
+            other_stats: cute.struct.Align[cute.struct.MemRange[Float32, STATS_BYTES // 4 if self.pairs else 0], 16]
+            met: cute.struct.Align[cute.struct.MemRange[Int64, 3 if self.pairs else 0], 8]
 
         self.Storage = Storage
         self.smem_bytes = Storage.size_in_bytes()
@@ -165,7 +173,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
             tma, tma_kv, q, kv, table, lengths, metadata, num_splits, out, lse, exchange, sink, cu_seqlens_q, faults,
             scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, ring_layout, q_layout, p_layout,
         ).launch(
-            grid=[metadata.shape[1], kv.shape[2], 1],
+            grid=[metadata.shape[1] * 2, kv.shape[2] // 2, 1]
+            if const_expr(self.pairs)
+            else [metadata.shape[1], kv.shape[2], 1],
+            cluster=[2, 1, 1] if const_expr(self.pairs) else None,
             block=[self.consumers + 32 * self.loaders, 1, 1],
             min_blocks_per_mp=self.ctas_per_sm,
             preferred_smem_carveout=100 if const_expr(self.ctas_per_sm > 1) else None,
@@ -205,6 +216,9 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         p_layout: cute.ComposedLayout,
     ):
         part, head_kv, _ = cute.arch.block_idx()
+        if const_expr(self.pairs):
+            head_kv = head_kv * 2 + (part & 1)
+            part = part // 2
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         st = cutlass.memory.SmemAllocator().allocate(self.Storage)
         full, empty = st.full.data_ptr(), st.empty.data_ptr()
@@ -231,8 +245,12 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                 self.prefetch_lists(table, metadata.shape[1], part)
             else:
                 self.prefetch(table, lengths, metadata.shape[1], part)
+        if const_expr(self.pairs):
+            self.init_turns(st, warp)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        if const_expr(self.pairs):
+            cute.arch.cluster_arrive_relaxed()  # whoever sends first waits for it; the loads do not
         cute.arch.griddepcontrol_launch_dependents()  # who comes next may wait on the SMs that come free
         first_range = None
         if const_expr(self.gathers):  # the plan of a shape was made on the host, long before the kernel before
@@ -287,6 +305,9 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                 cu_seqlens_q, scale_log2, is_causal, window, max_s_q, unit, chunk_blocks, has_sink, qk, pv, q_layout, p_layout,
                 part, head_kv, warp, first_range,
             )  # fmt: skip
+        if const_expr(self.pairs):
+            if role == 4 * self.warpgroups:
+                cute.arch.cluster_wait()
 
     @cute.jit
     def consume(
@@ -369,6 +390,16 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
             s = qk.make_fragment_C(qk.partition_shape_C((64, n // 2 if const_expr(self.halves_rows) else n)))
             o = [pv.make_fragment_C(pv.partition_shape_C((64, n))) for _ in range(8 // self.warpgroups)]
         held = Int32(0)  # see codes.follow_scales
+        turn, sm_other, other_base, met_there = Int32(0), None, Int32(0), Int32(0)  # turn: parity of pieces told
+        stats_there, sums_there = Int32(0), Int32(0)
+        if const_expr(self.pairs):
+            peer = (head_kv & 1) ^ 1
+            sm_other = st.other_stats.get_tensor(cute.make_layout((self.kept, 2), stride=(2, 1)))
+            other_base = st.other.data_ptr().toint().to(Int32) + (wg * 4 + wwarp) * 4096 + lane * 16
+            sums_there = self.in_peer(other_base, peer)
+            stats_there = self.in_peer(st.other_stats.data_ptr().toint().to(Int32), peer)
+            met_there = self.in_peer(st.met.data_ptr().toint().to(Int32), peer)
+            cute.arch.cluster_wait()
         tile_bytes = M * self.row_bytes if const_expr(self.has_codes) else self.boxes * self.box_bytes
         mine = cute.make_rmem_tensor(cute.make_layout(per), Float32)
         top = cute.make_rmem_tensor(cute.make_layout(own), Float32)
@@ -451,7 +482,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                         for m in cutlass.range_constexpr(8 // self.warpgroups):
                             o[m].fill(0.0)
                         held = Int32(LOWEST_OF_ALL)
-                        for token in cutlass.range(start, stop, M, unroll=1):
+                        first_tile, step = start, M
+                        if const_expr(self.pairs):
+                            first_tile, step = start + (head_kv & 1) * M, 2 * M
+                        for token in cutlass.range(first_tile, stop, step, unroll=1):
                             # ---- S^T, this warpgroup's share
                             cute.arch.mbarrier_wait(full + stage, phase)
                             tile_base = ring_base + stage * tile_bytes
@@ -523,6 +557,8 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                                     limit = length
                                     if is_causal != 0:
                                         row = wg * (n // self.warpgroups) + (i // 2) * 8 + pair + i % 2
+                                        if const_expr(self.pairs):
+                                            row = (i // 2) * 8 + pair + i % 2
                                         limit = length - (s_q - 1 - (row * per_group >> 16))
                                     first_seen = limit - window
                                     limit = limit if limit < stop else stop
@@ -602,8 +638,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                                         )
                                     if const_expr(k % (4 // self.quarters) == 4 // self.quarters - 1):
                                         warpgroup.commit_group()
-                            if token + M >= stop:
+                            if token + step >= stop:
                                 self.publish(top, total, sm_top, sm_last, target, pieces, rows, wg, wwarp, lane, tid)
+                                if const_expr(self.pairs):
+                                    self.open_turn(st, sm_top, sm_last, stats_there, met_there, turn, tid)
                             for quarter in cutlass.range_constexpr(self.quarters):
                                 if const_expr(not self.has_codes):
                                     warpgroup.wait_group(self.quarters - 1 - quarter)
@@ -614,22 +652,37 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                                 stage = Int32(0)
                                 phase = phase ^ 1
 
-                        if start >= stop:
+                        if first_tile >= stop:
                             cute.arch.barrier(
                                 barrier_id=BAR_Q, number_of_threads=self.consumers
                             )  # sums of the piece before are read
                             self.publish(top, total, sm_top, sm_last, target, pieces, rows, wg, wwarp, lane, tid)
+                            if const_expr(self.pairs):
+                                self.open_turn(st, sm_top, sm_last, stats_there, met_there, turn, tid)
+                        if const_expr(self.pairs):
+                            met = st.met.data_ptr()
+                            self.send_sums(o, sums_there, met_there + 8)
+                            cute.arch.mbarrier_wait(met, turn)
+                            if pieces > 1:
+                                self.put_joined(sm_top, sm_last, sm_other, target, rows, pair, tid)
+                            cute.arch.mbarrier_wait(met + 1, turn)
+                            self.add_sums(o, sm_top, sm_last, sm_other, other_base, pair)
                         if const_expr(self.has_codes):
                             self.rescale(o, held, Int32(0), -141, wg)
                         if pieces > 1:
                             self.store_partial(
-                                o, target + (wg * (n // self.warpgroups) * 2048 + wwarp * 512 + lane * 16), rows
+                                o, target + (wg * (self.kept // self.warpgroups) * 2048 + wwarp * 512 + lane * 16), rows
                             )
                         else:
                             self.finish(
                                 o, sm_top, sm_factor, sm_last, out, lse, sink, has_sink, where, first_query, head_kv, rows, group,
-                                per_group, q_base, wg, wwarp, lane, tid,
+                                per_group, q_base, wg, wwarp, lane, tid, sm_other,
                             )  # fmt: skip
+                        if const_expr(self.pairs):
+                            turn = turn ^ 1
+                            cute.arch.sync_warp()
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive(st.met.data_ptr() + 2, (head_kv & 1) ^ 1)
                     begin = Int32(0)
                     split = Int32(0)
 
@@ -672,6 +725,8 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                             st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
                             first_query, head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
                         )  # fmt: skip
+        if const_expr(self.pairs):  # the other's last arrival is here before this CTA's memory goes
+            cute.arch.mbarrier_wait(st.met.data_ptr() + 2, turn ^ 1)
         if const_expr(not self.gathers):
             if max_s_q > 0:
                 if (part == 0) & (warp < 8):
@@ -775,7 +830,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
                 if wwarp == 0:
                     sm_last[row] = top[i]  # not into sm_factor: the other warpgroup may still read that
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
-        if pieces > 1:
+        if (pieces > 1) & (not self.pairs):
             stats = target + (n * 2048 + tid * 16)
             for i in cutlass.range_constexpr(n // 8 // self.warpgroups):
                 block = (tid // 16 + i * (self.consumers // 16)) % (n // 8)
@@ -807,15 +862,19 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         wwarp: Int32,
         lane: Int32,
         tid: Int32,
+        sm_other: cute.Tensor | None,
     ):
         """Final rows of a request in one piece."""
         cute.arch.barrier(barrier_id=BAR_P, number_of_threads=self.consumers)  # sm_factor of the last tile is read
-        if tid < self.n:
+        if tid < self.kept:
             x = (sm_top[tid, 0] + sm_top[tid, 1]) + (sm_top[tid, 2] + sm_top[tid, 3])
+            peak = sm_last[tid]
+            if const_expr(self.pairs):
+                peak, x, _, _ = self.joined(sm_top, sm_last, sm_other, tid)
             scale = Float32(0.0)
             if tid < rows:
                 token, head = self.split_row(tid, head_kv, group, per_group)
-                scale, lse2 = self.closing(sm_last[tid], x, sink, head, has_sink)
+                scale, lse2 = self.closing(peak, x, sink, head, has_sink)
                 lse[where, head, first_query + token] = lse2 * LN_2
             sm_factor[tid] = scale
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
@@ -842,7 +901,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge):
         tid: Int32,
     ):
         """Final rows: rounded, transposed by stmatrix into Q's place, then 512 bytes per warp and store."""
-        n, pair = self.n, (lane % 4) * 2
+        n, pair = self.kept, (lane % 4) * 2
         packed = cute.make_rmem_tensor(cute.make_layout(4), self.dtype)
         values = cute.make_rmem_tensor(cute.make_layout(4), Float32)
         words = cute.recast_tensor(packed, Int32)

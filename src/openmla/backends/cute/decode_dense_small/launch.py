@@ -28,6 +28,7 @@ def build(config: Config, out_dir: Path) -> CompiledObject:
         "warpgroups": config.warpgroups,
         "ctas_per_sm": config.ctas_per_sm,
         "gathers": config.gathers,
+        "pairs": config.pairs,
     }
     code = kernel.DecodeDenseSmall(element, config.rows, stages=config.stages, **shape, **crew)
     return compile_kernel(

@@ -22,6 +22,7 @@ class Loads:
     """Mixin of `kernel.DecodeDenseSmall`: what its loading warp does, and how queries come into shared memory."""
 
     n: int
+    pairs: bool
     d_qk: int
     stages: int
     slices: int
@@ -124,9 +125,15 @@ class Loads:
                     box += unseen // BOX
                     entry = self.page_of(box, boxes_per_page, table, request)
                 pages = Int32(-1)
-                for token in cutlass.range(begin, end, M, unroll=1):
+                first, step = begin, M
+                if const_expr(self.pairs):  # every second tile, from its own place on
+                    first, step = begin + (head_kv & 1) * M, 2 * M
+                for token in cutlass.range(first, end, step, unroll=1):
                     place = (token - begin) // M % group
-                    if place == 0:
+                    is_first = place == 0
+                    if const_expr(self.pairs):
+                        is_first = place < 2
+                    if is_first:
                         pages = entry
                         if box * BOX >= end:
                             pages = Int32(-1)
@@ -244,7 +251,10 @@ class Loads:
                     end = unseen + last_end if unseen + last_end < length else length
                 if const_expr(self.has_codes):
                     self.look_up(pages, table, page_size, request, begin, end)
-                for token in cutlass.range(begin, end, M, unroll=1):
+                first, step = begin, M
+                if const_expr(self.pairs):
+                    first, step = begin + (head_kv & 1) * M, 2 * M
+                for token in cutlass.range(first, end, step, unroll=1):
                     if const_expr(self.has_codes):
                         bad = bad | self.fetch_rows(
                             kv,
@@ -339,8 +349,11 @@ class Loads:
         chunks = self.d_qk // 8
         for i in cutlass.range_constexpr(self.n // 8):
             row = warp + i * 8
-            size = Int32(16) if row < rows else Int32(0)
-            token, head = self.split_row(row if row < rows else Int32(0), head_kv, group, per_group)
+            head_of, within = head_kv, row
+            if const_expr(self.pairs):  # the other CTA's rows behind its own
+                head_of, within = head_kv ^ (i // 2), row - i // 2 * 16
+            size = Int32(16) if within < rows else Int32(0)
+            token, head = self.split_row(within if within < rows else Int32(0), head_of, group, per_group)
             line = q[where, first_query + token, head, None].iterator
             for c in cutlass.range_constexpr((chunks + 31) // 32):
                 chunk = lane + c * 32

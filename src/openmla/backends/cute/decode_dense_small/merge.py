@@ -20,7 +20,7 @@ class Merge:
     """Mixin of `kernel.DecodeDenseSmall`; `kernel` says how the exchange works."""
 
     dtype: Any
-    n: int
+    kept: int
     warpgroups: int
     piece_bytes: int
     has_codes: bool
@@ -91,7 +91,7 @@ class Merge:
         before the last weighted sum was done, so that the weights are ready when the data come; then the data. One
         warp adds up the team's sums, in order, through shared memory.
         """
-        n = self.n
+        n = self.kept
         tid, _, _ = cute.arch.thread_idx()
         lane, warp = tid & 31, tid >> 5
         team = 1 << log_team
@@ -216,7 +216,7 @@ class Merge:
         `merge` waits twice for memory in every round of eight units, and a holder of two pieces has 16 rounds of 64 rows.
         The four lanes of a slot have the statistics of one piece of one unit.
         """
-        n, units = self.n, 8 // per
+        n, units = self.kept, 8 // per
         tid, _, _ = cute.arch.thread_idx()
         lane, warp = tid & 31, tid >> 5
         slot = lane >> 2
@@ -271,7 +271,7 @@ class Merge:
     def place_of(self, unit: Int32) -> Int32:
         """Where `store_partial` puts a unit, in units."""
         block, eighth = unit >> 5, unit & 31
-        return ((eighth >> 2) * (self.n // 8) + block) * 4 + (eighth & 3)
+        return ((eighth >> 2) * (self.kept // 8) + block) * 4 + (eighth & 3)
 
     @cute.jit
     def await_units(
@@ -437,11 +437,11 @@ class Merge:
 
         Rows of 512 columns would scatter each store of a warp over four rows; that took four times the store cycles.
         """
-        for g in cutlass.range_constexpr(self.n // 8):
+        for g in cutlass.range_constexpr(self.kept // 8):
             if g * 8 < rows:
                 for m in cutlass.range_constexpr(8 // self.warpgroups):
                     four = [o[m][g * 4 + i] for i in range(4)]
-                    self.put(place, (m * (self.n // 8) + g) * 2048, *four)
+                    self.put(place, (m * (self.kept // 8) + g) * 2048, *four)
 
     @cute.jit
     def put(self, address: Int64, offset: cutlass.Constexpr, a: Float32, b: Float32, c: Float32, d: Float32):
