@@ -157,7 +157,9 @@ def test_supported_problems_have_a_compiled_variant(changes):
         ({"h_q": 128, "batch": 1, "total_q": 1, "max_pages": 64}, True),
         ({"h_q": 128, "batch": 1, "total_q": 1, "max_pages": 16}, False),  # a tile for each part, and no more
         ({"h_q": 128, "max_pages": 16}, True),
-        ({"h_q": 64, "batch": 1, "total_q": 1, "max_pages": 64}, True),
+        ({"h_q": 128, "batch": 1, "total_q": 1, "max_pages": 63}, False),  # nor where it has fewer than four
+        ({"h_q": 64, "batch": 1, "total_q": 1, "max_pages": 64}, False),
+        ({"h_q": 64, "batch": 1, "total_q": 1, "max_pages": 128}, True),
         ({"h_q": 48}, False),  # three groups
         ({"h_q": 32}, False),
         ({"h_q": 128, "layout": kv_layout("fp8_656")}, False),

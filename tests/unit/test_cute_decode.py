@@ -177,7 +177,13 @@ def test_many_rows_over_few_keys_become_groups(kernel: decode.FewRows) -> None:
     kernel.launch(compiled, problem, operands, plan)
     golden = attention.decode(q, kv, table, lengths, softmax_scale=0.05, d_v=512, with_bounds=True)
     budget.check(out, lse, golden, dtype=q.dtype).require()
-    assert not kernel.supports(replace(problem, max_pages=65), H100), "more keys are read eight times too often"
+    assert kernel.supports(replace(problem, max_pages=96), H100)
+    assert not kernel.supports(replace(problem, max_pages=97), H100), "more keys are read eight times too often"
+    whole = replace(problem, batch=16, total_q=16, max_pages=16)
+    assert kernel.supports(whole, H100), "a part has whole requests"
+    assert not kernel.supports(replace(whole, batch=15, total_q=15, max_pages=17), H100)
+    assert kernel.supports(replace(problem, h_q=64, max_pages=64), H100)
+    assert not kernel.supports(replace(problem, h_q=64, max_pages=65), H100)
     assert not kernel.supports(replace(problem, h_q=136), H100)
 
 
@@ -276,7 +282,7 @@ def _mailbox(rows: int = 512) -> Mailbox:
 def _long(h_q: int) -> dict[str, torch.Tensor]:
     """Tables so wide that the kernel for few rows does not take many heads."""
     tensors = decode_tensors(h_q)
-    return {**tensors, "block_table": tensors["block_table"].repeat(1, 6)}
+    return {**tensors, "block_table": tensors["block_table"].repeat(1, 8)}
 
 
 def _exchanged(tensors: dict[str, torch.Tensor], box: Mailbox, **options: Any) -> Any:

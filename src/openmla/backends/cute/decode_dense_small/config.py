@@ -28,7 +28,10 @@ MAX_WIDE_ROWS = 64  # of so many and so long requests: see `is_wide`
 WIDE_BATCH, WIDE_TOKENS, WIDE_OVERHEAD_BLOCKS = 64, 16384, 3
 GROUP_ROWS = 16
 MAX_GROUPED_ROWS = 128
-MAX_GROUPED_TOKENS = 8192  # of all requests; 16384 in four requests are as fast in either kernel
+MAX_GROUPED_TOKENS = 8192  # of all requests
+MAX_PAIRED_TOKENS = 12288  # with 128 rows: 2 x 6144 take 20.0 instead of 21.7 us, 4 x 4096 24.0 instead of 23.4
+WHOLE_BATCH, MAX_WHOLE_TOKENS = 16, 16384  # nor where a part has whole requests: 16 x 1024 take 21.6 instead of 23.5 us
+PAIRED_TILES = 4  # of a part: with 4 a pair saves 5 %, with 2 it costs 7 %
 BOX = 8  # rows of one bulk load; pages that hold no multiple of it are loaded row by row
 PART_STEP = 16  # parts come in multiples of it: see num_parts
 BLOCK_TOKENS = 64  # of a plan: one tile. Finer blocks (8 to 32 tokens) run and are 1 % slower: partial tiles
@@ -137,11 +140,11 @@ def grouped(problem: DecodeProblem) -> DecodeProblem:
     """The problem as the kernel sees it: many rows over few keys become groups of 16 rows that read the same keys.
 
     Each group is a KV head of its own to the kernel (the cache is expanded with a stride of 0). 128 rows then read the
-    keys eight times, from the L2 all but once; for one request of 4096 tokens that takes 14.7 us, the kernel for many
-    rows 22.1.
+    keys eight times, from the L2 all but once, pairs four times; for one request of 4096 tokens that takes 12.8 us, the
+    kernel for many rows 20.2.
     """
     rows, heads = rows_per_kv_head(problem), problem.h_q // problem.h_kv
-    is_short = problem.batch * problem.max_pages * problem.page_size <= MAX_GROUPED_TOKENS
+    is_short = problem.batch * problem.max_pages * problem.page_size <= _max_grouped_tokens(problem)
     groups = rows // GROUP_ROWS
     if not MAX_ROWS < rows <= MAX_GROUPED_ROWS or problem.h_kv != 1 or not is_short or problem.is_batch_invariant:
         return problem  # which kernel runs may not depend on the batch where the bits may not
@@ -150,15 +153,22 @@ def grouped(problem: DecodeProblem) -> DecodeProblem:
     return replace(problem, h_kv=groups)
 
 
+def _max_grouped_tokens(problem: DecodeProblem) -> int:
+    """Up to where groups win: pairs of them read the keys half as often (log 27)."""
+    if rows_per_kv_head(problem) < MAX_GROUPED_ROWS or problem.layout.is_quantised:
+        return MAX_GROUPED_TOKENS
+    return MAX_WHOLE_TOKENS if problem.batch >= WHOLE_BATCH else MAX_PAIRED_TOKENS
+
+
 def is_paired(problem: DecodeProblem, target: Target) -> bool:
-    """Whether two groups share the tiles of a part, each CTA every second one for both: where a part has more than one."""
+    """Whether two groups share the tiles of a part, each CTA every second one for both: where a part has some."""
     groups = grouped(problem).h_kv
     parts = _even(max(target.num_sms // groups, 1))
     return (
         groups != problem.h_kv
         and groups % 2 == 0
         and not problem.layout.is_quantised
-        and problem.batch * problem.max_pages * problem.page_size > parts * BLOCK_TOKENS
+        and problem.batch * problem.max_pages * problem.page_size >= PAIRED_TILES * parts * BLOCK_TOKENS
     )
 
 
@@ -195,7 +205,7 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
         (
             1 <= rows <= MAX_ROWS or is_wide(problem),
             f"takes up to {MAX_ROWS} query rows per KV head (s_q * h_q / h_kv), got {rows} (multiples of {GROUP_ROWS} "
-            f"also where batch * max_pages * page_size <= {MAX_GROUPED_TOKENS} and h_kv = 1; up to {MAX_WIDE_ROWS} of "
+            f"also where batch * max_pages * page_size <= {_max_grouped_tokens(problem)} and h_kv = 1; up to {MAX_WIDE_ROWS} of "
             f"{WIDE_BATCH} and more requests in tables of {WIDE_TOKENS} tokens and more)",
         ),
         (1 <= problem.batch <= MAX_BATCH, f"takes a batch of 1 to {MAX_BATCH}, got {problem.batch}"),
