@@ -47,6 +47,7 @@ class Case:
     unit: int = 64  # tokens per block of the plan
     overhead: int = 1
     share: int = 1
+    margin: int = 3
     scale: float = 1.0
     bad_page: bool = False
     strided: bool = False
@@ -266,7 +267,7 @@ class Operator:
         if case.window:
             capacity, faults = min(capacity, case.window + query_limit(case) + 62), torch.zeros_like(faults)
         self.planner(self.x.lengths, self.metadata, self.num_splits, faults, capacity, case.unit, case.overhead,
-                     case.overhead, case.share, self.chunk_blocks)  # fmt: skip
+                     case.overhead, case.share, self.chunk_blocks, case.margin)  # fmt: skip
 
     def run(self) -> None:
         x, case = self.x, self.case
@@ -345,7 +346,7 @@ def check(fns: Functions, case: Case) -> str:
         torch.cuda.synchronize()
         assert op.is_ready(), "exchange: partials left behind"
         plan = plan_decode(lengths, case.parts, policy=case.policy, overhead_blocks=case.overhead,
-                           block_tokens=case.unit, min_share_blocks=case.share, chunk_tokens=case.chunk,
+                           block_tokens=case.unit, min_share_blocks=case.share, margin=case.margin, chunk_tokens=case.chunk,
                            ranges=op.metadata.shape[0])  # fmt: skip
         assert torch.equal(op.metadata.cpu().flatten(0, 1), plan.tile_scheduler_metadata()), "plan: metadata differs"
         assert torch.equal(op.num_splits.cpu(), plan.num_splits_tensor()), "plan: num_splits differs"
@@ -378,7 +379,7 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
             lengths = [max(int(rng.gauss(top / 2, top / 4)), 0) for _ in range(batch)]
         capacity = rng.choice((top, max(top // 2, 64)))
         parts, overhead, share = rng.choice((1, 2, 66, 132, 264)), rng.randint(0, 6), rng.randint(1, 3)
-        merge = rng.choice((0, 1, 20, 100))
+        merge, margin = rng.choice((0, 1, 20, 100)), rng.randint(0, 4)
         policy, chunk = rng.choice(("balanced", "batch_invariant")), rng.choice((64, 256, 4096))
         pieces = sum(max(-(-min(x, capacity) // chunk), 1) for x in lengths)
         ranges = -(-(pieces if policy == "batch_invariant" else batch + parts) // parts)
@@ -386,10 +387,10 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
         num_splits = torch.full((batch + 1,), -7, dtype=torch.int32, device="cuda")
         faults = torch.zeros(1, dtype=torch.int32, device="cuda")
         fns["decode_plan"](torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, faults, capacity, 64,
-                           overhead, merge, share, chunk // 64 if policy == "batch_invariant" else 0)  # fmt: skip
+                           overhead, merge, share, chunk // 64 if policy == "batch_invariant" else 0, margin)  # fmt: skip
         plan = plan_decode([min(x, capacity) for x in lengths], parts, policy=policy, overhead_blocks=overhead,
-                           merge_blocks=merge, min_share_blocks=share, chunk_tokens=chunk, ranges=ranges)  # fmt: skip
-        where = f"round {index}: {policy} batch={batch} parts={parts} overhead={overhead} merge={merge} share={share} chunk={chunk}"
+                           merge_blocks=merge, min_share_blocks=share, margin=margin, chunk_tokens=chunk, ranges=ranges)  # fmt: skip
+        where = f"round {index}: {policy} batch={batch} parts={parts} overhead={overhead} merge={merge} margin={margin} share={share} chunk={chunk}"
         assert torch.equal(metadata.cpu().flatten(0, 1), plan.tile_scheduler_metadata()), f"metadata differs, {where}"
         assert torch.equal(num_splits.cpu(), plan.num_splits_tensor()), f"num_splits differs, {where}"
         expected = 2 * any(x < 0 for x in lengths) + 4 * any(x > capacity for x in lengths)

@@ -72,6 +72,7 @@ POLICIES: tuple[str, ...] = get_args(Policy)
 # Even cuts of few requests give parts an end of one and a beginning of the next, whose rows they merge one after the other:
 # 140.8 us in 68 pieces, 137.1 in 64, of four requests of 65536 (context_parallel.jsonl, look).
 TWICE_BLOCKS = 2
+MARGIN = 3  # fortieths
 LONGEST_SORTED = 2**19 - 1  # blocks; longer pieces count as equal, so that a length and a request fit 32 bits
 
 
@@ -142,6 +143,7 @@ def plan_decode(
     overhead_blocks: int = 5,
     merge_blocks: int | None = None,
     min_share_blocks: int = 1,
+    margin: int = MARGIN,
     chunk_tokens: int = 4096,
     ranges: int | None = None,
 ) -> SplitPlan:
@@ -156,6 +158,7 @@ def plan_decode(
         merge_blocks: cost of splitting requests, in blocks (`balanced`): more requests than parts stay whole where the
             busiest part then costs at most this much more than an even one. None: overhead_blocks.
         min_share_blocks: use fewer parts rather than giving one less than this on average (`balanced`).
+        margin: what a piece of a request that is cut where it is long may have more than an even share, in fortieths of it.
         chunk_tokens: piece length of `batch_invariant`, a multiple of block_tokens.
         ranges: rows per part, see `ranges_needed`. None: a part is one stretch of the line.
 
@@ -194,7 +197,9 @@ def plan_decode(
             )
         return _deal(policy, blocks, num_parts, ranges, block_tokens, chunk)
     if ranges is not None:
-        return _balanced_ranges(blocks, num_parts, ranges, block_tokens, overhead_blocks, merge, min_share_blocks)
+        return _balanced_ranges(
+            blocks, num_parts, ranges, block_tokens, overhead_blocks, merge, min_share_blocks, margin
+        )
     return _balanced(blocks, num_parts, block_tokens, overhead_blocks, merge, min_share_blocks)
 
 
@@ -204,8 +209,9 @@ def ranges_needed(batch: int, num_parts: int) -> int:
 
 
 def _balanced_ranges(
-    blocks: tuple[int, ...], num_parts: int, ranges: int, block_tokens: int, overhead: int, merge: int, min_share: int
-) -> SplitPlan:
+    blocks: tuple[int, ...], num_parts: int, ranges: int, block_tokens: int, overhead: int, merge: int, min_share: int,
+    margin: int,
+) -> SplitPlan:  # fmt: skip
     """The cheapest of: whole requests dealt, requests cut where they are long dealt, even cuts of the line."""
     batch, spare = len(blocks), (_EMPTY_PART,) * ((ranges - 1) * num_parts)
     if not blocks:
@@ -216,9 +222,9 @@ def _balanced_ranges(
     # Costs are in units of 1 / pieces of a block; even cuts make batch + num_parts - 1 pieces and pay for all.
     most = batch + num_parts
     twice = TWICE_BLOCKS if 2 * batch < num_parts and merge > overhead else 0
-    merge = merge if batch > num_parts else overhead
+    merge = merge if batch >= num_parts else overhead
     least, chosen = (-(-line // cuts) + overhead + merge + twice) * most, 0
-    for chunk in _chunks_to_try(blocks, ends[-1], num_parts, overhead, min_share):
+    for chunk in _chunks_to_try(blocks, ends[-1], num_parts, overhead, min_share, margin):
         whole = [max(count - 1, 0) // chunk for count in blocks]
         if batch + sum(whole) > min(most, ranges * num_parts):
             continue
@@ -233,8 +239,10 @@ def _balanced_ranges(
     return SplitPlan("balanced", block_tokens, 0, blocks, rows, (0, *accumulate(pieces)), ranges)
 
 
-def _chunks_to_try(blocks: Sequence[int], work: int, num_parts: int, overhead: int, min_share: int) -> list[int]:
-    """Lengths at whose multiples requests may be cut: nowhere, then 1.075 of an even share or of two mean requests.
+def _chunks_to_try(
+    blocks: Sequence[int], work: int, num_parts: int, overhead: int, min_share: int, margin: int
+) -> list[int]:
+    """Lengths at whose multiples requests may be cut: nowhere, then `margin` above an even share or two mean requests.
 
     Of fewer requests than half of the parts: the shortest, from `min_share` on, that gives no part two pieces. Even cuts of
     the line put the end of one request and the beginning of the next into the same part, two epilogues and two merges.
@@ -246,7 +254,7 @@ def _chunks_to_try(blocks: Sequence[int], work: int, num_parts: int, overhead: i
     if 2 * batch >= num_parts:
         each = max((batch + num_parts) // (2 * num_parts), 1)  # pieces of that length in an even share
         share = -(-work // num_parts)
-        chunks.append(max(share * 43 // (40 * each) - overhead, 1))
+        chunks.append(max(share * (40 + margin) // (40 * each) - overhead, 1))
     else:
         low, high = min_share, chunks[0]
         while low < high:

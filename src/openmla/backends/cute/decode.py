@@ -29,7 +29,7 @@ from openmla.backends.cute.inline import inlined, refusals
 from openmla.core.faults import fault_word
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
-from openmla.split.schedule import Policy
+from openmla.split.schedule import MARGIN, Policy
 
 PLAN_SCRATCH = 64 << 20  # bytes of partials that may stay with a plan, so that no layer allocates and carves its own
 
@@ -48,6 +48,7 @@ class PlanOptions(NamedTuple):
     merge_blocks: int
     min_share_blocks: int
     chunk_tokens: int  # piece length of batch_invariant
+    margin: int = MARGIN
 
 
 @dataclass(frozen=True)
@@ -384,7 +385,7 @@ def plan_on_device(
     compiled.schedule(
         cache_seqlens, metadata, num_splits, fault_word(device), problem.max_pages * problem.page_size,
         options.block_tokens, options.overhead_blocks, options.merge_blocks,
-        options.min_share_blocks, chunk_blocks,
+        options.min_share_blocks, chunk_blocks, options.margin,
     )  # fmt: skip
     return DecodePlan(metadata, num_splits, chunk_blocks)
 
