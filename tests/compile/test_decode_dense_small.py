@@ -14,12 +14,13 @@ from openmla.backends.cute.decode_dense_small import config as small
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
+from openmla.split.schedule import plan_decode, ranges_needed
 
 pytest.importorskip("cutlass")
 
 BUDGETS = tomllib.loads(Path(__file__).with_name("budgets_small.toml").read_text(encoding="utf-8"))
 H100 = Target.preset("h100_sxm")
-WIDE = {"h_q": 64, "batch": 64, "total_q": 64, "max_pages": 256}
+WIDE = {"h_q": 64, "batch": 128, "total_q": 128, "max_pages": 384}
 
 
 def problem(**changes):
@@ -102,8 +103,8 @@ def test_names_are_unique():
     [
         ({"h_q": 64, "max_pages": 4000}, "32 query rows"),
         ({"s_q": 3, "total_q": 12}, "32 query rows"),
-        ({**WIDE, "batch": 63, "total_q": 63}, "64 of 64 and more requests"),
-        ({**WIDE, "max_pages": 255}, "tables of 16384 tokens"),
+        ({**WIDE, "batch": 127, "total_q": 127}, "64 of 128 and more requests"),
+        ({**WIDE, "max_pages": 383}, "tables of 24576 tokens"),
         ({**WIDE, "h_q": 65}, "32 query rows"),
         ({**WIDE, "page_size": 12, "max_pages": 4000}, "32 query rows"),
         ({**WIDE, "window": 4096}, "32 query rows"),
@@ -131,7 +132,7 @@ def test_a_refusal_names_its_reason(changes, reason):
         {"h_q": 32, "h_kv": 2},
         {"h_q": 32, "has_sink": True},
         WIDE,
-        {**WIDE, "h_q": 20, "s_q": 3, "total_q": 192, "page_size": 24, "max_pages": 700},
+        {**WIDE, "h_q": 20, "s_q": 3, "total_q": 384, "page_size": 24, "max_pages": 1024},
         {"dtype": torch.float16, "layout": kv_layout("fp16_512"), "d_qk": 512},
         {"page_size": 8},
         {"layout": kv_layout("fp8_656"), "h_q": 32},
@@ -197,6 +198,33 @@ def test_workspace_is_fixed_by_the_problem():
 def test_parts_fit_on_the_machine_and_divide_usual_batches(h_kv, parts):
     assert small.num_parts(problem(h_q=h_kv, h_kv=h_kv), H100) == parts
     assert parts * h_kv <= H100.num_sms
+
+
+@pytest.mark.parametrize(("h_kv", "parts", "merge"), [(1, 132, 13), (2, 66, 19), (4, 33, 32)])
+def test_wide_plans_take_every_sm_and_pay_for_partials(h_kv, parts, merge):
+    asked = problem(**{**WIDE, "h_q": 64 * h_kv, "h_kv": h_kv})
+    config = small.configs(asked, H100)[0]
+    assert small.num_parts(asked, H100) == parts
+    told = small.splitting(asked, config, parts)
+    assert (told.merge_blocks, told.merge_from) == (merge, 1)
+    assert small.workspace(asked, config, parts, "balanced", 8192).exchange == (h_kv, 128 + parts, 64 * 576)
+    assert small.splitting(problem(), small.configs(problem(), H100)[0], 128) == small.Splitting()
+
+
+def test_equal_requests_of_a_wide_plan_stay_whole_and_long_ones_are_cut():
+    asked = problem(**WIDE)
+    parts = small.num_parts(asked, H100)
+    told = small.splitting(asked, small.configs(asked, H100)[0], parts)
+    plans = [
+        plan_decode(
+            lengths, parts, overhead_blocks=small.WIDE_OVERHEAD_BLOCKS, merge_blocks=told.merge_blocks,
+            margin=told.margin, merge_from=told.merge_from, ranges=ranges_needed(128, parts),
+        )
+        for lengths in ([24576] * 128, [24128 + 64 * (i % 7) for i in range(128)], [2000 + 180 * i for i in range(128)])
+    ]  # fmt: skip
+    assert [plan.num_pieces for plan in plans[:2]] == [128, 128]
+    assert all(begin >= end for plan in plans for begin, end, *_ in plan.parts), "dealt, not cut evenly"
+    assert 128 < plans[2].num_pieces < 200
 
 
 def test_too_many_chunks_are_refused():

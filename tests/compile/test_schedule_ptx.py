@@ -32,26 +32,28 @@ def compiled() -> tuple[Program, int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lengths", "parts", "merge", "chunk", "margin"),
+    ("kind", "lengths", "parts", "merge", "chunk", "margin", "merge_from"),
     [
-        pytest.param("even", [1000, 0, 64, 3000], 5, 20, 0, 3, id="even-cuts"),
-        pytest.param("one each", [1000, 0, 64, 3000], 19, 20, 0, 3, id="a-piece-per-part"),
-        pytest.param("one each", [4160, 4160], 17, 20, 0, 3, id="even-cuts-would-merge-twice"),
-        pytest.param("whole", VARYING, 20, 20, 0, 3, id="whole-requests-dealt"),
-        pytest.param("cut", VARYING, 50, 3, 0, 3, id="long-requests-cut"),
-        pytest.param("cut", VARYING, 40, 9, 0, 1, id="as-many-parts-as-requests"),
-        pytest.param("cut", [5000, 70, 0, 9000, -5], 2, 20, 8, 3, id="fixed-chunks"),
-        pytest.param("whole", [64 * (index % 3) for index in range(520)], 30, 20, 0, 3, id="two-rounds-of-threads"),
+        pytest.param("even", [1000, 0, 64, 3000], 5, 20, 0, 75, None, id="even-cuts"),
+        pytest.param("one each", [1000, 0, 64, 3000], 19, 20, 0, 75, None, id="a-piece-per-part"),
+        pytest.param("one each", [4160, 4160], 17, 20, 0, 75, None, id="even-cuts-would-merge-twice"),
+        pytest.param("whole", VARYING, 20, 20, 0, 75, None, id="whole-requests-dealt"),
+        pytest.param("cut", VARYING, 50, 3, 0, 75, None, id="long-requests-cut"),
+        pytest.param("cut", VARYING, 41, 9, 0, 20, 1, id="fewer-requests-than-parts-pay"),
+        pytest.param("cut", [5000, 70, 0, 9000, -5], 2, 20, 8, 75, None, id="fixed-chunks"),
+        pytest.param(
+            "whole", [64 * (index % 3) for index in range(520)], 30, 20, 0, 75, None, id="two-rounds-of-threads"
+        ),
     ],
 )
-def test_the_machine_code_plans_as_python_does(kind, lengths, parts, merge, chunk, margin):
+def test_the_machine_code_plans_as_python_does(kind, lengths, parts, merge, chunk, margin, merge_from):
     clamped = [min(max(length, 0), CAPACITY) for length in lengths]
     ranges = ranges_needed(len(lengths), parts)
     if chunk:
         ranges = -(-sum(max(-(-length // (64 * chunk)), 1) for length in clamped) // parts)
     plan = plan_decode(
         clamped, parts, policy="batch_invariant" if chunk else "balanced", merge_blocks=merge,
-        chunk_tokens=64 * max(chunk, 1), ranges=ranges, margin=margin,
+        chunk_tokens=64 * max(chunk, 1), ranges=ranges, margin=margin, merge_from=merge_from,
     )  # fmt: skip
     if kind == "one each":
         assert plan.num_pieces > plan.batch
@@ -74,7 +76,7 @@ def test_the_machine_code_plans_as_python_does(kind, lengths, parts, merge, chun
     params = [
         free(torch.tensor(lengths, dtype=torch.int32), (), (0,)), free(metadata, (2,), (1, 2)),
         free(num_splits, (), (0,)), free(fault, (0,), (0,)),
-        *(np.int32(x).tobytes() for x in (CAPACITY, 64, 5, merge, 1, chunk, margin)),
+        *(np.int32(x).tobytes() for x in (CAPACITY, 64, 5, merge, 1, chunk, margin, parts + 1 if merge_from is None else merge_from)),
     ]  # fmt: skip
     launch(program, memory, params, [(0, 0, 0)], 512, smem, 1)
     memory.read_back()

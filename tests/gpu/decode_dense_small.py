@@ -47,7 +47,9 @@ class Case:
     unit: int = 64  # tokens per block of the plan
     overhead: int = 1
     share: int = 1
-    margin: int = 3
+    margin: int = 75
+    merge: int | None = None  # overhead
+    merge_from: int | None = None
     scale: float = 1.0
     bad_page: bool = False
     strided: bool = False
@@ -56,6 +58,7 @@ class Case:
     groups: int = 1  # of 16 rows each, over the same keys; two share a cluster
 
 
+UNEVEN = tuple(int(3000 + 1800 * math.sin(i * i)) for i in range(128))
 CHECKS = (
     Case("one_tile", (64,)),
     Case("one_key", (1,)),
@@ -163,6 +166,9 @@ CHECKS = (
     Case("pairs_d512", (4096, 130, 5), d_qk=512, h_q=128, groups=8, parts=16),
     Case("pairs_fp16_d512", (1000, 130, 5), dtype=torch.float16, d_qk=512, h_q=128, groups=8, parts=16),
     Case("pairs_sanitize", (200, 65, 0), h_q=16, s_q=2, groups=2, causal=True, sink=True, parts=4),
+    Case("rows64_dealt", UNEVEN, h_q=64, parts=132, overhead=3, margin=20, merge=13, merge_from=1),
+    Case("rows64_dealt_few", UNEVEN[:40], h_q=64, parts=37, overhead=3, margin=20, merge=9, merge_from=1, sink=True),
+    Case("rows64_equal", (512,) * 128, h_q=64, parts=132, overhead=3, margin=20, merge=13, merge_from=1),
     Case("rows64_sanitize", (200, 65, 0), h_q=12, s_q=3, causal=True, sink=True, parts=4),
 )
 
@@ -266,8 +272,9 @@ class Operator:
         faults = self.faults
         if case.window:
             capacity, faults = min(capacity, case.window + query_limit(case) + 62), torch.zeros_like(faults)
-        self.planner(self.x.lengths, self.metadata, self.num_splits, faults, capacity, case.unit, case.overhead,
-                     case.overhead, case.share, self.chunk_blocks, case.margin)  # fmt: skip
+        merge = case.overhead if case.merge is None else case.merge
+        self.planner(self.x.lengths, self.metadata, self.num_splits, faults, capacity, case.unit, case.overhead, merge,
+                     case.share, self.chunk_blocks, case.margin, case.merge_from or case.parts + 1)  # fmt: skip
 
     def run(self) -> None:
         x, case = self.x, self.case
@@ -345,9 +352,9 @@ def check(fns: Functions, case: Case) -> str:
         op.run()
         torch.cuda.synchronize()
         assert op.is_ready(), "exchange: partials left behind"
-        plan = plan_decode(lengths, case.parts, policy=case.policy, overhead_blocks=case.overhead,
+        plan = plan_decode(lengths, case.parts, policy=case.policy, overhead_blocks=case.overhead, merge_blocks=case.merge,
                            block_tokens=case.unit, min_share_blocks=case.share, margin=case.margin, chunk_tokens=case.chunk,
-                           ranges=op.metadata.shape[0])  # fmt: skip
+                           merge_from=case.merge_from, ranges=op.metadata.shape[0])  # fmt: skip
         assert torch.equal(op.metadata.cpu().flatten(0, 1), plan.tile_scheduler_metadata()), "plan: metadata differs"
         assert torch.equal(op.num_splits.cpu(), plan.num_splits_tensor()), "plan: num_splits differs"
         assert torch.isfinite(op.out).all(), f"out: {(~torch.isfinite(op.out)).sum().item()} elements not finite"
@@ -379,7 +386,8 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
             lengths = [max(int(rng.gauss(top / 2, top / 4)), 0) for _ in range(batch)]
         capacity = rng.choice((top, max(top // 2, 64)))
         parts, overhead, share = rng.choice((1, 2, 66, 132, 264)), rng.randint(0, 6), rng.randint(1, 3)
-        merge, margin = rng.choice((0, 1, 20, 100)), rng.randint(0, 4)
+        merge, margin = rng.choice((0, 1, 20, 100)), rng.choice((0, 10, 20, 75, 100))
+        paying = rng.choice((None, None, 1, 20, 128))
         policy, chunk = rng.choice(("balanced", "batch_invariant")), rng.choice((64, 256, 4096))
         pieces = sum(max(-(-min(x, capacity) // chunk), 1) for x in lengths)
         ranges = -(-(pieces if policy == "batch_invariant" else batch + parts) // parts)
@@ -387,10 +395,11 @@ def check_plans(fns: Functions, rounds: int = 400) -> str:
         num_splits = torch.full((batch + 1,), -7, dtype=torch.int32, device="cuda")
         faults = torch.zeros(1, dtype=torch.int32, device="cuda")
         fns["decode_plan"](torch.tensor(lengths, dtype=torch.int32, device="cuda"), metadata, num_splits, faults, capacity, 64,
-                           overhead, merge, share, chunk // 64 if policy == "batch_invariant" else 0, margin)  # fmt: skip
+                           overhead, merge, share, chunk // 64 if policy == "batch_invariant" else 0, margin, paying or parts + 1)  # fmt: skip
         plan = plan_decode([min(x, capacity) for x in lengths], parts, policy=policy, overhead_blocks=overhead,
-                           merge_blocks=merge, min_share_blocks=share, margin=margin, chunk_tokens=chunk, ranges=ranges)  # fmt: skip
-        where = f"round {index}: {policy} batch={batch} parts={parts} overhead={overhead} merge={merge} margin={margin} share={share} chunk={chunk}"
+                           merge_blocks=merge, min_share_blocks=share, margin=margin, merge_from=paying, chunk_tokens=chunk,
+                           ranges=ranges)  # fmt: skip
+        where = f"round {index}: {policy} batch={batch} parts={parts} overhead={overhead} merge={merge} margin={margin} from={paying} share={share} chunk={chunk}"
         assert torch.equal(metadata.cpu().flatten(0, 1), plan.tile_scheduler_metadata()), f"metadata differs, {where}"
         assert torch.equal(num_splits.cpu(), plan.num_splits_tensor()), f"num_splits differs, {where}"
         expected = 2 * any(x < 0 for x in lengths) + 4 * any(x > capacity for x in lengths)

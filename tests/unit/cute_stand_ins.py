@@ -16,12 +16,12 @@ LOG2_E = 1.4426950408889634
 
 def _plan_function(
     cache_seqlens: torch.Tensor, metadata: torch.Tensor, num_splits: torch.Tensor, fault: torch.Tensor, capacity: int,
-    block_tokens: int, overhead: int, merge: int, min_share: int, chunk_blocks: int,
+    block_tokens: int, overhead: int, merge: int, min_share: int, chunk_blocks: int, margin: int, merge_from: int,
 ) -> None:  # fmt: skip
     lengths = [min(max(n, 0), capacity) for n in cache_seqlens.tolist()]
     plan = plan_decode(
         lengths, metadata.shape[1], policy="batch_invariant" if chunk_blocks else "balanced", block_tokens=block_tokens,
-        overhead_blocks=overhead, merge_blocks=merge, min_share_blocks=min_share,
+        overhead_blocks=overhead, merge_blocks=merge, min_share_blocks=min_share, margin=margin, merge_from=merge_from,
         chunk_tokens=(chunk_blocks or 64) * block_tokens, ranges=metadata.shape[0],
     )  # fmt: skip
     metadata.copy_(plan.tile_scheduler_metadata().view(metadata.shape))

@@ -88,17 +88,17 @@ def busiest(blocks, whole, chunk, num_parts, overhead):
     return max(loads)
 
 
-def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts, min_share, margin):
+def choose(blocks, ends, num_parts, ranges, overhead, merge, cuts, min_share, margin, merge_from):
     """The chunk to deal, 0 for even cuts."""
     batch, carry, chosen = len(blocks), ends[-1], 0
     most = batch + num_parts
-    merging = merge if batch >= num_parts else overhead
+    merging = merge if batch >= merge_from else overhead
     each = max(most // (2 * num_parts), 1)
     share = (carry + num_parts - 1) // num_parts
     twice = TWICE_BLOCKS if 2 * batch < num_parts and merge > overhead else 0
     least = ((carry - overhead + cuts - 1) // cuts + overhead + merging + twice) * most
     for attempt in range(2):
-        tried = max(blocks) if attempt == 0 else share * (40 + margin) // (40 * each) - overhead
+        tried = max(blocks) if attempt == 0 else share * (1000 + margin) // (1000 * each) - overhead
         if attempt == 1 and 2 * batch < num_parts:
             tried, high = min_share, max(blocks)
             while tried < high:
@@ -136,7 +136,9 @@ def deal(blocks, chunk, num_parts, ranges):
     return rows, [0, *running]
 
 
-def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, merge, min_share, chunk_blocks, ranges, margin):
+def emulate(
+    lengths, num_parts, *, capacity, block_tokens, overhead, merge, min_share, chunk_blocks, ranges, margin, merge_from
+):
     """(metadata rows, num_splits, faults) as the kernel computes them."""
     batch, faults = len(lengths), 0
     blocks, widths = [], []
@@ -151,7 +153,9 @@ def emulate(lengths, num_parts, *, capacity, block_tokens, overhead, merge, min_
     ends = scan_in_rounds(widths)
     line = ends[-1] - overhead
     cuts = min(max(line // min_share, 1), num_parts)
-    chunk = chunk_blocks or choose(blocks, ends, num_parts, ranges, overhead, merge, cuts, min_share, margin)
+    chunk = chunk_blocks or choose(
+        blocks, ends, num_parts, ranges, overhead, merge, cuts, min_share, margin, merge_from or num_parts + 1
+    )
     if chunk > 0:
         return *deal(blocks, chunk, num_parts, ranges), faults
 
@@ -194,7 +198,7 @@ PARTS = st.one_of(st.integers(1, 20), st.integers(1, 140))
 
 def same(lengths, num_parts, **options):
     policy = "batch_invariant" if options["chunk_blocks"] else "balanced"
-    options = {"ranges": ranges_needed(len(lengths), num_parts), "margin": 3, **options}
+    options = {"ranges": ranges_needed(len(lengths), num_parts), "margin": 75, "merge_from": None, **options}
     if options["chunk_blocks"]:
         tokens = options["chunk_blocks"] * options["block_tokens"]
         pieces = sum(max(-(-min(x, options["capacity"]) // tokens), 1) for x in lengths)
@@ -208,6 +212,7 @@ def same(lengths, num_parts, **options):
         merge_blocks=options["merge"],
         min_share_blocks=options["min_share"],
         margin=options["margin"],
+        merge_from=options["merge_from"],
         chunk_tokens=(options["chunk_blocks"] or 1) * options["block_tokens"],
         ranges=options["ranges"],
     )
@@ -227,7 +232,8 @@ def same(lengths, num_parts, **options):
     overhead=st.integers(0, 6),
     merge=MERGE,
     min_share=st.integers(1, 4),
-    margin=st.integers(0, 4),
+    margin=st.integers(0, 100),
+    merge_from=st.sampled_from((None, 1, 20)),
     chunk_blocks=st.sampled_from((0, 0, 1, 5, 64)),
 )
 def test_emulated_device_plan_equals_python(lengths, num_parts, **options):
@@ -241,7 +247,8 @@ def test_emulated_device_plan_equals_python(lengths, num_parts, **options):
     overhead=st.integers(0, 6),
     merge=MERGE,
     min_share=st.integers(1, 4),
-    margin=st.integers(0, 4),
+    margin=st.integers(0, 100),
+    merge_from=st.sampled_from((None, 1, 20)),
     chunk_blocks=st.sampled_from((0, 0, 3)),
 )
 def test_every_block_is_in_exactly_one_piece(lengths, num_parts, **options):

@@ -49,6 +49,7 @@ class PlanOptions(NamedTuple):
     min_share_blocks: int
     chunk_tokens: int  # piece length of batch_invariant
     margin: int = MARGIN
+    merge_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,12 @@ class FewRows:
 
     def compile(self, problem: DecodeProblem, config: small.Config, target: Target) -> Compiled:
         """Load both functions, compiling what neither bundle nor cache has."""
-        overhead = small.overhead_blocks(config)  # also of the merge, which this kernel does itself
+        overhead = small.overhead_blocks(config)
         parts = small.num_parts(problem, target)
-        options = PlanOptions(parts, small.BLOCK_TOKENS, overhead, overhead, 1, small.CHUNK_TOKENS)
+        split = small.splitting(problem, config, parts)
+        options = PlanOptions(
+            parts, small.BLOCK_TOKENS, overhead, split.merge_blocks, 1, small.CHUNK_TOKENS, split.margin, split.merge_from
+        )  # fmt: skip
         return Compiled(config, options, _serve(small.FAMILY, config), _serve("schedule", ScheduleVariant()))
 
     def plan(self, compiled: Compiled, problem: DecodeProblem, cache_seqlens: torch.Tensor, policy: str) -> DecodePlan:
@@ -386,6 +390,7 @@ def plan_on_device(
         cache_seqlens, metadata, num_splits, fault_word(device), problem.max_pages * problem.page_size,
         options.block_tokens, options.overhead_blocks, options.merge_blocks,
         options.min_share_blocks, chunk_blocks, options.margin,
+        options.num_parts + 1 if options.merge_from is None else options.merge_from,
     )  # fmt: skip
     return DecodePlan(metadata, num_splits, chunk_blocks)
 

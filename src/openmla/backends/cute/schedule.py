@@ -53,13 +53,14 @@ class DecodePlan:
         merge: Int32,
         min_share: Int32,
         chunk_blocks: Int32,
-        margin: Int32,  # fortieths
+        margin: Int32,
+        merge_from: Int32,
         stream: cuda.CUstream,
     ):
         """Write `metadata` and `num_splits`."""
         self.kernel(
             cache_seqlens, metadata, num_splits, fault_word, capacity, block_tokens, overhead, merge, min_share,
-            chunk_blocks, margin,
+            chunk_blocks, margin, merge_from,
         ).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)  # fmt: skip
 
     @cute.jit
@@ -255,6 +256,7 @@ class DecodePlan:
         min_share: Int32,
         chunk_blocks: Int32,
         margin: Int32,
+        merge_from: Int32,
     ):
         """The steps of the module docstring, one after the other."""
         tid, _, _ = cute.arch.thread_idx()
@@ -308,7 +310,7 @@ class DecodePlan:
         chunk, sorted_for = chunk_blocks, Int32(0)
         if chunk_blocks == 0:
             most = batch + num_parts
-            merging = merge if batch >= num_parts else overhead
+            merging = merge if batch >= merge_from else overhead
             each = most // (2 * num_parts)
             each = each if each > 1 else Int32(1)
             share = (carry + num_parts - 1) // num_parts
@@ -318,7 +320,7 @@ class DecodePlan:
             for attempt in cutlass.range(2, unroll=1):
                 tried = longest
                 if attempt > 0:
-                    tried = share * (40 + margin) // (40 * each) - overhead
+                    tried = Int32(Int64(share) * Int64(1000 + margin) // Int64(1000 * each)) - overhead
                     if 2 * batch < num_parts:
                         tried = self.one_each(blocks, batch, longest, num_parts, min_share, totals)
                 tried = tried if tried > 1 else Int32(1)
@@ -471,6 +473,6 @@ def fake_arguments() -> list[Any]:
         fake_tensor(Int32, (None, None, 8), align=16),
         fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (1,), align=4),
-        Int32(64), Int32(64), Int32(5), Int32(5), Int32(1), Int32(0), Int32(3),
+        Int32(64), Int32(64), Int32(5), Int32(5), Int32(1), Int32(0), Int32(75), Int32(2),
         fake_stream(),
     ]  # fmt: skip

@@ -20,12 +20,14 @@ from openmla.core.errors import ProblemError
 from openmla.core.layout import kv_layout
 from openmla.core.problem import DecodeProblem, SparseDecodeProblem
 from openmla.core.target import Target
-from openmla.split.schedule import Policy, SplitPlan, plan_decode, ranges_needed
+from openmla.split.schedule import MARGIN, Policy, SplitPlan, plan_decode, ranges_needed
 
 FAMILY = "decode_dense_small"
 MAX_ROWS = 32  # query rows per KV head; more belong to decode_dense, but for
 MAX_WIDE_ROWS = 64  # of so many and so long requests: see `is_wide`
-WIDE_BATCH, WIDE_TOKENS, WIDE_OVERHEAD_BLOCKS = 64, 16384, 3
+WIDE_BATCH, WIDE_TOKENS, WIDE_OVERHEAD_BLOCKS = 128, 24576, 3
+WIDE_MARGIN = 20  # thousandths of an even share: 857.6 us at batch 128, 75 cost 893.1 (log 59 of decode_dense)
+WIDE_PARTIALS = 20  # partials of 64 rows that cost as much as a tile of every part
 GROUP_ROWS = 16
 MAX_GROUPED_ROWS = 128
 MAX_GROUPED_TOKENS = 8192  # of all requests
@@ -175,8 +177,9 @@ def is_paired(problem: DecodeProblem, target: Target) -> bool:
 def is_wide(problem: DecodeProblem) -> bool:
     """Whether 33 to 64 rows are better off here than with decode_dense, which has them in one block.
 
-    They are where memory decides and a request has two pieces at most: 64 heads, batch 128, 16384 keys (logs 56 and 57 of decode_dense).
-    Which kernel runs may not depend on the batch where the bits may not.
+    They are where memory decides and a request has two pieces at most: 64 heads, batch 128, 16384 keys (logs 56 to 61 of
+    decode_dense). Lengths are not known here, the table's width is: requests around 8192 fill one of 16384 and are 3 % faster
+    there, requests of 16384 as fast. Which kernel runs may not depend on the batch where the bits may not.
     """
     return (
         MAX_ROWS < rows_per_kv_head(problem) <= MAX_WIDE_ROWS
@@ -235,15 +238,37 @@ def num_parts(problem: DecodeProblem, target: Target) -> int:
 
     A multiple of PART_STEP where that leaves less than an eighth of the SMs idle, because batches are: 128 requests of
     16384 tokens then stay whole (814 us instead of 827), four of 32768 take 16 tiles per part instead of 15 or 16
-    (60.8 instead of 62.3), and the memory is as busy from 128 SMs as from 132.
+    (60.8 instead of 62.3), and the memory is as busy from 128 SMs as from 132. With 64 rows every SM: such plans price
+    partials, so equal requests stay whole as well (816 us), and others gain 1 % (log 59 of decode_dense).
     """
-    ctas = configs(problem, target)[0].ctas_per_sm * target.num_sms
-    return _even(max(ctas // grouped(problem).h_kv, 1))
+    config = configs(problem, target)[0]
+    parts = max(config.ctas_per_sm * target.num_sms // grouped(problem).h_kv, 1)
+    return parts if config.rows == MAX_WIDE_ROWS else _even(parts)
 
 
 def overhead_blocks(config: Config) -> int:
     """What a piece costs beside its tiles, in the plan: a partial of 64 rows is 147 KB (0.4 % at batch 128, log 57 of decode_dense)."""
     return WIDE_OVERHEAD_BLOCKS if config.rows == MAX_WIDE_ROWS else OVERHEAD_BLOCKS
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """What a plan is told about split requests; see `openmla.split.schedule.plan_decode`."""
+
+    merge_blocks: int = OVERHEAD_BLOCKS
+    margin: int = MARGIN
+    merge_from: int | None = None
+
+
+def splitting(problem: DecodeProblem, config: Config, parts: int) -> Splitting:
+    """With 64 rows a partial takes 0.17 to 0.3 us of the memory, and the busiest part 3.3 us per tile: so every batch pays.
+
+    Else 128 equal requests would be cut for the sake of four more parts: 848 instead of 816 us.
+    """
+    if config.rows < MAX_WIDE_ROWS:
+        return Splitting()
+    pieces = (problem.batch + parts) * grouped(problem).h_kv
+    return Splitting(pieces // WIDE_PARTIALS, WIDE_MARGIN, 1)
 
 
 def _even(parts: int) -> int:
