@@ -20,7 +20,7 @@ pytest.importorskip("cutlass")
 
 BUDGETS = tomllib.loads(Path(__file__).with_name("budgets_small.toml").read_text(encoding="utf-8"))
 H100 = Target.preset("h100_sxm")
-WIDE = {"h_q": 64, "batch": 128, "total_q": 128, "max_pages": 384}
+WIDE = {"h_q": 64, "batch": 128, "total_q": 128, "max_pages": 384, "num_pages": 128 * 256}
 
 
 def problem(**changes):
@@ -105,6 +105,8 @@ def test_names_are_unique():
         ({"s_q": 3, "total_q": 12}, "32 query rows"),
         ({**WIDE, "batch": 127, "total_q": 127}, "64 of 128 and more requests"),
         ({**WIDE, "max_pages": 383}, "tables of 24576 tokens"),
+        ({**WIDE, "num_pages": 128 * 192 - 1}, "cache of 12288 to 24576 tokens per request"),
+        ({**WIDE, "num_pages": 128 * 384 + 1}, "cache of 12288 to 24576 tokens per request"),
         ({**WIDE, "h_q": 65}, "32 query rows"),
         ({**WIDE, "page_size": 12, "max_pages": 4000}, "32 query rows"),
         ({**WIDE, "window": 4096}, "32 query rows"),
@@ -132,7 +134,7 @@ def test_a_refusal_names_its_reason(changes, reason):
         {"h_q": 32, "h_kv": 2},
         {"h_q": 32, "has_sink": True},
         WIDE,
-        {**WIDE, "h_q": 20, "s_q": 3, "total_q": 384, "page_size": 24, "max_pages": 1024},
+        {**WIDE, "h_q": 20, "s_q": 3, "total_q": 384, "page_size": 24, "max_pages": 1024, "num_pages": 128 * 700},
         {"dtype": torch.float16, "layout": kv_layout("fp16_512"), "d_qk": 512},
         {"page_size": 8},
         {"layout": kv_layout("fp8_656"), "h_q": 32},
