@@ -280,6 +280,9 @@ class Lanes:
             return lambda warp, mask: write(
                 warp, mask, np.stack([low(warp), high(warp)], 1).astype(np.float16).view(np.uint32).reshape(32)
             )
+        if to == "bf16" and source == "f32":
+            one = self.reader(o[1], "f32")
+            return lambda warp, mask: write(warp, mask, to_bf16(one(warp)))
         if source == "e4m3x2":
             read = self.reader(o[1], "u16")
             return lambda warp, mask: write(

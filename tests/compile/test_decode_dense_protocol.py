@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import pytest
 
-PIECES, SLOTS, Q_ELEMENTS = 4, 10, 2
+PIECES = 4
 
 
 class Barrier:
@@ -40,11 +40,11 @@ class Barrier:
 
 
 class Cta:
-    def __init__(self, rank: int, cluster: int) -> None:
+    def __init__(self, rank: int, cluster: int, slots: int) -> None:
         self.rank, self.cluster = rank, cluster
         arrivals = 4 * cluster
-        self.full = [Barrier(1) for _ in range(SLOTS)]
-        self.empty = [Barrier(arrivals) for _ in range(SLOTS)]
+        self.full = [Barrier(1) for _ in range(slots)]
+        self.empty = [Barrier(arrivals) for _ in range(slots)]
         self.rope_full, self.rope_empty = Barrier(1), Barrier(arrivals)
         self.q_full, self.q_empty = Barrier(1), Barrier(4)
         self.p_full, self.p_empty = [Barrier(4) for _ in range(2)], [Barrier(8) for _ in range(2)]
@@ -56,7 +56,7 @@ class Cta:
         self.place: list[int] = [0] * PIECES  # of a piece's first tile in the ring; read where two warps load
         self.share: list[int] = [0] * 2
         self.merged: list[tuple[str, int]] = []
-        self.ring: list[object] = [None] * SLOTS
+        self.ring: list[object] = [None] * slots
         self.rope: object = None
         self.q: object = None
         self.p: list[object] = [None, None]
@@ -64,12 +64,12 @@ class Cta:
 
 
 class Machine:
-    loaders = 1
+    loaders, slots, q_elements, is_late = 1, 10, 2, False
 
     def __init__(self, pieces: list[int], cluster: int, seed: int, is_capped: bool = False) -> None:
         self.is_capped = is_capped  # a soft cap stores P while it computes, so its place is waited for before the gates
         self.pieces, self.random = pieces, random.Random(seed)
-        self.ctas = [Cta(rank, cluster) for rank in range(cluster)]
+        self.ctas = [Cta(rank, cluster, self.slots) for rank in range(cluster)]
         self.copies: list[tuple[Cta, str, int, object, int]] = []  # in flight
         self.cluster = cluster
 
@@ -116,7 +116,7 @@ class Machine:
         for count, tiles in enumerate([*self.pieces, -1]):
             index, before = count % PIECES, (count - 1) % PIECES
             yield c.piece_empty[index], (count // PIECES & 1) ^ 1
-            c.place[index] = ((c.place[before] + 4 * c.piece[before] if count else 0) + Q_ELEMENTS) % SLOTS
+            c.place[index] = ((c.place[before] + 4 * c.piece[before] if count else 0) + self.q_elements) % self.slots
             c.piece[index] = tiles
             c.piece_full[index].arrive()
         for count, share in enumerate([*range(len(self.pieces) // 2), -1]):  # of the split ones; any number will do
@@ -145,7 +145,7 @@ class Machine:
         at = [side]
 
         def fill(tag: object, shared: bool) -> Machine.Role:
-            slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
+            slot, phase = at[0] % self.slots, at[0] // self.slots & 1
             yield c.empty[slot], phase ^ 1
             c.full[slot].arrive(expect=2)
             if shared and self.cluster > 1:
@@ -155,10 +155,13 @@ class Machine:
             at[0] += sides
 
         def body(piece: int, tiles: int) -> Machine.Role:
-            for e in range(side, Q_ELEMENTS, sides):
+            # with an odd number of Q elements every piece begins with the other warp
+            mine = (side + piece * self.q_elements) % sides
+            for e in range(mine, self.q_elements, sides):
                 yield from fill(("q", piece, e), False)
+            lead = (mine + self.q_elements) % sides
             for j in range(tiles):
-                for e in range(side, 4, sides):
+                for e in range(lead, 4, sides):
                     yield from fill((piece, j, e), True)
 
         yield from self.each(c, 1, body)
@@ -208,8 +211,8 @@ class Machine:
             c.piece_empty[piece % PIECES].arrive(4)
 
         def body(piece: int, tiles: int) -> Machine.Role:
-            for e in range(Q_ELEMENTS):
-                slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
+            for e in range(self.q_elements):
+                slot, phase = at[0] % self.slots, at[0] // self.slots & 1
                 yield c.full[slot], phase
                 assert c.ring[slot] == ("q", piece, e)
                 self.release("empty", slot)
@@ -217,17 +220,19 @@ class Machine:
             for j in range(tiles):
                 tile = count[0]
                 for e in (0, 1, 2, -1, 3):
+                    if e == (2 if self.q_elements == 2 else -1):  # the first that reads Q from shared memory
+                        yield c.q_full, piece & 1
+                        assert c.q == piece
                     if e < 0:
                         yield c.rope_full, tile & 1
                         assert c.rope == (piece, j)
                         continue
-                    slot, phase = at[0] % SLOTS, at[0] // SLOTS & 1
+                    slot, phase = at[0] % self.slots, at[0] // self.slots & 1
                     yield c.full[slot], phase
                     assert c.ring[slot] == (piece, j, e)
                     at[0] += 1
-                    if e == 2:
-                        yield c.q_full, piece & 1
-                        assert c.q == piece
+                    if e == 0 and self.is_late:
+                        yield from store(tile)
                 if self.is_capped:
                     yield c.p_empty[(tile + 1) & 1], (tile + 1 >> 1 & 1) ^ 1
                 left(tile)
@@ -240,13 +245,22 @@ class Machine:
                 if opens_late:  # others go on meanwhile
                     yield c.p_empty[(tile + 1) & 1], (tile + 1 >> 1 & 1) ^ 1
                     right(tile)
-                yield from store(tile + 1)
+                if not self.is_late:
+                    yield from store(tile + 1)
                 count[0] += 1
+            if self.is_late:
+                following = piece + 1
+                yield c.piece_full[following % PIECES], following // PIECES & 1
+                if c.piece[following % PIECES] < 0:  # no scores follow behind whose first P would leave
+                    yield from store(count[0])
+                    left(count[0])
+                    right(count[0])
             yield from sums(piece)
 
-        c.p_full[0].arrive(4)  # tiles count from 1
+        if not self.is_late:
+            c.p_full[0].arrive(4)  # tiles count from 1
         yield from self.each(c, 0, body)
-        if count[0]:
+        if count[0] and not self.is_late:
             left(count[0])
             right(count[0])
 
@@ -258,11 +272,11 @@ class Machine:
                 yield c.p_full[0], 0
                 yield c.go[half * 2], 0
                 c.p_empty[0].arrive(4)
-            slot[0] = c.place[piece % PIECES] + 2 * half if self.loaders == 2 else slot[0] + Q_ELEMENTS
+            slot[0] = c.place[piece % PIECES] + 2 * half if self.loaders == 2 else slot[0] + self.q_elements
             for j in range(tiles):
-                if slot[0] >= SLOTS:
-                    slot[0] -= SLOTS
-                slot1 = slot[0] + 1 if slot[0] + 1 < SLOTS else 0
+                if slot[0] >= self.slots:
+                    slot[0] -= self.slots
+                slot1 = slot[0] + 1 if slot[0] + 1 < self.slots else 0
                 buf, phase = tile[0] & 1, tile[0] >> 1 & 1
                 yield c.p_full[buf], phase
                 yield c.go[half * 2 + buf], phase
@@ -274,8 +288,8 @@ class Machine:
                 self.release("empty", slot1)
                 slot[0] += 4
                 tile[0] += 1
-            if slot[0] >= SLOTS:
-                slot[0] -= SLOTS
+            if slot[0] >= self.slots:
+                slot[0] -= self.slots
             yield c.sum_full, piece & 1
             c.sum_empty.arrive(4)
             if self.loaders == 2:  # is there another piece?
@@ -292,10 +306,16 @@ class Machine:
 
 
 class TwoLoaders(Machine):
-    loaders = 2
+    loaders, slots, q_elements, is_late = 2, 11, 3, True
 
     def loads(self, c: Cta) -> tuple[Machine.Role, ...]:
         return self.load_kv(c, 0, 2), self.load_kv(c, 1, 2), self.load_rope(c)
+
+
+class Capped(TwoLoaders):
+    """With a soft cap."""
+
+    slots, q_elements, is_late = 10, 2, False
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -304,7 +324,9 @@ class TwoLoaders(Machine):
 def test_every_interleaving_ends_with_every_piece_written(cluster: int, seed: int, how: str) -> None:
     dice = random.Random(seed)
     pieces = [dice.choice([1, 1, 2, 3, 5, 9]) for _ in range(dice.randrange(0, 9))]
-    machine = (TwoLoaders if "two loaders" in how else Machine)(pieces, cluster, seed, "soft cap" in how)
+    machine = {"plain": Machine, "soft cap": Machine, "two loaders": TwoLoaders}.get(how, Capped)(
+        pieces, cluster, seed, "soft cap" in how
+    )
     machine.run()
     for cta in machine.ctas:
         assert sorted(cta.out) == sorted((half, piece) for half in "01" for piece in range(len(pieces)))
@@ -317,16 +339,19 @@ def run_twenty(machine: type[Machine] = Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "name", "value"), [(Machine, "SLOTS", 9), (Machine, "Q_ELEMENTS", 3), (TwoLoaders, "Q_ELEMENTS", 4)]
+    ("machine", "name", "value"),
+    [(Machine, "slots", 9), (Machine, "q_elements", 3), (TwoLoaders, "slots", 10), (Capped, "q_elements", 4)],
 )
 def test_a_ring_too_short_for_two_pieces_is_found(monkeypatch, machine, name, value) -> None:
-    monkeypatch.setattr(f"{__name__}.{name}", value)
+    monkeypatch.setattr(machine, name, value)
     with pytest.raises(AssertionError, match="deadlock"):
         run_twenty(machine)
 
 
 def test_a_descriptor_without_its_place_in_the_ring_is_found(monkeypatch) -> None:
-    monkeypatch.setattr(Cta, "place", property(lambda self: [Q_ELEMENTS] * PIECES, lambda self, _: None), raising=False)
+    monkeypatch.setattr(
+        Cta, "place", property(lambda self: [TwoLoaders.q_elements] * PIECES, lambda self, _: None), raising=False
+    )
     with pytest.raises(AssertionError):
         run_twenty(TwoLoaders)
 

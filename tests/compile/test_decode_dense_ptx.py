@@ -36,7 +36,8 @@ def compiled(
 ) -> tuple[Program, int]:
     mods = (soft_cap(cap),) if cap else ()
     plain = dense.variant("bf16", 576, 64, 64, 1)
-    config = replace(plain, is_exchanged=is_exchanged, loaders=loaders, mods=mods)
+    schedule = {"q_regs": 6, "slots": 11} if loaders == 2 else {}
+    config = replace(plain, is_exchanged=is_exchanged, loaders=loaders, mods=mods, **schedule)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "POLLS", polls)
         smem = build(config, Path(folder)).resources.dynamic_smem_bytes

@@ -81,8 +81,8 @@ def case(
             if length % page_size:
                 kv[table[b, length // page_size].item(), length % page_size :] = float("nan")
             if window:  # keys before the window of the first query token
-                for i in range(max(length - q_tokens[b] + 1 - window, 0)):
-                    kv[table[b, i // page_size].item(), i % page_size] = float("nan")
+                before = torch.arange(max(length - q_tokens[b] + 1 - window, 0), device=CUDA)
+                kv[table[b, before // page_size].long(), before % page_size] = float("nan")
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
     m_blocks = -(-s_q * heads // 64)
     m_blocks += m_blocks % cluster

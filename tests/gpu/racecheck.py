@@ -29,6 +29,7 @@ WAIVED = {
     ("prefill_sparse", "STS", "LDS"): (12, _STORES),
     ("prefill_sparse", "LDGSTS", "LDSM"): (256, _READS),
     ("decode_densetwo_loaders", "STS", "LDS"): (12, _READS),  # how much of a slot is valid, whether factors are needed
+    ("decode_densetwo_clusters", "STS", "LDS"): (12, _READS),
     ("decode_dense_small", "STS", "LDS"): (12, _STORES),  # zeros for rows that are not there
     ("decode_dense_small", "STS", "LDSM"): (48, _STORES),
     ("decode_dense_small", "UBLKCP", "LDSM"): (48, _READS),  # rows of a byte cache into the ring, where it wraps

@@ -1,7 +1,8 @@
 """How the many-row dense decode kernel can be built, and which problems it takes. No DSL import.
 
 The shared-memory plan (bytes, d_qk 576): ring 10 x 16,384 (a slot is 64 keys x 128 columns), RoPE 8,192, the five slices
-of Q that are not held in registers 5 x 8,192, P 2 x 8,192, barriers and exchange below 2,048: 231,424 of 232,448.
+of Q that are not held in registers 5 x 8,192, P 2 x 8,192, barriers and exchange below 2,048: 231,424 of 232,448. With
+11 slots and three such slices the same.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Config:
         cluster: 2 shares KV loads between the CTAs of two row blocks by multicast: fewer L2 bytes, so less power. 4 is
             half as fast: not all clusters of 4 find room on 132 SMs at once.
         q_regs: 64-column slices of Q in the registers of the scores warpgroup, even. 2 leaves room for 9 slots only and
-            costs 20 %.
+            costs 20 %; 6, with room for 11, is the schedule of `two_clusters`.
         slots: ring slots of 64 keys x 128 columns; at least q_regs / 2 + 8, or two pieces wait for each other.
         gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may
             be multiplied; -1 when all are issued, -2 when all are complete.
@@ -79,6 +80,9 @@ class Config:
     def __post_init__(self) -> None:
         if (self.mods and self.cap is None) or self.is_exchanged:
             object.__setattr__(self, "loaders", 1)
+        if self.mods or self.is_exchanged:  # their registers have no room for a third of Q more
+            object.__setattr__(self, "q_regs", 4)
+            object.__setattr__(self, "slots", 10)
 
     @property
     def score_mods(self) -> tuple[Mod, ...]:
@@ -145,9 +149,17 @@ class Config:
 _PROBLEM_FIELDS = ("dtype", "d_qk", "page_size", "box_rows", "cluster", "mods")
 
 
-def variant(dtype: Literal["bf16", "fp16"], d_qk: int, page_size: int, box_rows: int, cluster: int) -> Config:
-    """The schedule for a kind of problem. Prefetching one block of 64 rows costs 4 % (dd-10-27, -29)."""
-    return Config(dtype, d_qk, page_size, box_rows, cluster, prefetch=2 if cluster == 2 else 0, loaders=cluster)
+def variant(
+    dtype: Literal["bf16", "fp16"], d_qk: int, page_size: int, box_rows: int, cluster: int, readers: int = 1
+) -> Config:
+    """The schedule for a kind of problem. Prefetching one block of 64 rows costs 4 % (dd-10-27, -29).
+
+    `readers`: clusters of two that read the same keys. Several are bound by the tensor cores, and 11 slots are 1 to 5 %
+    faster; one is 1 % slower with them (log 61).
+    """
+    q_regs, slots = (6, 11) if cluster == 2 and readers > 1 else (4, 10)
+    prefetch = 2 if cluster == 2 else 0
+    return Config(dtype, d_qk, page_size, box_rows, cluster, q_regs, slots, prefetch=prefetch, loaders=cluster)
 
 
 PAGES: tuple[tuple[int, int, int], ...] = ((64, 64, 2), (64, 64, 1), (0, 64, 2), (0, 64, 1), (0, 16, 1), (0, 1, 1))
@@ -155,7 +167,16 @@ PAGES: tuple[tuple[int, int, int], ...] = ((64, 64, 2), (64, 64, 1), (0, 64, 2),
 
 DTYPES: tuple[Literal["bf16", "fp16"], ...] = ("bf16", "fp16")
 
-VARIANTS: tuple[Config, ...] = tuple(variant(dtype, d_qk, *p) for dtype in DTYPES for d_qk in (576, 512) for p in PAGES)
+SHARED: tuple[tuple[int, int, int], ...] = ((64, 64, 2), (0, 64, 2))
+"""Those that have a variant for keys that several clusters read."""
+
+VARIANTS: tuple[Config, ...] = tuple(
+    variant(dtype, d_qk, *page, readers)
+    for dtype in DTYPES
+    for d_qk in (576, 512)
+    for readers, pages in ((1, PAGES), (2, SHARED))
+    for page in pages
+)
 """What an ahead-of-time bundle holds: every variant that `supports` can lead to."""
 
 EXCHANGED: tuple[Config, ...] = tuple(replace(variant("bf16", 576, 64, 64, n), is_exchanged=True) for n in (2, 1))
@@ -238,7 +259,8 @@ def configs(problem: DecodeProblem, target: Target) -> tuple[Config, ...]:
     page_size = 64 if problem.page_size == 64 else 0
     box_rows = next(rows for rows in (64, 16, 1) if problem.page_size % rows == 0)
     cluster = 2 if row_blocks(problem) % 2 == 0 and box_rows == 64 else 1
-    return (replace(variant(dtype, problem.d_qk, page_size, box_rows, cluster), mods=inlined(problem.mods)),)
+    plain = variant(dtype, problem.d_qk, page_size, box_rows, cluster, row_blocks(problem) // cluster)
+    return (replace(plain, mods=inlined(problem.mods)),)
 
 
 def merge_config(problem: DecodeProblem) -> MergeConfig:

@@ -81,7 +81,6 @@ from openmla.backends.cute.decode_dense.exchange import Exchange
 from openmla.backends.cute.decode_dense.soft_cap import SoftCap, reference
 
 THREADS = 512
-REGS_SCORES, REGS_VALUES, REGS_LOADS = 152, 160, 40  # x 128 threads = 65,536
 SLOT_BYTES = 64 * 128 * 2
 SLICE_BYTES = 64 * 64 * 2
 PIECES, PIECES_LOG2 = 4, 2  # descriptors between the planner and the other warps
@@ -124,6 +123,7 @@ class Scope:
 class DecodeDense(SoftCap, Exchange):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
+    registers = 152, 160, 40  # scores, values (two), loads: 512 x 128 threads
     idle_at = -1  # the wgmma of a tile's scores behind which warps arrive at `idle`
     units = UNITS  # of a block's partial that pieces store and the merge reads
 
@@ -348,13 +348,13 @@ class DecodeDense(SoftCap, Exchange):
         cute.arch.griddepcontrol_wait()
 
         if warp_idx < 4:
-            cute.arch.setmaxregister_increase(REGS_SCORES)
+            cute.arch.setmaxregister_increase(self.registers[0])
             self.scores(c)
         elif warp_idx < 12:
-            cute.arch.setmaxregister_increase(REGS_VALUES)
+            cute.arch.setmaxregister_increase(self.registers[1])
             self.run_values(c)
         else:
-            cute.arch.setmaxregister_decrease(REGS_LOADS)
+            cute.arch.setmaxregister_decrease(self.registers[2])
             self.run_loads(c, warp_idx, plan_row, near)
         if const_expr(cfg.cluster > 1):
             # Arrivals in the other CTA are performed before it may leave: not relaxed.

@@ -61,9 +61,10 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
 def build(config: Config, folder: Path) -> CompiledObject:
     """Compile and export one variant. Needs the DSL, no GPU."""
     from openmla.backends.cute.decode_dense.kernel import DecodeDense
+    from openmla.backends.cute.decode_dense.two_clusters.kernel import TwoClusters
     from openmla.backends.cute.decode_dense.two_loaders.kernel import TwoLoaders
 
-    code = TwoLoaders if config.loaders == 2 else DecodeDense
+    code = DecodeDense if config.loaders == 1 else TwoClusters if config.q_regs == 6 else TwoLoaders
     return compile_kernel(code(config), fake_arguments(config), config.name, out_dir=folder)
 
 

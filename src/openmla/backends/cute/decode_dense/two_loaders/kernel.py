@@ -62,6 +62,11 @@ class TwoLoaders(DecodeDense):
         """A soft cap has no registers left for it: 13 would spill."""
         return self.config.cap is None
 
+    @property
+    def is_odd(self) -> bool:
+        """Whether a piece takes an odd number of slots, three for Q and four for each tile."""
+        return self.config.q_regs // 2 % 2 == 1
+
     def warps_that_load(self) -> int:
         """Two of keys, one of RoPE and Q."""
         return 3
@@ -123,7 +128,7 @@ class TwoLoaders(DecodeDense):
         # [element, box of the slice, slice of the slot, slot]
         s_kv, g_kv = self.page_boxes(c, cute.flat_divide(c.s_ring, (cfg.box_rows, 64)))
         q_boxes = cute.group_modes(cute.flat_divide(c.s_ring, (64, 64))[None, None, 0, None, None], 0, 2)
-        policy, valid, missing = Int64(EVICT_FIRST), c.valid, c.missing
+        valid, missing = c.valid, c.missing
         slot, phase, piece = side, Int32(1), Int32(0)
         cute.arch.mbarrier_wait(c.piece_full, 0)
         tiles = cute.arch.make_warp_uniform(c.piece[TILES, 0])
@@ -131,16 +136,16 @@ class TwoLoaders(DecodeDense):
             index = piece & PIECES - 1
             first = c.piece[FIRST_BLOCK, index]
             s_q, g_q = self.q_tiles(c, q_boxes, c.piece[TOKEN0, index], c.piece[BATCH_COORD, index])
-            for e in cutlass.range_constexpr(0, cfg.q_regs // 2, 2):
-                cute.arch.mbarrier_wait(c.empty + slot, phase)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(c.full + slot, SLOT_BYTES)
-                for s in cutlass.range_constexpr(2):
-                    cute.copy(
-                        c.tma_q, g_q[None, 2 * (e + side) + s], s_q[None, s, slot],
-                        tma_bar_ptr=c.full + slot, cache_policy=policy,
-                    )  # fmt: skip
-                slot, phase = self.slot_after_next(slot, phase)
+            if const_expr(self.is_odd):  # each piece begins with the other warp
+                mine = side ^ piece & 1
+                slot, phase = self.load_q_element(c, g_q, s_q, mine, slot, phase)
+                if mine == 0:
+                    slot, phase = self.load_q_element(c, g_q, s_q, Int32(2), slot, phase)
+                lead = mine ^ 1
+            else:
+                for e in cutlass.range_constexpr(0, cfg.q_regs // 2, 2):
+                    slot, phase = self.load_q_element(c, g_q, s_q, e + side, slot, phase)
+                lead = side
             pages, places, bad = (cute.make_rmem_tensor(halves, Int32) for _ in range(3))
             for j in cutlass.range(tiles, unroll=1):
                 base = (j & cfg.lookup - 1) * cfg.boxes
@@ -153,7 +158,7 @@ class TwoLoaders(DecodeDense):
                         later = cute.arch.shuffle_sync(pages[0], base + ahead)
                         place = cute.arch.shuffle_sync(places[0], base + ahead)
                         for e in cutlass.range_constexpr(2 * cfg.prefetch_from // cfg.cluster, 8 // cfg.cluster, 2):
-                            cute.prefetch(c.tma_kv, g_kv[None, place, cfg.cluster * (e + side) + c.rank, later])
+                            cute.prefetch(c.tma_kv, g_kv[None, place, cfg.cluster * (e + lead) + c.rank, later])
                 count = cutlass.max(cutlass.min(c.piece[STOP, index] - (first + j) * 64, 64), 0)
                 lost = [Int32(cute.arch.vote_ballot_sync(bad[h] != 0)) for h in range(halves)]
                 if const_expr(cfg.boxes == 1):
@@ -179,13 +184,28 @@ class TwoLoaders(DecodeDense):
                     for s in cutlass.range_constexpr(2 // cfg.cluster):
                         s = s if const_expr(cfg.cluster == 1) else (c.rank & 1)
                         self.copy_boxes(
-                            c, g_kv, s_kv[None, None, s, slot], 2 * (e + side) + s, pages, places, base, c.full + slot
+                            c, g_kv, s_kv[None, None, s, slot], 2 * (e + lead) + s, pages, places, base, c.full + slot
                         )
                     slot, phase = self.slot_after_next(slot, phase)
             self.arrive(c.piece_empty + index)
             piece += 1
             cute.arch.mbarrier_wait(c.piece_full + (piece & PIECES - 1), (piece >> PIECES_LOG2) & 1)
             tiles = cute.arch.make_warp_uniform(c.piece[TILES, piece & PIECES - 1])
+
+    @cute.jit
+    def load_q_element(
+        self, c: cutlass.Constexpr, g_q: cute.Tensor, s_q: cute.Tensor, e: Int32, slot: Int32, phase: Int32
+    ):  # fmt: skip
+        """128 columns of Q into a slot of the ring; returns the place of this warp's next one."""
+        cute.arch.mbarrier_wait(c.empty + slot, phase)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(c.full + slot, SLOT_BYTES)
+        for s in cutlass.range_constexpr(2):
+            cute.copy(
+                c.tma_q, g_q[None, 2 * e + s], s_q[None, s, slot],
+                tma_bar_ptr=c.full + slot, cache_policy=Int64(EVICT_FIRST),
+            )  # fmt: skip
+        return self.slot_after_next(slot, phase)
 
     @cute.jit
     def load_rope(self, c: cutlass.Constexpr):
