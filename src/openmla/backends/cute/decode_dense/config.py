@@ -154,8 +154,8 @@ def variant(
 ) -> Config:
     """The schedule for a kind of problem. Prefetching one block of 64 rows costs 4 % (dd-10-27, -29).
 
-    `readers`: clusters of two that read the same keys. Several are bound by the tensor cores, and 11 slots are 1 to 5 %
-    faster; one is 1 % slower with them (log 61).
+    `readers`: clusters of two that read the same keys. Several are bound by the tensor cores, and 11 slots are 1 to 6 %
+    faster; one is 1 % slower with them (log 62).
     """
     q_regs, slots = (6, 11) if cluster == 2 and readers > 1 else (4, 10)
     prefetch = 2 if cluster == 2 else 0

@@ -22,7 +22,7 @@ Schedule (512 threads; time runs down; one tile of 64 keys per turn)
     The gates hold P V back until S is through: P V then covers the exponentials, where the scores warpgroup feeds nothing
     to the tensor cores. Without them P V is done early and the tensor cores idle (5 to 9 % slower). The right half starts
     later so that slots come free in the order in which S(j+1) wants them.
-    The turns run on across pieces. Clusters of two do some of it in another way: `two_loaders`.
+    The turns run on across pieces. Clusters of two do some of it in another way: `two_loaders`, `two_clusters`.
 
 Masks
     Causal, sliding window, lengths and missing pages cost full tiles nothing: the loads put a word beside each tile, and
