@@ -83,9 +83,11 @@ class Call:
             if x.layout == layout and x.dtype == "bf16" and x.rows >= rows // self.groups and x.pairs == pairs
         )  # fmt: skip
         self.exchange = torch.full(
-            (self.groups, plan.num_pieces, self.config.rows * 576), 0x7FC00001, dtype=torch.int32
+            (self.groups, plan.num_pieces, self.config.rows * self.config.words_per_row),
+            0x7FC00001,
+            dtype=torch.int32,
         )
-        self.exchange[..., ::4] = small.UNWRITTEN
+        self.exchange[..., small.marks(self.config)] = small.UNWRITTEN
         self.out, self.lse = torch.empty(*lead, h_q, 512).bfloat16(), torch.empty(lead[0], h_q, lead[1])
         self.fault = torch.zeros(1, dtype=torch.int32)
 
@@ -143,7 +145,7 @@ class Call:
         )  # fmt: skip
         out, lse = (self.out[0], self.lse[0]) if is_packed else (self.out, self.lse)
         budget.check(out, lse, golden, dtype=torch.bfloat16).require()
-        assert (self.exchange[..., ::4] == small.UNWRITTEN).all()
+        assert (self.exchange[..., small.marks(self.config)] == small.UNWRITTEN).all()
         assert self.fault.item() == 0
 
 
@@ -223,6 +225,17 @@ def test_the_machine_code_of_pairs_computes_attention(options):
         call.check()
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("power", [-90, 0, 90])
+def test_partials_keep_columns_of_any_size_beside_each_other(power, pairs):
+    call = Call((300, 70), h_q=32 if pairs else 16, parts=2 if pairs else 3, pairs=pairs)
+    steps = torch.exp2(power + torch.randint(-13, 14, (512,), generator=torch.Generator().manual_seed(3)).float())
+    call.kv[..., :512] = (call.kv[..., :512].float() * steps).bfloat16()
+    call.q[..., :512] = (call.q[..., :512].float() / steps).bfloat16()
+    call.run(seed=1)
+    call.check()
+
+
 def test_pieces_of_several_requests_meet_in_any_order():
     call = Call((500, 130, 5, 0), parts=4, sink=True)
     assert int(call.num_splits[-1]) > 6, "the case must split requests, and give a part pieces of two"
@@ -281,8 +294,10 @@ class Lists:
             plan.tile_scheduler_metadata().view(plan.ranges, parts, 8),
             plan.num_splits_tensor(),
         )
-        self.exchange = torch.full((1, plan.num_pieces, 16 * 576), 0x7FC00001, dtype=torch.int32)
-        self.exchange[..., ::4] = small.UNWRITTEN
+        self.exchange = torch.full(
+            (1, plan.num_pieces, 16 * small.words_per_row(True, 2)), 0x7FC00001, dtype=torch.int32
+        )
+        self.exchange[..., small.marks(self.config)] = small.UNWRITTEN
 
     def run(self, seed: int) -> None:
         def function(*arguments):
@@ -313,7 +328,7 @@ class Lists:
             topk_length=o.topk_length, attn_sink=o.attn_sink, with_bounds=True,
         )  # fmt: skip
         budget.check(o.out, o.lse, golden, dtype=torch.bfloat16).require()
-        assert (self.exchange[..., ::4] == small.UNWRITTEN).all()
+        assert (self.exchange[..., small.marks(self.config)] == small.UNWRITTEN).all()
         assert o.fault_word.item() == (8 if self.is_hostile else 0)
 
 

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from openmla.backends.cute.decode_dense_small.config import NO_WINDOW, UNWRITTEN, VARIANTS
+from openmla.backends.cute.decode_dense_small.config import NO_WINDOW, UNWRITTEN, VARIANTS, marks
 from openmla.split.schedule import plan_decode
 
 LOG2_E = 1.4426950408889634
@@ -249,7 +249,7 @@ class Operator:
         case = case or x.case
         self.case, self.x = case, x
         self.decode, self.planner = fns[kernel], fns["decode_plan"]
-        rows = int(kernel.split("_n")[1][:2])  # per KV head, as the kernel counts them
+        config = next(config for config in VARIANTS if config.name == kernel)
         batch = len(case.lengths)
         chunks = sum(max(-(-length // case.chunk), 1) for length in case.lengths)
         slots = chunks if case.policy == "batch_invariant" else batch + case.parts
@@ -260,8 +260,11 @@ class Operator:
         self.out = torch.full((*x.q.shape[:3], 512), nan, dtype=case.dtype, **dev)
         self.lse = torch.full((x.q.shape[0], case.h_q, x.q.shape[1]), nan, **dev)
         self.kv = x.kv if case.groups == 1 else x.kv.expand(-1, -1, case.groups, -1)
-        self.exchange = torch.full((self.kv.shape[2], slots, rows * 576), 0x7FC00001, dtype=torch.int32, **dev)
-        self.exchange[..., ::4] = UNWRITTEN
+        self.exchange = torch.full(
+            (self.kv.shape[2], slots, config.rows * config.words_per_row), 0x7FC00001, dtype=torch.int32, **dev
+        )
+        self.marks = marks(config).cuda()
+        self.exchange[..., self.marks] = UNWRITTEN
         self.faults = torch.zeros(1, dtype=torch.int32, **dev)
         self.chunk_blocks = case.chunk // case.unit if case.policy == "batch_invariant" else 0
         self.scale_log2 = x.softmax_scale * LOG2_E
@@ -284,7 +287,7 @@ class Operator:
 
     def is_ready(self) -> bool:
         """Whether the exchange is as the next launch needs it."""
-        return bool((self.exchange[..., ::4] == UNWRITTEN).all())
+        return bool((self.exchange[..., self.marks] == UNWRITTEN).all())
 
 
 def query_limit(case: Case) -> int:

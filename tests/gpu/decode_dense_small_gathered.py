@@ -99,8 +99,10 @@ def planned(c, parts):
     o = c.operands
     tokens = o.q.shape[0] * (o.q.shape[1] if o.q.dim() == 4 else 1)
     plan = small.gathered_plan(tokens, o.indices.shape[-1], parts)
-    exchange = torch.full((1, plan.num_pieces, 16 * 576), 0x7FC00001, dtype=torch.int32, device=CUDA)
-    exchange[..., ::4] = small.UNWRITTEN
+    exchange = torch.full(
+        (1, plan.num_pieces, 16 * small.words_per_row(True, 2)), 0x7FC00001, dtype=torch.int32, device=CUDA
+    )
+    exchange[..., small.marks(configs()[0]).to(CUDA)] = small.UNWRITTEN
     return SimpleNamespace(**{
         **vars(c), "plan": plan, "metadata": plan.tile_scheduler_metadata(CUDA).view(plan.ranges, parts, 8),
         "num_splits": plan.num_splits_tensor(CUDA), "exchange": exchange,
@@ -131,7 +133,7 @@ def check(library, name, only=()):
             run(function, c)
             torch.cuda.synchronize()
             found.append(c.operands.out.clone())
-            if not bool((c.exchange[..., ::4] == small.UNWRITTEN).all()):
+            if not bool((c.exchange[..., small.marks(configs()[0]).to(CUDA)] == small.UNWRITTEN).all()):
                 fine, text = False, "partials left behind "
         good, words = sparse_gate.judged(c)
         word = c.operands.fault_word.item()

@@ -39,7 +39,7 @@ def _function(
     tokens = q.shape[0] * q.shape[1]
     assert num_splits.shape == (tokens + 1,)
     assert lists.shape[:2] == lengths.shape == q.shape[:2] and lists.stride(2) == 1
-    assert (exchange == small.UNWRITTEN).all() and exchange.shape[2] == 16 * 576
+    assert (exchange == small.UNWRITTEN).all() and exchange.shape[2] == 16 * small.words_per_row(True, 2)
     pieces = int(num_splits[-1])
     assert exchange.shape[1] >= (pieces if pieces > tokens else 1)
     assert all(

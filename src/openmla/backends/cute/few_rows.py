@@ -62,7 +62,7 @@ def _capture_number(stream: int) -> int:
 
 
 def exchange_on(device: torch.device, slots: int) -> torch.Tensor:
-    """int32 [1, slots or more, N * 576], UNWRITTEN when the next launch on the current stream begins.
+    """int32 [1, slots or more, N * 328], UNWRITTEN when the next launch on the current stream begins.
 
     One per stream: what one stream launches runs in order. In a CUDA graph, which may be replayed on any stream, one per
     captured stream and graph, filled by the graph itself before its first use.
@@ -77,7 +77,9 @@ def exchange_on(device: torch.device, slots: int) -> torch.Tensor:
     known, exchange = held.get((device, stream), (-1, None))
     if exchange is None or known != number or exchange.shape[1] < slots or (is_captured and not number):
         with torch.inference_mode(False):  # it outlives the mode
-            exchange = torch.full((1, slots, 16 * 576), small.UNWRITTEN, dtype=torch.int32, device=device)
+            exchange = torch.full(
+                (1, slots, 16 * small.words_per_row(True, 2)), small.UNWRITTEN, dtype=torch.int32, device=device
+            )
         held[device, stream] = (number, exchange)
     return exchange
 

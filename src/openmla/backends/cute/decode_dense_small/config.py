@@ -95,6 +95,16 @@ class Config:
         return kv_layout(self.layout).bytes_per_token if self.layout in CODES else 0
 
     @property
+    def is_halved(self) -> bool:
+        """Partials are fp16 with powers of two: where their rounding is small beside that of the result."""
+        return self.dtype == "bf16"
+
+    @property
+    def words_per_row(self) -> int:
+        """Of a piece of the exchange."""
+        return words_per_row(self.is_halved, self.warpgroups)
+
+    @property
     def warpgroups(self) -> int:
         """That share a tile. Codes need more warps, for conversion waits: with 32 rows four."""
         return 4 if self.layout in CODES and self.rows == 32 else 2
@@ -306,9 +316,9 @@ class Workspace:
 
 
 def workspace(problem: DecodeProblem, config: Config, parts: int, policy: Policy, chunk_tokens: int) -> Workspace:
-    """Shape of the exchange: a slot per piece, N * 512 fp32 sums and N * 64 words of maxima and sums of rows.
+    """Shape of the exchange: a slot per piece, `Config.words_per_row` for each row.
 
-    Every word is UNWRITTEN before the first launch; each launch leaves the first of every four so.
+    Every word is UNWRITTEN before the first launch; each launch leaves those of `marks` so.
 
     Raises:
         ProblemError: the chunks of batch_invariant are no multiple of a tile, or a full request would have more than
@@ -332,7 +342,21 @@ def workspace(problem: DecodeProblem, config: Config, parts: int, policy: Policy
         if wrong:
             raise ProblemError(FAMILY, wrong)
         slots = problem.batch * chunks
-    return Workspace((problem.h_kv, slots, config.rows * (D_V + 64)), problem.h_kv)
+    return Workspace((problem.h_kv, slots, config.rows * config.words_per_row), problem.h_kv)
+
+
+def words_per_row(is_halved: bool, warpgroups: int) -> int:
+    """Of a piece of the exchange: sums, maxima and sums of rows, powers of two (a sector for a warp's 8 rows)."""
+    return 256 + 64 + 4 * warpgroups if is_halved else 512 + 64
+
+
+def marks(config: Config) -> torch.Tensor:
+    """Which words of a piece of the exchange say whether their record is there: bool, one for each word."""
+    rows, warpgroups = config.rows, config.warpgroups
+    if not config.is_halved:
+        return torch.arange(rows * config.words_per_row) % 4 == 0
+    sums, statistics, powers = torch.arange(rows * 256), torch.arange(rows * 64), torch.arange(rows * 4 * warpgroups)
+    return torch.cat([sums % 2 == 0, statistics % 4 == 0, powers % 8 < 8 // warpgroups])
 
 
 # Index lists: a request of the plan is a query token, its keys are those that its list names.

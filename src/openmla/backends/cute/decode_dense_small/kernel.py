@@ -11,8 +11,8 @@ every slice's columns, exchanges partial scores with the other, does the softmax
 accumulates the rows [256 w, 256 w + 256) of O^T.
 
 A request in several pieces is merged by the CTAs that hold them, each a share of the rows and columns, in split order.
-Partials pass through an exchange in global memory without flags, fences or counters: every 16 bytes say by their first
-word whether they are there (UNWRITTEN is a NaN that arithmetic never yields), whoever needs them polls them, and the one
+Partials pass through an exchange in global memory without flags, fences or counters: every record says by its first
+word whether it is there (UNWRITTEN, which no number is), whoever needs them polls them, and the one
 reader of each marks it unwritten again. The launch is cooperative, so waiting for the others is safe.
 
 With 64 rows, two tiles and Q leave no room for that exchange: each warpgroup makes the scores of its 32 rows over all columns,
@@ -40,16 +40,18 @@ from cutlass import Float16, Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from openmla.backends.cute.decode_dense_small.codes import GROUPS, LOWEST_OF_ALL, Codes
+from openmla.backends.cute.decode_dense_small.config import words_per_row
 from openmla.backends.cute.decode_dense_small.gathered import LOADERS, Gathered
 from openmla.backends.cute.decode_dense_small.loads import BOX, D_V, NO_WINDOW, SLICE, Loads, M
 from openmla.backends.cute.decode_dense_small.merge import BAR_P, BAR_X, LN_2, Merge
-from openmla.backends.cute.decode_dense_small.pairs import SENT_BYTES, STATS_BYTES, Pairs
+from openmla.backends.cute.decode_dense_small.pairs import STATS_BYTES, Pairs, sent_bytes
+from openmla.backends.cute.decode_dense_small.wide import Wide
 
 REGS_MATH, REGS_LOADS = 232, 40  # with 64 rows; x 256 and x 128 threads = 64,512
 BAR_Q, BAR_M = 3, 4  # named barriers; BAR_M + w belongs to warpgroup w
 
 
-class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
+class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Wide, Pairs):
     """One compiled variant.
 
     Args:
@@ -88,7 +90,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
         self.loaders = LOADERS if self.gathers or self.halves_rows else 1
         self.quarters = 4 if self.halves_rows else 1  # in which a tile is given back, while its other keys are weighed
         self.boxes = M // BOX
-        self.piece_bytes = self.kept * 2304
+        self.is_halved = dtype is not Float16  # partials, see merge.py
+        self.piece_bytes = self.kept * (1280 + 16 * warpgroups if self.is_halved else 2304)
+        self.sent_bytes = sent_bytes(self.is_halved)
+        self.rereads = self.halves_rows and self.is_halved  # ranges: with 64 rows, no registers for one to come
         self.slices = d_qk // SLICE
         self.box_bytes = BOX * d_qk * 2
 
@@ -103,7 +108,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
         num_splits: cute.Tensor,  # int32 [batch + 1]
         out: cute.Tensor,  # [batch, s_q, h_q, 512], or [1, total_q, h_q, 512]
         lse: cute.Tensor,  # fp32 [batch, h_q, s_q], or [1, h_q, total_q]
-        exchange: cute.Tensor,  # int32 [h_kv, slots, N * 576]: partials; UNWRITTEN before the first launch and after each
+        exchange: cute.Tensor,  # int32 [h_kv, slots, N * 328 or 336]: partials; UNWRITTEN before the first launch and after each
         sink: cute.Tensor,  # fp32 [h_q]
         cu_seqlens_q: cute.Tensor,  # int32 [batch + 1]
         faults: cute.Tensor,  # int32 [1]
@@ -163,7 +168,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             p: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(p_layout)], 1024]
             x: cute.struct.Align[cute.struct.MemRange[Float32, x_size], 16]
-            other: cute.struct.Align[cute.struct.MemRange[Float32, SENT_BYTES // 4 if self.pairs else 0], 16]
+            other: cute.struct.Align[cute.struct.MemRange[Float32, self.sent_bytes // 4 if self.pairs else 0], 16]
             other_stats: cute.struct.Align[cute.struct.MemRange[Float32, STATS_BYTES // 4 if self.pairs else 0], 16]
             met: cute.struct.Align[cute.struct.MemRange[Int64, 3 if self.pairs else 0], 8]
 
@@ -395,7 +400,10 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
         if const_expr(self.pairs):
             peer = (head_kv & 1) ^ 1
             sm_other = st.other_stats.get_tensor(cute.make_layout((self.kept, 2), stride=(2, 1)))
-            other_base = st.other.data_ptr().toint().to(Int32) + (wg * 4 + wwarp) * 4096 + lane * 16
+            if const_expr(self.is_halved):
+                other_base = st.other.data_ptr().toint().to(Int32) + warp * 2048 + lane * 16
+            else:
+                other_base = st.other.data_ptr().toint().to(Int32) + (wg * 4 + wwarp) * 4096 + lane * 16
             sums_there = self.in_peer(other_base, peer)
             stats_there = self.in_peer(st.other_stats.data_ptr().toint().to(Int32), peer)
             met_there = self.in_peer(st.met.data_ptr().toint().to(Int32), peer)
@@ -421,13 +429,17 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
         else:
             after, after_end, after_begin, after_last, after_split = self.range_of(metadata, Int32(0), part)
         while number < ranges:
-            found, found_end = after, after_end
-            found_begin, found_last, found_split = after_begin, after_last, after_split
+            if const_expr(self.rereads):
+                found, found_end, found_begin, found_last, found_split = self.range_of(metadata, number, part)
+            else:
+                found, found_end = after, after_end
+                found_begin, found_last, found_split = after_begin, after_last, after_split
             number += 1
-            # of the next range, while this one is worked on: the merge must not wait for it
-            after, after_end, after_begin, after_last, after_split = self.range_of(
-                metadata, number if number < ranges else Int32(0), part
-            )
+            if const_expr(not self.rereads):
+                # of the next range, while this one is worked on: the merge must not wait for it
+                after, after_end, after_begin, after_last, after_split = self.range_of(
+                    metadata, number if number < ranges else Int32(0), part
+                )
             if found > found_end:
                 number = ranges
             else:
@@ -661,18 +673,29 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
                                 self.open_turn(st, sm_top, sm_last, stats_there, met_there, turn, tid)
                         if const_expr(self.pairs):
                             met = st.met.data_ptr()
-                            self.send_sums(o, sums_there, met_there + 8)
+                            if const_expr(self.is_halved):
+                                self.send_sums(o, sums_there, met_there + 8, warp, lane)
+                            else:
+                                self.send_wide(o, sums_there, met_there + 8)
                             cute.arch.mbarrier_wait(met, turn)
                             if pieces > 1:
                                 self.put_joined(sm_top, sm_last, sm_other, target, rows, pair, tid)
                             cute.arch.mbarrier_wait(met + 1, turn)
-                            self.add_sums(o, sm_top, sm_last, sm_other, other_base, pair)
+                            if const_expr(self.is_halved):
+                                self.add_sums(o, sm_top, sm_last, sm_other, other_base, pair, warp, lane)
+                            else:
+                                self.add_wide_sums(o, sm_top, sm_last, sm_other, other_base, pair)
                         if const_expr(self.has_codes):
                             self.rescale(o, held, Int32(0), -141, wg)
                         if pieces > 1:
-                            self.store_partial(
-                                o, target + (wg * (self.kept // self.warpgroups) * 2048 + wwarp * 512 + lane * 16), rows
-                            )
+                            if const_expr(self.is_halved):
+                                self.store_partial(o, target, rows, wg, wwarp, lane)
+                            else:
+                                self.store_wide(
+                                    o,
+                                    target + (wg * (self.kept // self.warpgroups) * 2048 + wwarp * 512 + lane * 16),
+                                    rows,
+                                )
                         else:
                             self.finish(
                                 o, sm_top, sm_factor, sm_last, out, lse, sink, has_sink, where, first_query, head_kv, rows, group,
@@ -689,7 +712,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
         number = used if warp < 8 else Int32(0)  # eight warps merge
         while number > 0:
             number -= 1
-            if number + 1 < used:
+            if (number + 1 < used) | self.rereads:
                 begin_request, end_request, begin_at, last_end, begin_split = self.range_of(metadata, number, part)
                 begin_at, last_end = begin_at * unit, last_end * unit
             for back in cutlass.range(end_request - begin_request + 1, unroll=1):
@@ -704,26 +727,44 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
                     rows = s_q * group
                     count = self.pieces_here(request, end_request, begin, last_end, split, pieces, chunk_blocks * unit)
                     begin_unit, end_unit, log_team = self.share(rows, pieces, split, count)
-                if pieces > 1:
+                if const_expr(not self.is_halved):
+                    if pieces > 1:
+                        if pieces == 2:
+                            self.merge_few(
+                                out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                                first_query, head_kv, pieces, begin_unit, end_unit, rows, group, per_group, 2,
+                            )  # fmt: skip
+                        elif pieces <= 4:
+                            self.merge_few(
+                                out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                                first_query, head_kv, pieces, begin_unit, end_unit, rows, group, per_group, 4,
+                            )  # fmt: skip
+                        else:
+                            self.merge(
+                                st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
+                                first_query, head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
+                            )  # fmt: skip
+                elif pieces > 1:
+                    exchanged = exchange[head_kv, first_slot, None].iterator.toint()
                     if const_expr(self.has_codes):
                         self.merge(
-                            st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
-                            first_query, head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
+                            st, out, lse, exchanged, sink, has_sink, where, first_query, head_kv, pieces, begin_unit,
+                            end_unit, log_team, rows, group, per_group,
                         )  # fmt: skip
-                    elif pieces == 2:
-                        self.merge_few(
-                            out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
-                            first_query, head_kv, pieces, begin_unit, end_unit, rows, group, per_group, 2,
+                    elif pieces > 4:  # first, because its code then is what comes next
+                        self.merge(
+                            st, out, lse, exchanged, sink, has_sink, where, first_query, head_kv, pieces, begin_unit,
+                            end_unit, log_team, rows, group, per_group,
                         )  # fmt: skip
-                    elif pieces <= 4:
+                    elif pieces > 2:
                         self.merge_few(
-                            out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
-                            first_query, head_kv, pieces, begin_unit, end_unit, rows, group, per_group, 4,
+                            out, lse, exchanged, sink, has_sink, where, first_query, head_kv, pieces, begin_unit, end_unit,
+                            rows, group, per_group, 4,
                         )  # fmt: skip
                     else:
-                        self.merge(
-                            st, out, lse, exchange[head_kv, first_slot, None].iterator.toint(), sink, has_sink, where,
-                            first_query, head_kv, pieces, begin_unit, end_unit, log_team, rows, group, per_group,
+                        self.merge_few(
+                            out, lse, exchanged, sink, has_sink, where, first_query, head_kv, pieces, begin_unit, end_unit,
+                            rows, group, per_group, 2,
                         )  # fmt: skip
         if const_expr(self.pairs):  # the other's last arrival is here before this CTA's memory goes
             cute.arch.mbarrier_wait(st.met.data_ptr() + 2, turn ^ 1)
@@ -831,7 +872,7 @@ class DecodeDenseSmall(Loads, Codes, Gathered, Merge, Pairs):
                     sm_last[row] = top[i]  # not into sm_factor: the other warpgroup may still read that
         cute.arch.barrier(barrier_id=BAR_X, number_of_threads=self.consumers)
         if (pieces > 1) & (not self.pairs):
-            stats = target + (n * 2048 + tid * 16)
+            stats = target + (n * (1024 if self.is_halved else 2048) + tid * 16)
             for i in cutlass.range_constexpr(n // 8 // self.warpgroups):
                 block = (tid // 16 + i * (self.consumers // 16)) % (n // 8)
                 row = block * 8 + pair
@@ -966,7 +1007,7 @@ def fake_arguments(dtype: Any, rows: int, d_qk: int = 576, row_bytes: int = 0, *
         fake_tensor(Int32, (None,), align=4),
         make_fake_tensor(dtype, (sym(), sym(), sym(), D_V), stride=(*out_step, 1), assumed_align=16),
         fake_tensor(Float32, (None, None, None), stride=(None, None, None), align=4),
-        fake_tensor(Int32, (None, None, rows * 576), align=16),
+        fake_tensor(Int32, (None, None, rows * words_per_row(dtype is not Float16, 4 if row_bytes and rows == 32 else 2)), align=16),
         fake_tensor(Float32, (None,), align=4),
         fake_tensor(Int32, (None,), align=4),
         fake_tensor(Int32, (1,), align=4),

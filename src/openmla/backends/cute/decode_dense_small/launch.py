@@ -118,7 +118,7 @@ def launch_gathered(
         function: the exported function of a variant that gathers.
         operands: checked tensors; strides of q and out in multiples of 8 elements, of the cache of 16 bytes.
         metadata, num_splits: the plan (`config.gathered_plan`); a request of it is a query token.
-        exchange: int32 [1, pieces or more, N * 576], UNWRITTEN before the first call; each call leaves it so.
+        exchange: int32 [1, pieces or more, N * 328], UNWRITTEN before the first call; each call leaves it so.
     """
     q, out, lse, lists, lengths, sink = (
         operands.q, operands.out, operands.lse, operands.indices, operands.topk_length, operands.attn_sink

@@ -11,8 +11,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-SENT_BYTES = 32_768  # fp32 sums of 16 rows
+from openmla.backends.cute import halves
+
 STATS_BYTES = 128  # a maximum and a sum for each
+
+
+def sent_bytes(is_halved: bool) -> int:
+    """Sums of 16 rows: as fp16 (`halves`) and a power of two for 16 columns, or as fp32."""
+    return 16_384 + 128 if is_halved else 32_768
 
 
 class Pairs:
@@ -20,6 +26,8 @@ class Pairs:
 
     kept: int
     warpgroups: int
+    is_halved: bool
+    sent_bytes: int
 
     @cute.jit
     def init_turns(self, st: cutlass.Constexpr, warp: Int32):
@@ -46,7 +54,7 @@ class Pairs:
         met = st.met.data_ptr()
         if tid == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(met, STATS_BYTES)
-            cute.arch.mbarrier_arrive_and_expect_tx(met + 1, SENT_BYTES)
+            cute.arch.mbarrier_arrive_and_expect_tx(met + 1, self.sent_bytes)
         cute.arch.mbarrier_wait(met + 2, turn ^ 1)
         self.send_stats(sm_top, sm_last, place, barrier, tid)
 
@@ -62,18 +70,25 @@ class Pairs:
             )
 
     @cute.jit
-    def send_sums(self, o: cutlass.Constexpr, place: Int32, barrier: Int32):
-        """Its sums of the other's rows, 16 bytes each; a warp's 4 KB are for the same warp there."""
-        half = self.kept // 8
+    def send_sums(self, o: cutlass.Constexpr, place: Int32, barrier: Int32, warp: Int32, lane: Int32):
+        """Its sums of the other's rows as fp16, 16 bytes of a thread at once; a warp's 2 KB are for the same warp there."""
+        first, powers = self.kept // 2, []  # accumulators of a thread for the rows of one CTA
         for m in cutlass.range_constexpr(8 // self.warpgroups):
-            for g in cutlass.range_constexpr(half):
-                four = [o[m][(half + g) * 4 + i] for i in range(4)]
-                cute.arch.inline_ptx(
-                    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [{$r0} + "
-                    + str((m * half + g) * 512)
-                    + "], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
-                    read_only_args=[place, *four, barrier],
-                )
+            values = [o[m][first + i] for i in range(first)]
+            factor, power = halves.halve(halves.of_warp(halves.largest_finite(values)), Float32(1.0))
+            words = [halves.pack(values[i] * factor, values[i + 1] * factor) for i in range(0, first, 2)]
+            powers.append(power << 16)
+            self.send_four(place + m * 512, words, barrier)
+        if lane == 0:
+            self.send_four(place + (16_384 - warp * 2_032), powers, barrier)
+
+    @cute.jit
+    def send_four(self, place: Int32, words: cutlass.Constexpr, barrier: Int32):
+        """16 bytes into the other's shared memory."""
+        cute.arch.inline_ptx(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
+            read_only_args=[place, *words, barrier],
+        )
 
     @cute.jit
     def joined(self, sm_top: cute.Tensor, sm_last: cute.Tensor, sm_other: cute.Tensor, row: Int32):
@@ -95,14 +110,58 @@ class Pairs:
         top, x, _, _ = self.joined(sm_top, sm_last, sm_other, block * 8 + pair)
         next_top, y, _, _ = self.joined(sm_top, sm_last, sm_other, block * 8 + pair + 1)
         if block * 8 < rows:
-            self.put(target + (self.kept * 2048 + tid * 16), 0, top, x, next_top, y)
+            self.put(target + (self.kept * (1024 if self.is_halved else 2048) + tid * 16), 0, top, x, next_top, y)
 
     @cute.jit
     def add_sums(
         self, o: cutlass.Constexpr, sm_top: cute.Tensor, sm_last: cute.Tensor, sm_other: cute.Tensor, place: Int32,
-        pair: Int32,
+        pair: Int32, warp: Int32, lane: Int32,
     ):  # fmt: skip
         """Its own rows over the tiles of both; `place` is where the other's sums of this thread lie."""
+        powers = self.four_here(place + (16_384 - warp * 2_032 - lane * 16), Float32)
+        own, others = [], []  # of the rows of o[m][i], by i // 4 * 2 + i % 2
+        for g in cutlass.range_constexpr(self.kept // 8):
+            for r in cutlass.range_constexpr(2):
+                _, _, mine, other = self.joined(sm_top, sm_last, sm_other, g * 8 + pair + r)
+                own.append(mine)
+                others.append(other)
+        words = cute.make_rmem_tensor(cute.make_layout(4), Int32)
+        for m in cutlass.range_constexpr(8 // self.warpgroups):
+            words[0], words[1], words[2], words[3] = self.four_here(place + m * 512, Int32)
+            values = halves.unpack(words)
+            for i in cutlass.range_constexpr(self.kept // 2):
+                row = i // 4 * 2 + i % 2
+                o[m][i] = o[m][i] * own[row] + values[i] * (others[row] * powers[m])
+
+    @cute.jit
+    def four_here(self, place: Int32, kind: cutlass.Constexpr):
+        """16 bytes of its own shared memory."""
+        return cute.arch.inline_ptx(
+            "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+            write_only_types=[kind] * 4,
+            read_only_args=[place],
+        )
+
+    @cute.jit
+    def send_wide(self, o: cutlass.Constexpr, place: Int32, barrier: Int32):
+        """`send_sums` as fp32; a warp's 4 KB are for the same warp there."""
+        half = self.kept // 8
+        for m in cutlass.range_constexpr(8 // self.warpgroups):
+            for g in cutlass.range_constexpr(half):
+                four = [o[m][(half + g) * 4 + i] for i in range(4)]
+                cute.arch.inline_ptx(
+                    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [{$r0} + "
+                    + str((m * half + g) * 512)
+                    + "], {{$r1}, {$r2}, {$r3}, {$r4}}, [{$r5}];",
+                    read_only_args=[place, *four, barrier],
+                )
+
+    @cute.jit
+    def add_wide_sums(
+        self, o: cutlass.Constexpr, sm_top: cute.Tensor, sm_last: cute.Tensor, sm_other: cute.Tensor, place: Int32,
+        pair: Int32,
+    ):  # fmt: skip
+        """`add_sums` of fp32."""
         half = self.kept // 8
         for g in cutlass.range_constexpr(half):
             _, _, even, other_even = self.joined(sm_top, sm_last, sm_other, g * 8 + pair)
