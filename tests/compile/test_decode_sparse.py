@@ -21,6 +21,7 @@ from openmla.reference.quant import read_rows, write_rows
 BUDGETS = tomllib.loads(Path(__file__).with_name("budgets_sparse.toml").read_text(encoding="utf-8"))
 BUDGET, BUDGET_SWAPPED = BUDGETS["decode_sparse"], BUDGETS["decode_sparse_swapped"]
 H100 = Target.preset("h100_sxm")
+PLAIN, MERGED = sparse.Config("fp8_656"), sparse.MERGED[0]
 
 
 def problem(**changes):
@@ -253,13 +254,13 @@ def test_supported_problems_get_an_ahead_of_time_variant(h_q, s_q):
     assert sparse.configs(asked, H100)[0] in BUILT
     both = replace(asked, extra=ExtraKV(asked.layout, 64, 10, 512))
     assert sparse.supports(both, H100) and sparse.configs(both, H100)[0] in BUILT
-    parts = sparse.num_parts(asked, H100)
+    parts = sparse.num_parts(asked, H100, sparse.configs(asked, H100)[0])
     assert 1 <= parts * sparse.row_blocks(asked) * s_q <= H100.num_sms
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(1, 16), (2, 22), (3, 33), (128, 33)])
 def test_two_tiles_per_part_become_three(batch, parts):
-    assert sparse.num_parts(problem(batch=batch, total_q=2 * batch), H100) == parts
+    assert sparse.num_parts(problem(batch=batch, total_q=2 * batch), H100, PLAIN) == parts
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_two_tiles_per_part_become_three(batch, parts):
 )
 def test_no_more_parts_than_tiles_and_half_as_many_where_the_merge_is_long(batch, s_q, h_q, topk, parts):
     asked = problem(batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, topk=topk)
-    assert sparse.num_parts(asked, H100) == parts
+    assert sparse.num_parts(asked, H100, PLAIN) == parts
 
 
 def test_three_tiles_per_part_are_three():
@@ -368,7 +369,8 @@ def test_what_a_variant_may_void_another_that_ships_repeats():
         ({"topk": 4096}, sparse.SWAPPED),
         ({"topk": 2048}, sparse.SWAPPED),
         ({"topk": 1984}, sparse.Config("fp8_656")),
-        ({"batch": 4, "total_q": 8}, sparse.Config("fp8_656")),
+        ({"batch": 4, "total_q": 8}, MERGED),
+        ({"batch": 33, "total_q": 66, "topk": 2048}, sparse.Config("fp8_656")),
         # one block of heads: a list of 32 tiles for every SM; with two, two of them
         ({"batch": 128, "total_q": 128, "s_q": 1, "h_q": 64, "topk": 2048}, sparse.SWAPPED),
         ({"batch": 120, "total_q": 120, "s_q": 1, "h_q": 64, "topk": 2048}, sparse.Config("fp8_656")),
@@ -383,6 +385,65 @@ def test_keys_are_in_registers_where_lists_and_parts_are_long(changes, first):
     assert sparse.supports(asked, H100)
     assert sparse.configs(asked, H100)[0] == first
     assert all(each in sparse.VARIANTS for each in sparse.configs(asked, H100))
+
+
+@pytest.mark.parametrize(
+    ("batch", "s_q", "h_q", "changes", "parts"),
+    [
+        (1, 2, 128, {}, 16),  # 8,192 partial rows if each tile is a piece
+        (1, 1, 128, {}, 32),
+        (1, 1, 64, {}, 32),
+        (2, 2, 128, {}, 32),  # two tiles for each
+        (3, 2, 128, {}, 33),  # as many for each request
+        (16, 2, 128, {}, 32),
+        (7, 2, 128, {}, 28),
+        (12, 2, 128, {}, 33),  # nine of 33 would have nothing to do
+        (32, 1, 64, {}, 128),
+        (2, 1, 17, {"topk": 16384}, 132),
+        (1, 33, 128, {}, 2),  # 66 CTAs of each piece
+        (2, 2, 128, {"layout": kv_layout("fp8_584"), "d_qk": 512}, 32),
+        (33, 1, 64, {}, None),  # one request too many
+        (1, 66, 128, {}, None),  # nothing is split
+        (1, 1, 64, {"topk": 64}, None),
+        (2, 2, 128, {"topk": 2**18}, None),  # keys in registers
+        (2, 2, 128, {"extra": ExtraKV(kv_layout("fp8_656"), 64, 10, 512)}, None),
+    ],
+)
+def test_few_requests_are_merged_by_those_who_computed_them(batch, s_q, h_q, changes, parts):
+    asked = problem(batch=batch, s_q=s_q, total_q=batch * s_q, h_q=h_q, **changes)
+    assert sparse.supports(asked, H100)
+    first, *others = sparse.configs(asked, H100)
+    assert first.merges == (parts is not None)
+    if parts is not None:
+        assert first in sparse.MERGED and others == [sparse.Config(asked.layout.name)]
+        assert sparse.num_parts(asked, H100, first) == parts
+        assert parts * s_q * sparse.row_blocks(asked) <= H100.num_sms  # they wait for one another: all must be resident
+        assert sparse.plan(batch, sparse.all_tiles(asked), parts).num_pieces > batch
+
+
+def test_a_part_has_pieces_of_two_split_requests_at_most():
+    """What `merge.SHARES` holds."""
+    for batch in range(1, sparse.MERGED_REQUESTS + 1):
+        for each in (1, 2, 7, 8, 31, 32, 33, 64, 256):
+            for most in (1, 2, 11, 33, 66, 132):
+                plan = sparse.plan(batch, each, sparse.parts(most, batch, each, 128 * batch, merges=True))
+                pieces = list(plan.pieces())
+                split = {request for request, count in Counter(x.request for x in pieces).items() if count > 1}
+                shares = Counter(x.part for x in pieces if x.request in split)
+                assert max(shares.values(), default=0) <= 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes", "is_early"),
+    [(64, {}, True), (8, {}, True), (64, {"extra": None}, False), (64, {"h_q": 128}, True)],
+)
+def test_a_second_cache_starts_early(batch, changes, is_early):
+    layout = kv_layout("fp8_584")
+    second = {"extra": ExtraKV(layout, 64, 10, 512), "layout": layout, "d_qk": 512, "h_q": 64, "topk": 128}
+    asked = problem(batch=batch, total_q=2 * batch, **{**second, **changes})
+    assert sparse.supports(asked, H100)
+    plain = sparse.Config("fp8_584", asked.extra is not None)
+    assert sparse.configs(asked, H100) == ((sparse.STARTS_EARLY, plain) if is_early else (plain,))
 
 
 def test_every_scale_that_counts_as_fit_keeps_every_code_in_fp16():

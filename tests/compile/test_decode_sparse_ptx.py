@@ -45,7 +45,11 @@ BOTH = "fp16+bf16"  # the second repeats what the first has voided
 
 @cache
 def ptx(layout: str, operands: str, has_extra: bool = False) -> str:
-    config = sparse.Config(layout, has_extra, operands=operands)
+    return ptx_of(sparse.Config(layout, has_extra, operands=operands))
+
+
+@cache
+def ptx_of(config: sparse.Config) -> str:
     with TemporaryDirectory() as folder:
         build(config, Path(folder))
         return (Path(folder) / f"{config.name}.ptx").read_text()
@@ -92,13 +96,16 @@ class Emulated:
             free(lse), free(out_accum, (2,), (2,)), free(lse2_accum, (), (1,)), free(fault, (0,), (0,)), free(redo, (), (2,)),
             *(np.array([x], np.int32).tobytes() for x in scalars[:-1]), np.array(scalars[-1:], np.float32).tobytes(),
         ]  # fmt: skip
+        grid = (-(-q.shape[2] // 64), q.shape[1], metadata.shape[0])
+        self.run(memory, values, [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])])
+        memory.read_back()
+
+    def run(self, memory, values, blocks):
+        """The CTAs one after the other."""
         names = self.program.params
         cta = Cta(self.program, memory, dict(zip(names, values, strict=False)), 512, SMEM)
-        for z in range(metadata.shape[0]):
-            for y in range(q.shape[1]):
-                for x in range(-(-q.shape[2] // 64)):
-                    cta.run((x, y, z), seed=x + 7 * y + 31 * z)
-        memory.read_back()
+        for x, y, z in blocks:
+            cta.run((x, y, z), seed=x + 7 * y + 31 * z)
 
 
 def merge(out_accum, lse2_accum, num_splits, out, lse, sink, h_kv, has_sink):

@@ -144,12 +144,13 @@ def extend(op: str, kernel: Kernel, *, before: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of an explanation: a kernel, its verdict, and whether it is the one that runs."""
+    """One row of an explanation: a kernel, its verdict, whether it is the one that runs, and then as which variant."""
 
     backend: str
     kernel: str
     verdict: Verdict
     is_chosen: bool
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ class Explanation:
                     "kernel": row.kernel,
                     "chosen": row.is_chosen,
                     "reasons": list(row.verdict.reasons),
+                    "variant": row.variant,
                 }
                 for row in self.candidates
             ],
@@ -270,7 +272,7 @@ class Explanation:
         for row in self.candidates:
             name = f"{row.backend}/{row.kernel}".ljust(width)
             if row.is_chosen:
-                lines.append(f"  -> {name}  runs")
+                lines.append(f"  -> {name}  runs" + f" as {row.variant}" * bool(row.variant))
             elif row.verdict:
                 lines.append(f"     {name}  could run, stands behind the chosen one")
             else:
@@ -304,7 +306,8 @@ def explain(
     for kernel, verdict in _verdicts(asked, where, wanted):
         takes = bool(verdict) and not is_taken
         is_taken |= takes
-        rows.append(Candidate(kernel.backend, kernel.name, verdict, takes))
+        variant = getattr(kernel.configs(asked, where)[0], "name", "") if takes else ""
+        rows.append(Candidate(kernel.backend, kernel.name, verdict, takes, variant))
     others = tuple(f"{op}/" for op in OPS if op != asked.op)
     past = tuple(str(each) for each in incidents.about() if not each.subject.startswith(others))
     return Explanation(asked, where, wanted, tuple(rows), past)

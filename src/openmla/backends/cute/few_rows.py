@@ -21,8 +21,9 @@ from openmla.backends.cute.decode_dense_small.launch import launch_gathered
 from openmla.core.problem import SparseDecodeProblem
 from openmla.core.target import Target
 
-_exchanges: dict[tuple[torch.device, int], tuple[int, torch.Tensor]] = {}  # (device, stream) -> (capture, exchange)
-_captured: dict[tuple[torch.device, int], tuple[int, torch.Tensor]] = {}  # the same, of the latest capture of a stream
+Held = dict[tuple[torch.device, int], tuple[int, torch.Tensor]]  # (device, stream) -> (capture, what launches share)
+_exchanges: Held = {}
+_captured: Held = {}  # the same, of the latest capture of a stream
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,13 @@ def _capture_number(stream: int) -> int:
 
 
 def exchange_on(device: torch.device, slots: int) -> torch.Tensor:
-    """int32 [1, slots or more, N * 328], UNWRITTEN when the next launch on the current stream begins.
+    """int32 [1, slots or more, N * 328], UNWRITTEN when the next launch on the current stream begins: see `held_on`."""
+    shape = 1, slots, 16 * small.words_per_row(True, 2)
+    return held_on(_exchanges, _captured, device, shape, small.UNWRITTEN)
+
+
+def held_on(eager: Held, captured: Held, device: torch.device, shape: tuple[int, int, int], fill: int) -> torch.Tensor:
+    """int32 of this shape, or with more of the second dimension, that every launch leaves as it found it; full of `fill` at first.
 
     One per stream: what one stream launches runs in order. In a CUDA graph, which may be replayed on any stream, one per
     captured stream and graph, filled by the graph itself before its first use.
@@ -73,15 +80,13 @@ def exchange_on(device: torch.device, slots: int) -> torch.Tensor:
         stream = torch.cuda.current_stream(device).cuda_stream
     if is_captured:
         number = _capture_number(stream)
-    held = _captured if is_captured else _exchanges
-    known, exchange = held.get((device, stream), (-1, None))
-    if exchange is None or known != number or exchange.shape[1] < slots or (is_captured and not number):
+    held = captured if is_captured else eager
+    known, found = held.get((device, stream), (-1, None))
+    if found is None or known != number or found.shape[1] < shape[1] or (is_captured and not number):
         with torch.inference_mode(False):  # it outlives the mode
-            exchange = torch.full(
-                (1, slots, 16 * small.words_per_row(True, 2)), small.UNWRITTEN, dtype=torch.int32, device=device
-            )
-        held[device, stream] = (number, exchange)
-    return exchange
+            found = torch.full(shape, fill, dtype=torch.int32, device=device)
+        held[device, stream] = (number, found)
+    return found
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """The token-sparse decode kernel of this backend behind the four verbs: run, merge.
 
 A call is one launch, one more behind it where the first may void CTAs (`Config.repeat`), and one more where the plan splits
-requests between CTAs. The plan depends on shapes alone and is made on the host, once per shape; nothing waits for the
-device, so a CUDA graph holds all of it after one warm call.
+requests between CTAs that do not merge them themselves (`Config.merges`). The plan depends on shapes alone and is made on
+the host, once per shape; nothing waits for the device, so a CUDA graph holds all of it after one warm call.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from openmla.backends.base import SparseDecodeOperands, Verdict
 from openmla.backends.cute import bundle
 from openmla.backends.cute.decode_sparse import config as sparse
 from openmla.backends.cute.families import CombineVariant
+from openmla.backends.cute.few_rows import Held, held_on
 from openmla.core.problem import SparseDecodeProblem
 from openmla.core.target import Target
+
+_counts: Held = {}  # of stored pieces, 0 between launches: see `decode_sparse.merge`
+_captured: Held = {}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Compiled:
     config: sparse.Config
     num_parts: int
     decode: Any
-    combine: Any
+    combine: Any  # None where the kernel merges
     repeat: Any = None  # behind `decode`, where that may void what it wrote
 
 
@@ -63,7 +67,7 @@ class SparseDecode:
         if not verdict:
             return verdict
         config = sparse.configs(problem, target)[0]
-        reasons = bundle.availability("combine", _combine_variant(problem)).reasons
+        reasons = () if config.merges else bundle.availability("combine", _combine_variant(problem)).reasons
         for each in filter(None, (config, config.repeat)):
             reasons += bundle.availability(sparse.FAMILY, each).reasons
         return Verdict(reasons)
@@ -76,9 +80,9 @@ class SparseDecode:
         """Load the functions, compiling what neither bundle nor cache has."""
         return Compiled(
             config,
-            sparse.num_parts(problem, target),
+            sparse.num_parts(problem, target, config),
             bundle.serve(sparse.FAMILY, config).function,
-            bundle.serve("combine", _combine_variant(problem)).function,
+            None if config.merges else bundle.serve("combine", _combine_variant(problem)).function,
             None if config.repeat is None else bundle.serve(sparse.FAMILY, config.repeat).function,
         )
 
@@ -93,17 +97,20 @@ class SparseDecode:
         blocks = sparse.tiles(problem.topk, problem.extra.topk if problem.extra else 0)
         metadata, num_splits, pieces = _plan_on(device, batch, blocks, compiled.num_parts)
         is_split = pieces > batch
-        rows, slots = s_q * problem.h_q, pieces if is_split else 1
-        out_accum = torch.empty((slots, rows if is_split else 1, sparse.D_V), dtype=torch.float32, device=device)
+        rows, slots, blocks_of = s_q * problem.h_q, pieces if is_split else 1, s_q * sparse.row_blocks(problem)
+        stored = sparse.PARTIAL_ROWS * blocks_of if compiled.config.merges else rows
+        out_accum = torch.empty((slots, stored if is_split else 1, sparse.D_V), dtype=torch.float32, device=device)
         lse2_accum = torch.empty((slots, rows if is_split else 1), dtype=torch.float32, device=device)
         direct = _aligned(operands)
         redo = None
+        if compiled.config.merges:
+            redo = held_on(_counts, _captured, device, (1, slots * blocks_of, 1), 0)
         if compiled.repeat is not None:
             redo = torch.empty((compiled.num_parts, s_q, sparse.row_blocks(problem)), dtype=torch.int32, device=device)
         launch(compiled.decode, direct, metadata, num_splits, out_accum, lse2_accum, redo=redo)
         if compiled.repeat is not None:
             launch(compiled.repeat, direct, metadata, num_splits, out_accum, lse2_accum, redo=redo)
-        if is_split:
+        if is_split and not compiled.config.merges:
             out, lse, sink = direct.out, direct.lse, direct.attn_sink
             if out.dim() == 3:
                 out, lse = out.unsqueeze(1), lse.T.unsqueeze(2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ OVERHEAD_BLOCKS = 2  # of a piece: filling the pipeline and the epilogue
 MERGE_BLOCKS = 12  # of a plan that splits requests: storing partials, reading them again, one more launch
 MAX_REQUESTS = 65_535  # CTAs of the merge in one direction of its grid
 D_V = 512
+PARTIAL_ROWS = 33  # of 2,048 bytes, that 64 rows of a piece take where CTAs merge: 64 KB of fp16, and scales
 SLICE_BYTES = 64 * 128  # 64 keys x 64 bf16 columns
 SMEM_LIMIT = 232_448
 FIT_LOW, FIT_HIGH = 113, 134  # exponents of scales, + 127, with which every code is exact in fp16
@@ -178,6 +179,10 @@ class Config:
             launch of the variant with bf16 operands behind it, on the same plan, repeats these CTAs.
         keys: where converted keys lie: in shared memory, or in registers, which is the schedule of `swapped`.
         early_merge: the merge may be resident while this kernel runs.
+        start: plainly, behind the kernel before; or early, beside its end: the plan is read before the wait for it, and Q is
+            asked for behind the first rows.
+        merges: pieces of a request are merged by the CTAs that computed them, who wait for one another: a cooperative launch,
+            and none behind it.
     """
 
     layout: str = "fp8_656"
@@ -189,6 +194,8 @@ class Config:
     operands: Literal["bf16", "fp16"] = "bf16"
     keys: Literal["shared", "registers"] = "shared"
     early_merge: bool = True
+    start: Literal["plain", "early"] = "plain"
+    merges: bool = False
 
     @property
     def bytes(self) -> Bytes:
@@ -215,9 +222,11 @@ class Config:
     @property
     def name(self) -> str:
         """Exported function name; the digest stands for the fields of the schedule."""
-        schedule = {key: value for key, value in self.as_dict().items() if key not in ("layout", "has_extra", "keys")}
+        told = ("layout", "has_extra", "keys", "start", "merges")
+        schedule = {key: value for key, value in self.as_dict().items() if key not in told}
         digest = hashlib.sha256(json.dumps(schedule, sort_keys=True).encode()).hexdigest()[:8]
-        words = (self.layout, "extra" * self.has_extra, "registers" * (self.keys == "registers"))
+        words = [self.layout, "extra" * self.has_extra, "registers" * (self.keys == "registers")]
+        words += ["early" * (self.start == "early"), "merges" * self.merges]
         return "_".join([FAMILY, *filter(None, words), digest])
 
     def as_dict(self) -> dict[str, Any]:
@@ -229,7 +238,11 @@ LAYOUTS: tuple[str, ...] = ("fp8_656", "fp8_584", "fp8_528", "fp8_528_mx")
 SERVED = (("fp8_656", False), ("fp8_584", False), ("fp8_528", False),
           ("fp8_656", True), ("fp8_584", True), ("fp8_528_mx", True))  # fmt: skip
 SWAPPED = Config("fp8_656", prefetch="none", operands="fp16", keys="registers")
-VARIANTS: tuple[Config, ...] = (*(Config(layout, has_extra) for layout, has_extra in SERVED), SWAPPED)
+STARTS_EARLY = Config("fp8_584", True, start="early")
+MERGED = tuple(Config(layout, start="early", merges=True) for layout in ("fp8_656", "fp8_584", "fp8_528"))
+VARIANTS: tuple[Config, ...] = (
+    *(Config(layout, has_extra) for layout, has_extra in SERVED), SWAPPED, STARTS_EARLY, *MERGED
+)  # fmt: skip
 """Passed `tests/gpu/decode_sparse.py gate` on a GPU. What `supports` can lead to, and what an ahead-of-time bundle holds.
 
 Those with fp16 operands and keys in shared memory passed too, but the launch behind them costs more than they gain
@@ -240,6 +253,10 @@ leads to them.
 SWAPPED_TILES = (32, (31, 62))
 """Of a list, and of a part with one block of heads or with more, from which SWAPPED runs: 1 to 10 % faster there (H100, rows
 ds-16-*). A cache whose scales are not powers of two between 2^-14 and 2^7 loses 14 us, so not where it gains 2."""
+
+MERGED_REQUESTS = 32
+"""Up to which a request's pieces are merged by those who computed them: 39 shapes with 1 to 32 requests are 1.01 to 1.37 times
+as fast as with a launch behind the kernel (H100, rows ds-20-*). More were not measured."""
 
 SPILLING = (("fp8_528_mx", False), ("fp8_528", True))
 """Right too, but the assembler finds no registers for all of their values in bf16; not served until it does."""
@@ -289,18 +306,30 @@ def configs(problem: SparseDecodeProblem, target: Target) -> tuple[Config, ...]:
     plain = Config(problem.layout.name, problem.extra is not None)
     each, (of_list, of_parts) = tiles(problem.topk), SWAPPED_TILES
     of_part = of_parts[min(row_blocks(problem), 2) - 1]
-    is_long = each >= of_list and requests(problem)[0] * each >= of_part * num_parts(problem, target)
-    return (SWAPPED, plain) if plain == SWAPPED.repeat and is_long else (plain,)
+    is_long = each >= of_list and requests(problem)[0] * each >= of_part * num_parts(problem, target, plain)
+    if plain == SWAPPED.repeat and is_long:
+        return SWAPPED, plain
+    early = replace(plain, start="early")
+    merged = replace(early, merges=True)
+    if merged in MERGED and requests(problem)[0] <= MERGED_REQUESTS and is_split(problem, target, merged):
+        return merged, plain
+    return (early, plain) if early == STARTS_EARLY else (plain,)
 
 
-def num_parts(problem: SparseDecodeProblem, target: Target) -> int:
+def is_split(problem: SparseDecodeProblem, target: Target, config: Config) -> bool:
+    """Whether the plan cuts any request, so that pieces are to be merged."""
+    batch = requests(problem)[0]
+    return plan(batch, all_tiles(problem), num_parts(problem, target, config)).num_pieces > batch
+
+
+def num_parts(problem: SparseDecodeProblem, target: Target, config: Config) -> int:
     """Parts of the plan: each takes row_blocks * s_q CTAs, one per SM."""
     batch, s_q = requests(problem)
-    each = tiles(problem.topk, problem.extra.topk if problem.extra else 0)
-    return parts(max(target.num_sms // (row_blocks(problem) * s_q), 1), batch, each, problem.total_q * problem.h_q)
+    most = max(target.num_sms // (row_blocks(problem) * s_q), 1)
+    return parts(most, batch, all_tiles(problem), problem.total_q * problem.h_q, config.merges)
 
 
-def parts(most: int, batch: int, each: int, rows: int) -> int:
+def parts(most: int, batch: int, each: int, rows: int, merges: bool = False) -> int:
     """How many of at most `most` parts take `each` tiles of `batch` requests, with `rows` rows of the output in all.
 
     All of them; but where that is two tiles for each, a third as many as there are tiles: a tile more costs 0.5 us, and the
@@ -308,11 +337,25 @@ def parts(most: int, batch: int, each: int, rows: int) -> int:
     Where there are fewer tiles than parts, as many as there are tiles, for CTAs without work cost 2 to 5 us. Two tiles for each
     where many pieces of many rows are to be merged: one request of 256 rows 21.4 us with 16 pieces and 24.7 with 32, of 16
     rows 16.4 and 15.1 (H100, rows ds-12-*).
+
+    With `merges`, where those who computed the pieces merge them, a merge costs less: two tiles for each instead of three (batch
+    2 again: 19.1 us instead of 19.5), and later two instead of one (one request of 128 rows 13.6 us with 16 pieces and 12.4 with
+    32, of 256 rows 14.3 and 15.1: rows ds-19-*). A CTA with pieces of two requests merges twice, one after the other: as many
+    parts for each request, where that uses four fifths of them (of 33: batch 5 27.7 us with 30 and 32.5 with 33, batch 7 34.2
+    with 28 and 38.2, batch 12 54.7 with 24 and 53.8; H100, rows ds-20-*).
     """
     work = batch * each
-    if work > most:
-        return -(-work // 3) if work <= 2 * most else most
-    return -(-work // 2) if each >= 16 and rows * each >= 4096 else work
+    if work <= most:
+        return -(-work // 2) if each >= 16 and rows * each >= (8192 if merges else 4096) else work
+    if work <= 2 * most:
+        return -(-work // (2 if merges else 3))
+    even = most // batch * batch
+    return even if merges and 5 * even >= 4 * most else most
+
+
+def all_tiles(problem: SparseDecodeProblem) -> int:
+    """Tiles of a request, those of a second cache among them."""
+    return tiles(problem.topk, problem.extra.topk if problem.extra else 0)
 
 
 def tiles(topk: int, topk_extra: int = 0) -> int:

@@ -84,6 +84,7 @@ from openmla.backends.cute.decode_sparse.config import (
     scale_word,
     unit_place,
 )
+from openmla.backends.cute.decode_sparse.merge import SHARE_FIELDS, SHARES, Merge
 
 THREADS = 512
 UNIT_BYTES = 2 * SLICE_BYTES
@@ -105,8 +106,10 @@ LAZY_LOG2 = 8.0
 
 # Fields of a piece descriptor: tiles (-1 ends the list), request, first tile, end of the token's index list, slot of its
 # partial result (-1: none); with a second cache the tiles of the first list, behind which those of the second begin, and
-# the end of the second list.
+# the end of the second list. Where CTAs merge, so without a second cache, instead of these: slot of the request's first
+# piece, and its pieces.
 TILES, REQUEST, FIRST_BLOCK, STOP, SPLIT_SLOT, MAIN_TILES, EXTRA_STOP = range(7)
+FIRST_SLOT, PIECES_OF = MAIN_TILES, EXTRA_STOP
 FIELDS = 8
 
 
@@ -117,7 +120,7 @@ class Scope:
         self.__dict__.update(names)
 
 
-class DecodeSparse:
+class DecodeSparse(Merge):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
     def __init__(self, config: Config) -> None:
@@ -147,7 +150,9 @@ class DecodeSparse:
         out_accum: cute.Tensor,  # fp32 [slots, s_q * h_q, 512]
         lse2_accum: cute.Tensor,  # fp32 [slots, s_q * h_q], base 2
         fault_word: cute.Tensor,  # int32 [1]
-        redo: cute.Tensor,  # int32 [num_parts, s_q, 64-head blocks]: fp16 writes which CTAs have voided their results
+        # int32 [num_parts, s_q, 64-head blocks]: fp16 writes which CTAs have voided their results. Where CTAs merge, [pieces,
+        # s_q, 64-head blocks]: counts of stored pieces, 0 between launches
+        redo: cute.Tensor,
         blocks: Int32,  # tiles of a request, both lists at their full length
         page_size: Int32,
         extra_page_size: Int32,
@@ -184,6 +189,8 @@ class DecodeSparse:
         q_rows = cute.make_tensor(q.iterator, cute.select(q.layout, [2, 3, 1, 0]))
         tma_q, t_q = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q_rows, tiled(64, 64), (64, 64))
 
+        merges = 1 if self.config.merges else 0
+
         @cute.struct
         class Storage:
             full: cute.struct.MemRange[Int64, UNITS]
@@ -206,6 +213,8 @@ class DecodeSparse:
             factor: cute.struct.MemRange[Float32, 2 * 64]
             inverse: cute.struct.MemRange[Float32, 64]
             known: cute.struct.MemRange[Int64, 1]
+            parts_full: cute.struct.MemRange[Int64, merges]
+            share: cute.struct.MemRange[Int32, merges * SHARE_FIELDS * (SHARES + 1)]
             verdict: cute.struct.MemRange[Int32, 4]
             ring: cute.struct.Align[cute.struct.MemRange[operand, cute.cosize(ring_layout)], 1024]
             rope: cute.struct.Align[cute.struct.MemRange[dtype, rope_bytes // 2], 1024]
@@ -225,6 +234,8 @@ class DecodeSparse:
             block=[THREADS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
+            use_pdl=self.config.start == "early",
+            cooperative=self.config.merges,
         )  # fmt: skip
 
     @cute.kernel
@@ -278,6 +289,7 @@ class DecodeSparse:
                 "full", "empty", "rope_full", "rope_empty", "q_full", "q_empty", "p_full", "p_empty", "go", "sum_full",
                 "sum_empty", "piece_full", "piece_empty", "known",
             )},
+            **self.merge_storage(store),
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             plan=store.plan.get_tensor(cute.make_layout(4)),
             valid=store.valid.get_tensor(cute.make_layout((4, 4))),
@@ -321,18 +333,26 @@ class DecodeSparse:
                     (c.sum_full, 4 * 8, 1),
                     (c.sum_empty, 8, 1),
                     *(((c.known, 4, 1),) if self.is_fp16 else ()),
+                    *(((c.parts_full, 1, 1),) if self.config.merges else ()),
                     (c.piece_full, 1, PIECES),
                     (c.piece_empty, 12 + 3, PIECES),  # math warps and the other producers
                 ):
                     for i in range(copies):
                         cute.arch.mbarrier_init(pointer_ + i, count)
+                if const_expr(self.config.merges):
+                    self.begin_shares(c)
             cpasync.prefetch_descriptor(tma_q)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if const_expr(self.config.early_merge):
             cute.arch.griddepcontrol_launch_dependents()  # the merge, which waits for the end of this kernel itself
+        if const_expr(self.config.start == "early"):
+            # What is read from here on, the kernel before may have written. Producers wait behind the plan, which was made
+            # on the host and never changes.
+            if warp_idx < 12:
+                cute.arch.griddepcontrol_wait()
         is_wanted = Boolean(True)
-        if const_expr(not self.is_fp16):
+        if const_expr(not self.is_fp16 and self.config.start == "plain"):  # what repeats CTAs starts plainly
             if has_redo != 0:
                 is_wanted = redo[part, token, m_block] != 0
 
@@ -432,6 +452,9 @@ class DecodeSparse:
                 fields[FIRST_BLOCK, index] = block
                 fields[STOP, index] = own
                 fields[SPLIT_SLOT, index] = first_slot + split if is_split else Int32(-1)
+                if const_expr(self.config.merges):
+                    fields[FIRST_SLOT, index] = first_slot
+                    fields[PIECES_OF, index] = c.num_splits[request + 1] - first_slot
                 # A token with a shorter list than its request's longest skips tiles; an empty piece is one masked tile.
                 tiles = cutlass.max(cutlass.min(count, own_tiles - block), 1)
                 block += step
@@ -448,6 +471,8 @@ class DecodeSparse:
         """How many leading indices of this CTA's token count."""
         own = topk
         if is_given != 0:
+            if const_expr(self.config.start == "early"):
+                cute.arch.griddepcontrol_wait()
             asked = lengths[request, c.token]
             own = cutlass.min(cutlass.max(asked, 0), topk)
             if (own != asked) & (c.m_block == 0):
@@ -495,9 +520,12 @@ class DecodeSparse:
             self.begin_plan(c)
             for first in cutlass.range(AHEAD, unroll=1):
                 self.describe(c, first)
+        if const_expr(self.config.start == "early"):
+            cute.arch.griddepcontrol_wait()
         tiles = self.next_piece(c, Int32(0))
-        if s.is_lead & (tiles > 0):
-            self.load_q(c, Int32(0))
+        if const_expr(self.config.start == "plain"):
+            if s.is_lead & (tiles > 0):
+                self.load_q(c, Int32(0))
         # Of the tiles to come: the cursor in the indices; where tile j + 1 has the lane's key; tile j + 2's index. And
         # whether tiles j, j + 1, j + 2 are of the second cache.
         at_piece, left, room, address = Int32(0), Int32(0), Int32(0), Int64(0)
@@ -512,6 +540,9 @@ class DecodeSparse:
             for i in cutlass.range_constexpr(4):
                 self.load_codes(c, s, offsets[i], extra0, ORDER[p], i, p)
             self.commit()
+        if const_expr(self.config.start == "early"):  # Q behind the first rows, of which there are more
+            if s.is_lead & (tiles > 0):
+                self.load_q(c, Int32(0))
         offset, scale_offset = self.locate(c, s, index1, extra1)
         self.prefetch(c, offset, extra1)
         caches = extra0 | (extra1 << 1) | (extra2 << 2)  # one bit per tile to come
@@ -1280,14 +1311,28 @@ class DecodeSparse:
                 count += 1
             cute.arch.mbarrier_wait(c.sum_full, piece & 1)
             f0, f1 = c.inverse[row0], c.inverse[row0 + 8]
-            for acc in accs:
-                self.rescale(acc, f0, f1)
+            if const_expr(self.config.merges):
+                factors = cute.make_rmem_tensor(4, Float32)
+                factors[0], factors[1], factors[2], factors[3] = f0, f1, f0, f1
+                if c.piece[SPLIT_SLOT, piece % PIECES] >= 0:
+                    self.scale_units(c, accs, c.piece[SPLIT_SLOT, piece % PIECES], half, factors)
+                for x in cutlass.range_constexpr(2):
+                    self.rescale(accs[x], factors[2 * x], factors[2 * x + 1])
+            else:
+                for acc in accs:
+                    self.rescale(acc, f0, f1)
             cute.arch.fence_view_async_shared()  # the loads are done before the arrival
             self.arrive(c.sum_empty)
             self.store_out(c, accs, piece % PIECES, half, row0)
+            if const_expr(self.config.merges):
+                slot, fields = c.piece[SPLIT_SLOT, piece % PIECES], (REQUEST, FIRST_SLOT, PIECES_OF)
+                if slot >= 0:
+                    self.announce(c, slot, *(c.piece[field, piece % PIECES] for field in fields))
             self.arrive(c.piece_empty + piece % PIECES)
             piece += 1
             tiles = self.next_piece(c, piece)
+        if const_expr(self.config.merges):
+            self.merge(c)
 
     @cute.jit
     def rescale(self, acc: cute.Tensor, f0: Float32, f1: Float32):
@@ -1304,12 +1349,16 @@ class DecodeSparse:
     ):  # fmt: skip
         """O, divided by its sums: fp32 partials of a split request, else the output rows."""
         split_slot, request = c.piece[SPLIT_SLOT, index], c.piece[REQUEST, index]
+        if const_expr(self.config.merges):
+            if split_slot >= 0:
+                self.store_units(c, accs, split_slot, half)
         for side in cutlass.range_constexpr(2):
             head = c.m_block * 64 + row0 + 8 * side
             # Lanes exchange values, so all take part; those of rows behind the end do not store.
             if split_slot >= 0:
-                line = c.out_accum[split_slot, c.token * c.h_q + head, None]
-                self.store_row(line, accs, c, half, side, head < c.h_q, Float32)
+                if const_expr(not self.config.merges):
+                    line = c.out_accum[split_slot, c.token * c.h_q + head, None]
+                    self.store_row(line, accs, c, half, side, head < c.h_q, Float32)
             else:
                 line = c.out[request, c.token, head, None]
                 self.store_row(line, accs, c, half, side, head < c.h_q, cutlass.BFloat16)

@@ -94,7 +94,9 @@ def launch(
         metadata, num_splits: the plan (`config.plan`).
         out_accum: fp32 [pieces, s_q * h_q, 512]; row = token, head.
         lse2_accum: fp32 [pieces, s_q * h_q], base 2.
-        redo: int32 [parts, s_q, 64-head blocks], for variants with fp16 operands and those behind them.
+        redo: int32 [parts, s_q, 64-head blocks], for variants with fp16 operands and those behind them. For those that merge at
+            least [pieces, s_q, 64-head blocks] counts of stored pieces, all 0, one after the other in any shape; and their
+            out_accum has PARTIAL_ROWS rows for each of these blocks (`merge`).
         chunk_blocks: piece length of batch_invariant, else 0.
     """
     q, out, lse = operands.q, operands.out, operands.lse
