@@ -176,7 +176,7 @@ def test_two_groups_share_the_tiles_of_a_part_that_has_several(changes, is_paire
         chosen = small.configs(asked, H100)[0]
         assert chosen.pairs == is_paired
         assert chosen in small.VARIANTS
-        assert small.workspace(asked, chosen, 16, "balanced", 4096).exchange[2] == chosen.rows * 576
+        assert small.workspace(asked, chosen, 16, "balanced", 4096).exchange[2] == chosen.rows * chosen.words_per_row
 
 
 def test_other_targets_are_refused():
@@ -189,7 +189,7 @@ def test_workspace_is_fixed_by_the_problem():
     parts = small.num_parts(asked, H100)
     assert parts == 64
     room = small.workspace(asked, chosen, parts, "balanced", 4096)
-    assert room.exchange == (2, 4 + 64, 16 * 576)
+    assert room.exchange == (2, 4 + 64, 16 * 328)
     chunked = small.workspace(asked, chosen, parts, "batch_invariant", 256)
     assert chunked.exchange[1] == 4 * 5
     windowed = small.workspace(problem(window=200), chosen, parts, "batch_invariant", 256)
@@ -209,7 +209,7 @@ def test_wide_plans_take_every_sm_and_pay_for_partials(h_kv, parts, merge):
     assert small.num_parts(asked, H100) == parts
     told = small.splitting(asked, config, parts)
     assert (told.merge_blocks, told.merge_from) == (merge, 1)
-    assert small.workspace(asked, config, parts, "balanced", 8192).exchange == (h_kv, 128 + parts, 64 * 576)
+    assert small.workspace(asked, config, parts, "balanced", 8192).exchange == (h_kv, 128 + parts, 64 * 328)
     assert small.splitting(problem(), small.configs(problem(), H100)[0], 128) == small.Splitting()
 
 
