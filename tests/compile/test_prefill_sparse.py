@@ -56,7 +56,7 @@ def test_variant_compiles_within_budget(config, tmp_path):
     sass = disassemble(compiled.cubin_path)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, flags=re.MULTILINE)
     places = [place for place, text in enumerate(opcodes) if "HGMMA" in text]
-    if config.split or (config.form, config.d_qk) == ("rows", 512):  # the others are slower for it, all the same
+    if config.split or config.form == "rows":  # the others are slower for it, all the same
         assert places[config.d_qk // 16 - 1] - places[0] <= BUDGET["scores_instructions"]
     roles = re.findall(r"USETMAXREG\S*\s+(?:UP0, )?(0x[0-9a-f]+)", sass)
     assert sorted(int(value, 16) for value in roles) == sorted(gather.ROLES.values())

@@ -66,10 +66,11 @@ class Config:
         gate_left, gate_right: the wgmma of a tile's scores after which the left and right half of the tile before may
             be multiplied; -1 when all are issued, -2 when all are complete.
         last_gate: when both halves of a token's last tile may be multiplied: when the scores of the next token are issued, or
-            as soon as its probabilities are there.
-        q_late: whether Q for shared memory is copied behind the first two quarters of a token's first tile instead of before
-            its keys. It has to wait until the last scores of the token before are complete; keys need not. Also makes the
-            addresses of a tile's rows once.
+            as soon as its probabilities are there. "left": the left half as soon as these are there, the right one then.
+        q_late: whether Q for shared memory may be copied behind quarters of a token's first tile instead of before its keys. It
+            has to wait until the last scores of the token before are complete; keys need not. Also makes the addresses of a
+            tile's rows once.
+        q_after: with `q_late`: behind how many quarters, 0 to 2.
         start: the reference of a token's first tile. "zero": scores times log2 e are taken as they are where their
             exponentials neither grow nor vanish; "careful": the largest is found first.
         fence: whether the readers of the ring order the copies of keys, which are generic writes, before the tensor cores'
@@ -85,8 +86,9 @@ class Config:
     gate_left: int = -1
     gate_right: int = -2
     fence: Literal["none", "joint"] = "none"
-    last_gate: Literal["next", "now"] = "next"
+    last_gate: Literal["next", "left", "now"] = "next"
     q_late: bool = False
+    q_after: int = 2
     start: Literal["careful", "zero"] = "careful"
     split: bool = False
 
@@ -97,8 +99,8 @@ class Config:
 
     @property
     def gates(self) -> int:
-        """Barriers of the gates: two halves, two tiles, and with "now" one that nobody waits for."""
-        return 5 if self.last_gate == "now" else 4
+        """Barriers of the gates: two halves, two tiles, and one that nobody waits for unless the next token opens all."""
+        return 4 if self.last_gate == "next" else 5
 
     @property
     def spare(self) -> int:
@@ -147,8 +149,9 @@ def variant(form: Literal["rows", "pages"], d_qk: int) -> Config:
     """
     if form == "pages":
         return Config(form, d_qk)
-    left = 31 if d_qk == 576 else -1
-    return Config(form, d_qk, gate_left=left, gate_right=-1, last_gate="now", q_late=True, start="zero")
+    if d_qk == 576:
+        return Config(form, d_qk, gate_left=31, gate_right=-1, last_gate="now", q_late=True, q_after=0, start="zero")
+    return Config(form, d_qk, gate_left=-1, gate_right=-1, last_gate="left", q_late=True, q_after=1, start="zero")
 
 
 @dataclass(frozen=True)

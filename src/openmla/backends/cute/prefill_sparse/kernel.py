@@ -574,7 +574,7 @@ class PrefillSparse:
         self, c: cutlass.Constexpr, addresses: cute.Tensor, place: Int32, turn: Int32, slot: Int32, phase: Int32,
         offset: Int32, index: Int32, at: Int32, tile: Int32, at_length: Int32, ahead: Int32,
     ):  # fmt: skip
-        """Everything about a tile up to its second quarter."""
+        """Everything about a tile up to its first quarter."""
         valid, now = c.valid, offset
         absent = self.spread(c, addresses, now)
         present = cute.arch.vote_ballot_sync(now != NO_ROW) & 0xFFFF
@@ -585,12 +585,13 @@ class PrefillSparse:
         if c.lane == 0:
             valid[c.warp, (turn >> 3) & 3] = present
         slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 0)
-        slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 1)
         return now, absent, slot, phase, offset, index, at, tile, at_length, ahead
 
     @cute.jit
     def produce_late(self, c: cutlass.Constexpr):
-        """As `produce`, with the rest of Q between the halves of a token's first tile."""
+        """As `produce`, with the rest of Q behind quarters of a token's first tile: before the first that has to wait for the
+        values of the tile before last to free a slot, which they do when the scores are complete that Q waits for.
+        """
         cfg = self.config
         place = lane_place(c.warp, c.lane)
         addresses = cute.make_rmem_tensor(4, Int64)
@@ -610,11 +611,18 @@ class PrefillSparse:
                 self.copy_heads(c, token, c.ring_base + slot * SLOT_BYTES + place, 2 * e, 2)
                 self.hand_over(c.full + slot)
                 slot, phase = self.next_slot(slot, phase)
+            if const_expr(cfg.q_after == 0):
+                self.copy_rest(c, token, place, turn)
             now, absent, slot, phase, offset, index, at, tile, at_length, ahead = self.begin_tile(
                 c, addresses, place, turn, slot, phase, offset, index, at, tile, at_length, ahead
             )
-            self.copy_rest(c, token, place, turn)
-            absent = self.spread(c, addresses, now)  # again, so that they take no registers meanwhile
+            if const_expr(cfg.q_after == 1):
+                self.copy_rest(c, token, place, turn)
+                absent = self.spread(c, addresses, now)  # again, so that they take no registers meanwhile
+            slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 1)
+            if const_expr(cfg.q_after == 2):
+                self.copy_rest(c, token, place, turn)
+                absent = self.spread(c, addresses, now)  # likewise
             for j in cutlass.range(tiles, unroll=1):
                 if const_expr(cfg.has_rope):  # free when S before is complete
                     cute.arch.mbarrier_wait(c.rope_empty, ((turn >> 3) & 1) ^ 1)
@@ -628,6 +636,7 @@ class PrefillSparse:
                     now, absent, slot, phase, offset, index, at, tile, at_length, ahead = self.begin_tile(
                         c, addresses, place, turn, slot, phase, offset, index, at, tile, at_length, ahead
                     )
+                    slot, phase = self.copy_unit(c, addresses, absent, place, slot, phase, 1)
             turn = turn & -8 | turn + 1 & 7
             token += c.parts
             length = self.list_length(c, token, True)
@@ -665,8 +674,7 @@ class PrefillSparse:
         # Every phase follows from a running count: ring slots filled, tiles, pieces.
         slot, phase, count, piece = Int32(0), Int32(0), Int32(0), Int32(0)
         self.arrive(c.p_full)  # tiles count from 1: for all three warpgroups tile 0 has been
-        if const_expr(cfg.last_gate == "now"):
-            self.open_gates(c, Int32(0))
+        self.open_last(c, Int32(0))
         tiles = self.next_piece(c, piece)
         while tiles > 0:
             for e in cutlass.range_constexpr(cfg.q_regs // 2):
@@ -691,14 +699,14 @@ class PrefillSparse:
                 count += 1
             cute.arch.fence_view_async_shared()
             self.arrive(c.p_full + (count & 1))
-            if const_expr(cfg.last_gate == "now"):
-                self.open_gates(c, count & 1)
+            self.open_last(c, count & 1)
             self.sums(c, s, piece, m0, m1, l0, l1, x0, x1)
             piece += 1
             tiles = self.next_piece(c, piece)
-        if const_expr(cfg.last_gate == "next"):
+        if const_expr(cfg.last_gate != "now"):
             if count > 0:  # no scores follow that would open the gates of the last tile
-                self.arrive(c.go + (count & 1))
+                if const_expr(cfg.last_gate == "next"):
+                    self.arrive(c.go + (count & 1))
                 self.arrive(c.go + 2 + (count & 1))
 
     @cute.jit
@@ -711,10 +719,12 @@ class PrefillSparse:
         return sink
 
     @cute.jit
-    def open_gates(self, c: cutlass.Constexpr, buf: Int32):
-        """Both halves of a tile may be multiplied."""
-        self.arrive(c.go + buf)
-        self.arrive(c.go + 2 + buf)
+    def open_last(self, c: cutlass.Constexpr, buf: Int32):
+        """What of a token's last tile may be multiplied before the scores of the next one are issued."""
+        if const_expr(self.config.last_gate != "next"):
+            self.arrive(c.go + buf)
+        if const_expr(self.config.last_gate == "now"):
+            self.arrive(c.go + 2 + buf)
 
     @cute.jit
     def step(
@@ -728,9 +738,11 @@ class PrefillSparse:
         # The last P of a token is handed over: the first of the next one arrives where nobody waits. A branch between wgmmas
         # would make ptxas wait for each of them.
         before = buf if j > 0 else Int32(2)
-        is_now, left, right = cfg.last_gate == "now", None, None
-        if const_expr(is_now):  # likewise
-            left, right = c.go + (buf if j > 0 else Int32(4)), c.go + (buf + 2 if j > 0 else Int32(4))
+        left, right = None, None
+        if const_expr(cfg.last_gate != "next"):  # likewise
+            left = c.go + (buf if j > 0 else Int32(4))
+        if const_expr(cfg.last_gate == "now"):
+            right = c.go + (buf + 2 if j > 0 else Int32(4))
         valid0, valid1 = Int32(0), Int32(0)
         issued = 0
         for group in cfg.groups:
@@ -764,20 +776,20 @@ class PrefillSparse:
                         b = s.b_rope[None, None, k, 0] if e < 0 else s.b_ring[None, None, k, place]
                         cute.gemm(c.qk_ss, acc, s.a_smem[None, None, column - 4 * cfg.q_regs], b, acc)
                     if const_expr(issued == cfg.gate_left):
-                        self.arrive(left if is_now else c.go + buf)
+                        self.arrive(c.go + buf if left is None else left)
                     if const_expr(issued == cfg.spare):
                         self.arrive(c.p_full + 2)  # nobody's; see Config.spare
                     if const_expr(issued == cfg.gate_right):
-                        self.arrive(right if is_now else c.go + 2 + buf)
+                        self.arrive(c.go + 2 + buf if right is None else right)
                     issued += 1
                     if const_expr(issued == 8 and cfg.fence != "joint"):
                         cute.arch.fence_view_async_shared()
                         self.arrive(c.p_full + before)
         warpgroup.commit_group()
         if const_expr(cfg.gate_left == -1):
-            self.arrive(left if is_now else c.go + buf)
+            self.arrive(c.go + buf if left is None else left)
         if const_expr(cfg.gate_right == -1):
-            self.arrive(right if is_now else c.go + 2 + buf)
+            self.arrive(c.go + 2 + buf if right is None else right)
         # What the exponentials need beside the scores, while these are made.
         mine = buf ^ 1
         n0, n1 = self.negative(m0), self.negative(m1)
@@ -786,9 +798,9 @@ class PrefillSparse:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             if const_expr(cfg.gate_left == -2):
-                cute.arch.mbarrier_arrive(left if is_now else c.go + buf)
+                cute.arch.mbarrier_arrive(c.go + buf if left is None else left)
             if const_expr(cfg.gate_right == -2):
-                cute.arch.mbarrier_arrive(right if is_now else c.go + 2 + buf)
+                cute.arch.mbarrier_arrive(c.go + 2 + buf if right is None else right)
             if const_expr(cfg.has_rope):
                 cute.arch.mbarrier_arrive(c.rope_empty)
         if j + 1 == tiles:
