@@ -143,6 +143,9 @@ class Lanes:
     def do_sub(self, p: list[str], o: list[str]) -> Any:
         return self._arithmetic(p, o, np.subtract)
 
+    def do_abs(self, p: list[str], o: list[str]) -> Any:
+        return self._arithmetic(p, o, np.abs)
+
     def do_neg(self, p: list[str], o: list[str]) -> Any:
         return self._arithmetic(p, o, np.negative)
 

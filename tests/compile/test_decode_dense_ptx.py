@@ -47,7 +47,7 @@ def compiled(
 class Call:
     """One problem with everything in it that must not matter poisoned, and a launch of it that merges."""
 
-    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0, loaders=1) -> None:
+    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0, loaders=1, sizes=()) -> None:
         gen = torch.Generator().manual_seed(0)
         used, batch = [-(-length // 64) for length in lengths], len(lengths)
         pages = sum(used) + 2
@@ -58,6 +58,8 @@ class Call:
             self.table[b, :count] = order[sum(used[:b]) : sum(used[:b]) + count]
             if lengths[b] % 64:
                 self.kv[self.table[b, count - 1].long(), lengths[b] % 64 :] = NAN
+        for b, size in enumerate(sizes):
+            self.kv[self.table[b, : used[b]].long()] *= 2.0**size
         self.kv[order[sum(used) :].long()] = NAN
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
         self.q = (times * torch.randn(batch, s_q, h_q, 576, generator=gen)).bfloat16()
@@ -158,13 +160,28 @@ def test_row_blocks_with_fewer_rows_than_64_merge_on_their_own():
     call.check()
 
 
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_partials_of_half_the_bytes_hold_values_of_any_size(loaders):
+    call = Call((130, 200, 190, 150), parts=8, loaders=loaders, times=0.0, sizes=(-110, 118, 0, -60))
+    assert min(call.num_splits.diff().tolist()) > 1
+    nan = call.table[2, 1].long()
+    call.kv[nan, 3, 0, 5] = NAN  # in a piece of its own, which every row sees
+    call.run(4)
+    assert call.out[2].isnan().all()
+    assert not call.out[[0, 1, 3]].isnan().any()
+    call.kv[nan, 3, 0, 5] = 0.0
+    call.run(5)
+    call.check()
+
+
 def test_the_share_of_an_only_piece_stays_in_shared_memory():
     call = Call((200,), h_q=40, s_q=2, parts=4, loaders=2)
     assert call.num_splits.tolist() == [0, 4], "a part has one piece"
     call.run(3)
     call.check()
-    pieces = call.out_accum[:4]
+    pieces = call.out_accum[:4, :, : 32 * 512]
     assert pieces.isnan().any(dim=-1).all(), "what stays does not go to memory"
+    assert call.out_accum[:4, :, 32 * 512 + 64 :].isnan().all(), "half of the bytes, and the scales"
 
 
 def test_a_part_that_does_not_come_is_waited_for():

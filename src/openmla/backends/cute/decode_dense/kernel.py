@@ -78,14 +78,28 @@ from cutlass.memory import SmemAllocator
 from openmla.backends.cute import mod_math
 from openmla.backends.cute.decode_dense.config import Config
 from openmla.backends.cute.decode_dense.exchange import Exchange
+from openmla.backends.cute.decode_dense.shares import (
+    COUNT,
+    HALVED_UNITS,
+    LN2,
+    LOG2_E,
+    SHARE_COORD,
+    SHARE_FIELDS,
+    SHARE_S_Q,
+    SHARE_TOKEN0,
+    SHARES,
+    SLOT0,
+    SLOT_BYTES,
+    SPLIT,
+    UNITS,
+    Shares,
+)
 from openmla.backends.cute.decode_dense.soft_cap import SoftCap, reference
 
 THREADS = 512
-SLOT_BYTES = 64 * 128 * 2
 SLICE_BYTES = 64 * 64 * 2
 PIECES, PIECES_LOG2 = 4, 2  # descriptors between the planner and the other warps
 EVICT_FIRST = 0x12F0000000000000
-LN2, LOG2_E = 0.6931471805599453, 1.4426950408889634
 FAULT_PAGE, FAULT_LENGTH_NEGATIVE, FAULT_LENGTH_OVER_CAPACITY = 1, 2, 4
 # A finite start for the running maximum: -inf would make -inf - -inf where a row has seen no key. Rows behind the last one
 # start at its negative, above HIDDEN, so that nothing makes them move.
@@ -100,13 +114,7 @@ TILES, REQUEST, FIRST_BLOCK, LENGTH, STOP, SPLIT_SLOT, TOKEN0, S_Q, BATCH_COORD,
 PIECES_OF, SLOT_OF = range(12, 14)  # of the request: how many pieces, slot of the first
 FIELDS = 14
 
-# Fields of a share descriptor, beside TOKEN0, S_Q and BATCH_COORD: pieces of the request (0 ends the list), slot of the
-# first, which of them this CTA computed.
-COUNT, SLOT0, SPLIT, SHARE_TOKEN0, SHARE_S_Q, SHARE_COORD = range(6)
-SHARE_FIELDS, SHARES = 6, 2  # descriptors between the planner and the value warps
-UNITS, UNIT_BYTES = 4 * 64, 512  # of a partial: what a warp stores at once, 8 columns of 16 rows
 LONG = 48  # tiles of a piece from which on prefetching pays: 1.5 us lost at 4 tiles, 0.5 at 32 (merge2.1), 15 % won at 1,000
-MAX_POLLS = 1 << 24  # some ten seconds; what is missing then is added up as it is, and the process lives on
 
 # The word that goes with a tile: keys that count (0 to 64), a bit where rows differ or pages are missing, and above bit 8
 # how many of its first keys no row sees. FULL needs no mask at all.
@@ -120,17 +128,19 @@ class Scope:
         self.__dict__.update(names)
 
 
-class DecodeDense(SoftCap, Exchange):
+class DecodeDense(SoftCap, Exchange, Shares):
     """The launch (`__call__`) and the device code (`kernel` and one method per warp role)."""
 
     registers = 152, 160, 40  # scores, values (two), loads: 512 x 128 threads
     idle_at = -1  # the wgmma of a tile's scores behind which warps arrive at `idle`
-    units = UNITS  # of a block's partial that pieces store and the merge reads
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dtype = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
         self.smem_bytes = 0
+        # fp16 rounds its results no more coarsely than halves would; several clusters of two merge little
+        self.is_halved = config.dtype == "bf16" and config.q_regs == 4 and not config.mods and not config.is_exchanged
+        self.units = HALVED_UNITS if self.is_halved else UNITS
 
     @cute.jit
     def __call__(
@@ -397,14 +407,6 @@ class DecodeDense(SoftCap, Exchange):
     @cute.jit
     def note(self, c: cutlass.Constexpr, index: Int32, count: Int32, is_end: cutlass.Constexpr):
         """What a schedule adds to the descriptor of a piece behind `count` pieces, or of their end; one lane does."""
-
-    @cute.jit
-    def store_units(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, units: cute.Tensor, index: Int32, half: Int32):
-        """A warp's part of a partial."""
-        for h in cutlass.range_constexpr(2):
-            quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
-            for i in cutlass.range_constexpr(16):
-                cute.autovec_copy(quads[None, i], units[None, i, h])
 
     # ------------------------------------------------------------------ small steps that several roles share
 
@@ -1149,6 +1151,8 @@ class DecodeDense(SoftCap, Exchange):
             cute.arch.mbarrier_wait(c.sum_full, turn & 1)
             row0 = self.first_row(c)
             f0, f1 = c.inverse[row0], c.inverse[row0 + 8]
+            if const_expr(self.is_halved):
+                f0, f1 = self.halve_rows(c, accs, c.piece[SPLIT_SLOT, turn & PIECES - 1], half, row0, f0, f1)
             for acc in accs:
                 for i in cutlass.range_constexpr(16):
                     acc[i * 4 + 0] = acc[i * 4 + 0] * f0
@@ -1238,13 +1242,13 @@ class DecodeDense(SoftCap, Exchange):
         token0, batch = c.piece[TOKEN0, index], c.piece[BATCH_COORD, index]
         if split_slot >= 0:
             # As the accumulators lie: 16 bytes per thread, 512 contiguous bytes per warp, no shuffles.
-            block = c.out_accum[split_slot, c.kv_head * c.row_blocks + c.m_block, None].iterator
-            thread = cute.arch.shuffle_sync_bfly(c.thread, 0)
-            units = cute.make_tensor(
-                (block + ((thread >> 5) * (64 * 128) + half * (32 * 128) + (thread & 31) * 4)).align(16),
-                cute.make_layout((4, 16, 2), stride=(1, 128, 16 * 128)),
-            )
-            self.store_units(c, accs, units, index, half)
+            if const_expr(self.is_halved):
+                if c.is_merged != 0:
+                    self.store_halves(c, accs, split_slot, index, half)
+                else:
+                    self.store_units(c, accs, split_slot, half)
+            else:
+                self.store_units(c, accs, split_slot, half)
         else:
             for side in cutlass.range_constexpr(2):
                 row = c.m_block * 64 + row0 + 8 * side
@@ -1305,196 +1309,3 @@ class DecodeDense(SoftCap, Exchange):
                         c.piece[PIECES_OF, index] - 1,
                     ],
                 )
-
-    @cute.jit
-    def merge(self, c: cutlass.Constexpr, own: Int32 | None = None):
-        """Shares of the requests of which this CTA computed a piece, behind all of its pieces: by the value warps.
-
-        Whoever computed piece i of n merges the units [units i / n, units (i + 1) / n) of a block: as many stretches of memory as
-        there are pieces, which go into the ring at once. The order of a sum depends on n alone. Where `own` is not 0, the
-        share of this CTA's piece is in the ring already.
-        """
-        turn, load = Int32(0), Int32(0)
-        cute.arch.mbarrier_wait(c.share_full, 0)
-        pieces = cute.arch.make_warp_uniform(c.share[COUNT, 0])
-        while pieces > 0:
-            index = turn & SHARES - 1
-            split, slot, block = c.share[SPLIT, index], c.share[SLOT0, index], c.kv_head * c.row_blocks + c.m_block
-            begin, end = split * self.units // pieces, (split + 1) * self.units // pieces
-            together = cutlass.max(self.config.slots * SLOT_BYTES // UNIT_BYTES // pieces, 1)
-            self.await_pieces(c, slot, block)
-            kept = own if const_expr(own is None) else (split if own != 0 else Int32(-1))
-            at = begin
-            while at < end:
-                stop = cutlass.min(at + together, end)
-                if c.warp_idx == 4:
-                    self.fetch(c, pieces, at, stop, c.out_accum[slot, block, None].iterator.toint(), kept)
-                if at == begin:
-                    self.weigh(c, index, pieces, begin, end, slot, block)
-                cute.arch.mbarrier_wait(c.parts_full, load & 1)
-                self.add_up(c, pieces, at, stop, begin >> 6)
-                cute.arch.fence_view_async_shared()
-                load += 1
-                at = stop
-                if at < end:
-                    cute.arch.barrier(barrier_id=3, number_of_threads=256)
-            self.arrive(c.share_empty + index)
-            turn += 1
-            cute.arch.mbarrier_wait(c.share_full + (turn & SHARES - 1), (turn >> 1) & 1)
-            pieces = cute.arch.make_warp_uniform(c.share[COUNT, turn & SHARES - 1])
-
-    @cute.jit
-    def await_pieces(self, c: cutlass.Constexpr, slot: Int32, block: Int32):
-        """Until every piece of a request is stored. This CTA's are counted, so a count of 0 says that all are."""
-        if c.warp_idx == 4:
-            address = (c.arrivals.iterator + (slot * c.arrivals.stride[0] + block)).toint()
-            polls = Int32(MAX_POLLS)
-            while polls > 0:
-                count = cute.arch.inline_ptx(
-                    "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address]
-                )
-                polls = polls - 1 if count != 0 else Int32(0)
-        cute.arch.barrier(barrier_id=3, number_of_threads=256)
-
-    @cute.jit
-    def fetch(
-        self, c: cutlass.Constexpr, pieces: Int32, at: Int32, stop: Int32, data: Int64, kept: Int32 | None = None
-    ):  # fmt: skip
-        """Start the copies of the units [at, stop) of all pieces into the ring, where nobody needs anything any more.
-
-        `kept`: the piece that is there already, or -1.
-        """
-        size = (stop - at) * UNIT_BYTES
-        cute.arch.inline_ptx("fence.proxy.async;")  # others stored what the copy engine now reads
-        with cute.arch.elect_one():
-            if const_expr(kept is None):
-                cute.arch.mbarrier_arrive_and_expect_tx(c.parts_full, pieces * size)
-            else:
-                cute.arch.mbarrier_arrive_and_expect_tx(c.parts_full, (pieces if kept < 0 else pieces - 1) * size)
-        cute.arch.sync_warp()
-        ring, step = c.s_ring.iterator.toint().to(Int32), Int64(c.out_accum.stride[0]) * 4
-        barrier = c.parts_full.toint().to(Int32)
-        for piece in cutlass.range(c.lane, pieces, 32, unroll=1):
-            if const_expr(kept is None):
-                self.bring(ring + piece * size, data + (Int64(piece) * step + at * UNIT_BYTES), size, barrier)
-            else:
-                if piece != kept:
-                    self.bring(ring + piece * size, data + (Int64(piece) * step + at * UNIT_BYTES), size, barrier)
-
-    @cute.jit
-    def bring(self, to: Int32, source: Int64, size: Int32, barrier: Int32):
-        """Bytes of memory into shared memory, counted at a barrier."""
-        cute.arch.inline_ptx(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-            read_only_args=[to, source, size, barrier],
-        )
-
-    @cute.jit
-    def weigh(
-        self, c: cutlass.Constexpr, index: Int32, pieces: Int32, begin: Int32, end: Int32, slot: Int32, block: Int32
-    ):
-        """Weights of all pieces for the rows of the units [begin, end), into shared memory; their lse to memory.
-
-        Eight threads per row. `weights` holds [16 rows' number from that of `begin` on][piece][16]. It lies where Q was: every
-        value warp is through with Q, and with the table before, when the pieces are awaited.
-        """
-        tid = (c.warp_idx - 4) * 32 + c.lane
-        first, eighth = begin >> 6, tid & 7
-        lse2 = cute.make_rmem_tensor(4, Float32)
-        stats = (c.lse2_accum.iterator + (slot * c.lse2_accum.stride[0] + block * 64)).toint()
-        step, weights = Int64(c.lse2_accum.stride[0]) * 4, c.weights.iterator
-        for group in cutlass.range(first, (end + 63) >> 6, 2, unroll=1):
-            row = group * 16 + (tid >> 3)
-            many = pieces if (row >> 4) * 64 < end else Int32(0)
-            mine = stats + row * 4
-            table = cute.make_tensor(
-                weights + (((row >> 4) - first) * pieces * 16 + (row & 15)), cute.make_layout(512, stride=16)
-            )
-            peak = -Float32.inf
-            for base in cutlass.range(0, many, 32, unroll=1):
-                lse2.fill(-Float32.inf)
-                for u in cutlass.range_constexpr(4):
-                    piece = base + u * 8 + eighth
-                    if piece < many:  # not from L1, which may hold what was there before
-                        lse2[u] = cute.arch.inline_ptx(
-                            "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Float32],
-                            read_only_args=[mine + Int64(piece) * step],
-                        )  # fmt: skip
-                for u in cutlass.range_constexpr(4):
-                    piece = base + u * 8 + eighth
-                    if piece < many:
-                        table[piece] = lse2[u]
-                    peak = cute.arch.fmax(peak, lse2[u])
-            for d in (1, 2, 4):
-                peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, d))
-            shift = peak if peak > -Float32.inf else Float32(0.0)
-            total = Float32(0.0)
-            for piece in cutlass.range(eighth, many, 8, unroll=1):
-                weight = cute.math.exp2(table[piece] - shift, fastmath=True)
-                total += weight
-                table[piece] = weight
-            cute.arch.sync_warp()
-            for d in (1, 2, 4):
-                total += cute.arch.shuffle_sync_bfly(total, d)
-            if many > 0:
-                # of the units of 16 rows, whoever has the first writes their lse
-                factor = self.close_row(c, index, row, peak, total, eighth == 0, begin <= (row >> 4) * 64)
-                for piece in cutlass.range(eighth, many, 8, unroll=1):
-                    table[piece] = table[piece] * factor
-        cute.arch.barrier(barrier_id=3, number_of_threads=256)
-
-    @cute.jit
-    def close_row(
-        self, c: cutlass.Constexpr, index: Int32, row: Int32, peak: Float32, total: Float32, is_writer: Boolean,
-        has_lse: Boolean,
-    ):  # fmt: skip
-        """What the weights of a row are multiplied by; its lse to memory, its place in out to `lines`."""
-        lse, lines, line = c.lse, c.lines, Int64(0)
-        factor, lse2 = Float32(1.0) / total, peak + cute.math.log2(total, fastmath=True)
-        if total == 0.0:  # sees nothing; a NaN stays one
-            factor, lse2 = Float32(0.0), -Float32.inf
-        flat = c.m_block * 64 + row
-        if flat < c.share[SHARE_S_Q, index] * c.heads:
-            token = flat // c.heads
-            head = c.kv_head * c.heads + flat - token * c.heads
-            coord, token = c.share[SHARE_COORD, index], c.share[SHARE_TOKEN0, index] + token
-            if c.has_sink != 0:
-                extra = cute.math.exp2(c.attn_sink[head] * Float32(LOG2_E) - lse2, fastmath=True)
-                factor = factor / (Float32(1.0) + extra) if total != 0.0 else factor
-            line = c.out[coord, token, head, None].iterator.toint()
-            if is_writer & has_lse:
-                lse[coord, head, token] = lse2 * Float32(LN2)
-        if is_writer:
-            lines[row] = line
-        return factor
-
-    @cute.jit
-    def add_up(self, c: cutlass.Constexpr, pieces: Int32, at: Int32, stop: Int32, first: Int32):
-        """Weighted sums of the units [at, stop), which lie in the ring piece by piece; a warp each."""
-        ring, table, lines = cute.recast_ptr(c.s_ring.iterator, None, Float32), c.weights.iterator, c.lines
-        value = cute.make_rmem_tensor(4, Float32)
-        sums = cute.make_rmem_tensor(4, Float32)
-        for unit in cutlass.range(at + c.warp_idx - 4, stop, 8, unroll=1):
-            sums.fill(0.0)
-            data = cute.make_tensor(
-                (ring + ((unit - at) * 128 + c.lane * 4)).align(16),
-                cute.make_layout((4, 512), stride=(1, (stop - at) * 128)),
-            )
-            weights = table + ((unit >> 6) - first) * pieces * 16 + (c.lane >> 2)
-            for piece in cutlass.range(pieces, unroll=4):
-                cute.autovec_copy(data[None, piece], value)
-                weight0, weight1 = (weights + piece * 16).load(), (weights + piece * 16 + 8).load()
-                for i in cutlass.range_constexpr(4):
-                    sums[i] = sums[i] + value[i] * (weight0 if i < 2 else weight1)
-            for side in cutlass.range_constexpr(2):
-                line = lines[(unit >> 6) * 16 + (c.lane >> 2) + 8 * side]
-                if line != 0:
-                    two = cute.make_rmem_tensor(2, self.dtype)
-                    two[0], two[1] = sums[2 * side].to(self.dtype), sums[2 * side + 1].to(self.dtype)
-                    target = cute.make_ptr(
-                        Int32,
-                        line + Int64((unit & 63) * 16 + (c.lane & 3) * 4),
-                        cute.AddressSpace.gmem,
-                        assumed_align=4,
-                    )
-                    cute.make_tensor(target, cute.make_layout(1))[0] = cute.recast_tensor(two, Int32)[0]

@@ -67,17 +67,15 @@ from openmla.backends.cute.decode_dense.kernel import (
     PIECES,
     PIECES_LOG2,
     S_Q,
-    SHARE_FIELDS,
-    SHARES,
     SPLIT_SLOT,
     STOP,
     THREADS,
     TILES,
     TOKEN0,
-    UNITS,
     DecodeDense,
     Scope,
 )
+from openmla.backends.cute.decode_dense.shares import SHARE_FIELDS, SHARES, UNITS
 from openmla.backends.cute.decode_fp8.config import BOX_BYTES, BOXES, COLUMNS, SLOT_BYTES, Config
 
 REGISTERS = (96, 192, 32)  # scores, values, loads; x 128 threads = 65,536

@@ -37,7 +37,6 @@ from openmla.backends.cute.decode_dense.kernel import (
     PIECES_LOG2,
     PIECES_OF,
     SLICE_BYTES,
-    SLOT_BYTES,
     SLOT_OF,
     SPLIT_SLOT,
     STOP,
@@ -46,6 +45,7 @@ from openmla.backends.cute.decode_dense.kernel import (
     DecodeDense,
     Scope,
 )
+from openmla.backends.cute.decode_dense.shares import SLOT_BYTES
 
 NEVER = (1 << 20) - 1  # the largest count of an mbarrier: it never completes, so that nobody misses a wait
 AHEAD = 1  # tiles; two are 0.6 to 4 % slower (log 44)
@@ -60,7 +60,7 @@ class TwoLoaders(DecodeDense):
     @property
     def keeps_share(self) -> bool:
         """A soft cap has no registers left for it: 13 would spill."""
-        return self.config.cap is None
+        return self.is_halved
 
     @property
     def is_odd(self) -> bool:
@@ -333,6 +333,8 @@ class TwoLoaders(DecodeDense):
             cute.arch.mbarrier_wait(c.sum_full, turn & 1)
             row0 = self.first_row(c)
             f0, f1 = c.inverse[row0], c.inverse[row0 + 8]
+            if const_expr(self.is_halved):
+                f0, f1 = self.halve_rows(c, accs, c.piece[SPLIT_SLOT, turn & PIECES - 1], turn >> 30, row0, f0, f1)
             for acc in accs:
                 for i in cutlass.range_constexpr(16):
                     acc[i * 4 + 0] = acc[i * 4 + 0] * f0
@@ -356,34 +358,20 @@ class TwoLoaders(DecodeDense):
         return c.own[turn & PIECES - 1] if const_expr(self.keeps_share) else Int32(0)
 
     @cute.jit
-    def store_units(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, units: cute.Tensor, index: Int32, half: Int32):
-        for h in cutlass.range_constexpr(2):
-            quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
-            stays = self.is_own(c, index, half, h) if const_expr(self.keeps_share) else Boolean(False)
-            if not stays:
-                for i in cutlass.range_constexpr(16):
-                    cute.autovec_copy(quads[None, i], units[None, i, h])
-
-    @cute.jit
     def keep_share(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, index: Int32, half: Int32):
         """The share of the own partial goes where `fetch` puts those of the others, which is where it lies in the partial.
 
         Both halves have counted their piece, so nobody reads the ring any more.
         """
         lane = cute.arch.shuffle_sync_bfly(c.lane, 0)
-        ring = cute.recast_ptr(c.s_ring.iterator, None, Float32)
-        units = cute.make_tensor(
-            (ring + (c.warp * (64 * 128) + half * (32 * 128) + lane * 4)).align(16),
-            cute.make_layout((4, 16, 2), stride=(1, 128, 16 * 128)),
-        )
+        ring = cute.recast_ptr(c.s_ring.iterator, None, Int32)
+        units = (ring + (c.warp * (32 * 128) + half * (16 * 128) + lane * 4)).align(16)
         for h in cutlass.range_constexpr(2):
             if self.is_own(c, index, half, h):
-                quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
-                for i in cutlass.range_constexpr(16):
-                    cute.autovec_copy(quads[None, i], units[None, i, h])
+                self.put_halves(accs[h], cute.make_tensor(units + h * 1024, cute.make_layout((4, 8), stride=(1, 128))))
 
     @cute.jit
     def is_own(self, c: cutlass.Constexpr, index: Int32, half: Int32, h: cutlass.Constexpr) -> Boolean:
-        """Whether this warp's 16 units of a partial are of the share that this CTA merges, so that they need not leave it."""
+        """Whether this warp's eight units of a partial are of the share that this CTA merges, so that they need not leave it."""
         following = cute.arch.shuffle_sync_bfly(index, 0) + 1 & PIECES - 1  # not kept in a register, which would spill
         return (c.own[following] >> c.warp * 4 + half * 2 + h) & 1 != 0
