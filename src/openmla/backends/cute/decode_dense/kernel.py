@@ -46,11 +46,12 @@ Synchronisation (mbarriers; the protocol is run as a model by tests/compile/test
     parts_full           partials of a share -> values             1 arrival + their bytes
 
 Merge
-    Pieces of a split request go to memory as fp32. A CTA counts each of its own, and when it has no more, it waits until the
-    count of a request says that all of them are there, and merges its share of the rows: n-th parts of the partials come
-    into the ring by bulk copies, weights and sums are computed from there. The count wraps to 0 with the last piece, so it
+    Pieces of a split request go to memory as fp16 with a scale for each half of a row (`shares`). A CTA counts each of its own,
+    and when it has no more, it waits until the count of a request says that all of them are there, and merges its share of the
+    rows: n-th parts of the partials come into the ring by bulk copies, weights and sums are computed from there. The count wraps to 0 with the last piece, so it
     is ready for the next launch. Every CTA waits for others, so all must be resident: the launch is cooperative. Where it is
-    told not to merge (batch_invariant), a second launch does (`merge.py`).
+    told not to merge (batch_invariant), a second launch does (`merge.py`), of
+    partials in fp32.
 
 Cluster
     The CTAs of two row blocks read the same keys: each loads half of every tile and multicasts it. A slot is filled again
@@ -154,7 +155,7 @@ class DecodeDense(SoftCap, Exchange, Shares):
         num_splits: cute.Tensor,  # int32 [batch + 1]
         out: cute.Tensor,  # [batch | 1, s_q | total_q, h_q, 512]
         lse: cute.Tensor,  # fp32 [batch | 1, h_q, s_q | total_q], natural log
-        out_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks, 64 * 512]; of a block in the order of `merge`
+        out_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks, 64 * 512]; of a block as `shares` says
         lse2_accum: cute.Tensor,  # fp32 [slots, h_kv * row blocks * 64], base 2
         arrivals: cute.Tensor,  # int32 [slots, h_kv * row blocks], 0 before and after; read only with is_merged
         attn_sink: cute.Tensor,  # fp32 [h_q], natural log; read only with has_sink

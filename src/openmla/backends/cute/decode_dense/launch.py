@@ -123,7 +123,8 @@ def launch(
         function: the exported function of a variant.
         operands: checked tensors.
         metadata, num_splits: the plan (`openmla.split.schedule`); metadata int32 [ranges, num_parts, 8].
-        out_accum: fp32 [pieces, h_kv * row blocks, 64 * 512], a block in the order that `merge` describes.
+        out_accum: fp32 [pieces, h_kv * row blocks, 64 * 512], a block in the order that `merge` describes; with arrivals as
+            `shares` does, in half of these bytes.
         lse2_accum: fp32 [pieces, h_kv * row blocks * 64], base 2.
         s_q: query tokens per request, the longest with cu_seqlens_q.
         chunk_blocks: piece length of batch_invariant, else 0.

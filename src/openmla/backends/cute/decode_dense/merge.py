@@ -2,6 +2,8 @@
 
     m = max_i lse_i      w_i = 2^(lse_i - m)      out = sum_i w_i out_i / sum_i w_i      lse = m + log2(sum_i w_i)
 
+By a second launch, where the decode kernel does not merge itself (`shares`): with batch_invariant, and in `decode_fp8`.
+
 Partials are fp32 and lie at slot = num_splits[request] + split; sums run in a fixed order, so the bits repeat. Requests
 of one piece were finished by the decode kernel: their CTAs leave after reading two integers.
 
