@@ -32,11 +32,11 @@ NAN = float("nan")
 
 @cache
 def compiled(
-    cap: float = 0.0, is_exchanged: bool = False, polls: int = exchange.POLLS, loaders: int = 1
+    cap: float = 0.0, is_exchanged: bool = False, polls: int = exchange.POLLS, loaders: int = 1, slots: int = 10
 ) -> tuple[Program, int]:
     mods = (soft_cap(cap),) if cap else ()
     plain = dense.variant("bf16", 576, 64, 64, 1)
-    schedule = {"q_regs": 6, "slots": 11} if loaders == 2 else {}
+    schedule = {"q_regs": 6, "slots": 11} if slots == 11 else {}
     config = replace(plain, is_exchanged=is_exchanged, loaders=loaders, mods=mods, **schedule)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "POLLS", polls)
@@ -47,7 +47,9 @@ def compiled(
 class Call:
     """One problem with everything in it that must not matter poisoned, and a launch of it that merges."""
 
-    def __init__(self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0, loaders=1, sizes=()) -> None:
+    def __init__(
+        self, lengths, *, h_q=64, s_q=1, parts=3, sink=False, cap=0.0, times=1.0, loaders=1, slots=10, sizes=()
+    ) -> None:
         gen = torch.Generator().manual_seed(0)
         used, batch = [-(-length // 64) for length in lengths], len(lengths)
         pages = sum(used) + 2
@@ -63,7 +65,7 @@ class Call:
         self.kv[order[sum(used) :].long()] = NAN
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
         self.q = (times * torch.randn(batch, s_q, h_q, 576, generator=gen)).bfloat16()
-        self.cap, self.loaders = cap, loaders
+        self.cap, self.loaders, self.slots = cap, loaders, slots
         self.sink = torch.randn(h_q, generator=gen) if sink else None
         plan = plan_decode(lengths, parts, overhead_blocks=1)
         self.metadata = plan.tile_scheduler_metadata().view(plan.ranges, parts, 8)
@@ -77,7 +79,7 @@ class Call:
 
     def run(self, seed: int, grid=None) -> None:
         """One launch. `grid`: the CTAs (row block, part) that take part."""
-        program, smem = compiled(self.cap, loaders=self.loaders)
+        program, smem = compiled(self.cap, loaders=self.loaders, slots=self.slots)
         for poisoned in (self.out, self.lse, self.out_accum, self.lse2_accum):
             poisoned.fill_(NAN)
         self.launch(program, smem, seed, grid)
@@ -131,9 +133,9 @@ class Call:
         assert self.fault.item() == 0
 
 
-@pytest.mark.parametrize(("loaders", "seeds"), [(1, (1, 2)), (2, (1,))])
-def test_pieces_are_merged_by_whoever_computed_them_in_any_order(loaders, seeds):
-    call = Call((300, 130, 0), parts=4, sink=True, loaders=loaders)
+@pytest.mark.parametrize(("loaders", "slots", "seeds"), [(1, 10, (1, 2)), (2, 10, (1,)), (2, 11, (1,))])
+def test_pieces_are_merged_by_whoever_computed_them_in_any_order(loaders, slots, seeds):
+    call = Call((300, 130, 0), parts=4, sink=True, loaders=loaders, slots=slots)
     pieces = call.num_splits.diff().tolist()
     assert sorted(pieces)[1] > 1, "two requests must be split"
     assert bool((call.metadata[:, 0] < call.metadata[:, 1]).any()), "a part must have pieces of two"
@@ -174,14 +176,15 @@ def test_partials_of_half_the_bytes_hold_values_of_any_size(loaders):
     call.check()
 
 
-def test_the_share_of_an_only_piece_stays_in_shared_memory():
-    call = Call((200,), h_q=40, s_q=2, parts=4, loaders=2)
+@pytest.mark.parametrize(("slots", "is_halved"), [(10, True), (11, False)])
+def test_the_share_of_an_only_piece_stays_in_shared_memory(slots, is_halved):
+    call = Call((200,), h_q=40, s_q=2, parts=4, loaders=2, slots=slots)
     assert call.num_splits.tolist() == [0, 4], "a part has one piece"
     call.run(3)
     call.check()
-    pieces = call.out_accum[:4, :, : 32 * 512]
+    pieces = call.out_accum[:4, :, : 32 * 512 if is_halved else None]
     assert pieces.isnan().any(dim=-1).all(), "what stays does not go to memory"
-    assert call.out_accum[:4, :, 32 * 512 + 64 :].isnan().all(), "half of the bytes, and the scales"
+    assert call.out_accum[:4, :, 32 * 512 + 64 :].isnan().all() == is_halved, "half of the bytes, and the scales"
 
 
 def test_a_part_that_does_not_come_is_waited_for():

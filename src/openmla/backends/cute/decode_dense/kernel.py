@@ -1247,9 +1247,9 @@ class DecodeDense(SoftCap, Exchange, Shares):
                 if c.is_merged != 0:
                     self.store_halves(c, accs, split_slot, index, half)
                 else:
-                    self.store_units(c, accs, split_slot, half)
+                    self.store_units(c, accs, split_slot, index, half)
             else:
-                self.store_units(c, accs, split_slot, half)
+                self.store_units(c, accs, split_slot, index, half)
         else:
             for side in cutlass.range_constexpr(2):
                 row = c.m_block * 64 + row0 + 8 * side

@@ -101,7 +101,9 @@ class Shares:
     # ------------------------------------------------------------------ partials in fp32
 
     @cute.jit
-    def store_units(self, c: cutlass.Constexpr, accs: cutlass.Constexpr, split_slot: Int32, half: Int32):
+    def store_units(
+        self, c: cutlass.Constexpr, accs: cutlass.Constexpr, split_slot: Int32, index: Int32, half: Int32
+    ):  # fmt: skip
         """A warp's part of a partial."""
         block = c.out_accum[split_slot, c.kv_head * c.row_blocks + c.m_block, None].iterator
         thread = cute.arch.shuffle_sync_bfly(c.thread, 0)
@@ -111,8 +113,14 @@ class Shares:
         )
         for h in cutlass.range_constexpr(2):
             quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
-            for i in cutlass.range_constexpr(16):
-                cute.autovec_copy(quads[None, i], units[None, i, h])
+            if const_expr(self.keeps_share and not self.is_halved):
+                stays = self.is_own(c, index, half, h)
+                if not stays:
+                    for i in cutlass.range_constexpr(16):
+                        cute.autovec_copy(quads[None, i], units[None, i, h])
+            else:
+                for i in cutlass.range_constexpr(16):
+                    cute.autovec_copy(quads[None, i], units[None, i, h])
 
     # ------------------------------------------------------------------ the merge
 

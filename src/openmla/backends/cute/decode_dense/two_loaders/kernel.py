@@ -60,7 +60,7 @@ class TwoLoaders(DecodeDense):
     @property
     def keeps_share(self) -> bool:
         """A soft cap has no registers left for it: 13 would spill."""
-        return self.is_halved
+        return self.config.cap is None
 
     @property
     def is_odd(self) -> bool:
@@ -364,14 +364,27 @@ class TwoLoaders(DecodeDense):
         Both halves have counted their piece, so nobody reads the ring any more.
         """
         lane = cute.arch.shuffle_sync_bfly(c.lane, 0)
-        ring = cute.recast_ptr(c.s_ring.iterator, None, Int32)
-        units = (ring + (c.warp * (32 * 128) + half * (16 * 128) + lane * 4)).align(16)
-        for h in cutlass.range_constexpr(2):
-            if self.is_own(c, index, half, h):
-                self.put_halves(accs[h], cute.make_tensor(units + h * 1024, cute.make_layout((4, 8), stride=(1, 128))))
+        if const_expr(self.is_halved):
+            ring = cute.recast_ptr(c.s_ring.iterator, None, Int32)
+            words = (ring + (c.warp * (32 * 128) + half * (16 * 128) + lane * 4)).align(16)
+            for h in cutlass.range_constexpr(2):
+                if self.is_own(c, index, half, h):
+                    eight = cute.make_tensor(words + h * 1024, cute.make_layout((4, 8), stride=(1, 128)))
+                    self.put_halves(accs[h], eight)
+        else:
+            ring = cute.recast_ptr(c.s_ring.iterator, None, Float32)
+            units = cute.make_tensor(
+                (ring + (c.warp * (64 * 128) + half * (32 * 128) + lane * 4)).align(16),
+                cute.make_layout((4, 16, 2), stride=(1, 128, 16 * 128)),
+            )
+            for h in cutlass.range_constexpr(2):
+                if self.is_own(c, index, half, h):
+                    quads = cute.make_tensor(accs[h].iterator, cute.make_layout((4, 16)))
+                    for i in cutlass.range_constexpr(16):
+                        cute.autovec_copy(quads[None, i], units[None, i, h])
 
     @cute.jit
     def is_own(self, c: cutlass.Constexpr, index: Int32, half: Int32, h: cutlass.Constexpr) -> Boolean:
-        """Whether this warp's eight units of a partial are of the share that this CTA merges, so that they need not leave it."""
+        """Whether this warp's sixteenth of a partial are of the share that this CTA merges, so that they need not leave it."""
         following = cute.arch.shuffle_sync_bfly(index, 0) + 1 & PIECES - 1  # not kept in a register, which would spill
         return (c.own[following] >> c.warp * 4 + half * 2 + h) & 1 != 0
