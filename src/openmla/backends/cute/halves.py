@@ -2,7 +2,7 @@
 
 A group of numbers of one row, those of a thread or of several that share it, is stored as fp16 of x * 2^k, with k such that
 the largest of them is in [2^14, 2^15), and beside it the scale 2^-k as bf16, which holds every power of two. So a number loses
-2^-11 of itself while it is at most 2^29 below the largest of its group, whatever that is, and 2^-39 of the largest behind. NaN
+2^-11 of itself while it is at most 2^28 below the largest of its group, whatever that is, and 2^-39 of the largest behind. NaN
 and infinity stay what they are. bf16 would lose 2^-8, as much as the rounding of a bf16 result does.
 
 Whoever merges multiplies the weight of a piece by its scale and adds up in fp32: nothing is done to every number but the
