@@ -25,7 +25,7 @@ Which column, which key (permutations are free in the dimension that is summed, 
     of the product, column 2 g + 1 row g + 8. So a lane ends with pairs of neighbouring columns and stores them.
 
 Budget (checked by tests/compile/test_decode_sparse.py against tests/compile/budgets_sparse.toml)
-    shared memory 222,208 of 232,448 bytes; registers 224 math, 56 producers, no spills. With more for math ptxas waits for
+    shared memory 223,232 of 232,448 bytes; registers 224 math, 56 producers, no spills. With more for math ptxas waits for
     every wgmma (its remark C7512), and so it does where scores and values are under way at the same time.
 
 Synchronisation
@@ -154,6 +154,7 @@ class Swapped(DecodeSparse):
             known: cute.struct.MemRange[Int64, 1]
             verdict: cute.struct.MemRange[Int32, 1]
             rows: cute.struct.Align[cute.struct.MemRange[Float32, 2 * 64], 16]
+            limit: cute.struct.Align[cute.struct.MemRange[Float32, 64], 16]
             fit: cute.struct.Align[cute.struct.MemRange[Float32, 64], 16]
             factor: cute.struct.Align[cute.struct.MemRange[Float32, 2 * 64], 16]
             warp_peak: cute.struct.Align[cute.struct.MemRange[Float32, 4 * 64], 16]
@@ -215,7 +216,7 @@ class Swapped(DecodeSparse):
             **{name: pointer(name) for name in (
                 "full", "empty", "p_full", "q_raw", "q_full", "q_empty", "piece_full", "piece_empty", "known",
             )},
-            **{f"{name}_base": base(name) for name in ("rows", "fit", "factor", "warp_peak", "warp_sum", "q", "p", "raw")},
+            **{f"{name}_base": base(name) for name in ("rows", "limit", "fit", "factor", "warp_peak", "warp_sum", "q", "p", "raw")},
             piece=store.piece.get_tensor(cute.make_layout((FIELDS, PIECES))),
             plan=store.plan.get_tensor(cute.make_layout(4)),
             valid=store.valid.get_tensor(cute.make_layout((4, TILES))),
@@ -444,8 +445,8 @@ class Swapped(DecodeSparse):
         scores = c.qk.make_fragment_C(c.qk.partition_shape_C((64, 64)))
         accs = [c.pv.make_fragment_C(c.pv.partition_shape_C((64, 64))) for _ in range(4)]
 
-        # Tiles before this piece; phases of P by buffer; pieces.
-        before, p_phase, piece, void = Int32(0), Int32(0), Int32(0), Int32(0)
+        # Tiles before this piece; phases of the own P and of the other; pieces.
+        before, p_own, p_other, piece, void = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         tiles = self.next_piece(c, Int32(0))
         while tiles > 0:
             if piece == 0:
@@ -460,14 +461,14 @@ class Swapped(DecodeSparse):
                 acc.fill(0.0)
             # Every second tile is this warpgroup's: its scores, the values of the one before beside its weights, its values.
             j = c.group
+            slot, phase = (before + j) % TILES, (before + j) // TILES & 1
             if j >= tiles:
                 self.arrive(c.q_empty)
             while j < tiles:
-                slot, phase = (before + j) % TILES, (before + j) // TILES & 1
                 self.scores_of(c, s, scores, slot, phase)
                 if j > 0:
-                    v = self.await_values(c, (before + j + TILES - 1) % TILES, c.group ^ 1, p_phase)
-                    p_phase = p_phase ^ (Int32(2) >> c.group)
+                    v = self.await_values(c, slot - 1 if slot > 0 else Int32(TILES - 1), c.group ^ 1, p_other)
+                    p_other = p_other ^ 1
                     warpgroup.wait_group(0)
                     if j + 2 >= tiles:
                         self.arrive(c.q_empty)
@@ -478,15 +479,19 @@ class Swapped(DecodeSparse):
                     if j + 2 >= tiles:
                         self.arrive(c.q_empty)
                     l0, l1 = self.weights(c, s, scores, slot, c.group, l0, l1)
-                v = self.await_values(c, slot, c.group, p_phase)
-                p_phase = p_phase ^ (Int32(1) << c.group)
+                v = self.await_values(c, slot, c.group, p_own)
+                p_own = p_own ^ 1
                 l0, l1 = self.follow(c, s, accs, c.group, l0, l1)
                 self.values_of(c, s, v, accs, c.group)
                 j += 2
+                slot += 2
+                if slot >= TILES:
+                    slot -= TILES
+                    phase = phase ^ 1
             warpgroup.wait_group(0)
             if (j == tiles) & (void == 0):
-                v = self.await_values(c, (before + tiles - 1) % TILES, c.group ^ 1, p_phase)
-                p_phase = p_phase ^ (Int32(2) >> c.group)
+                v = self.await_values(c, (before + tiles - 1) % TILES, c.group ^ 1, p_other)
+                p_other = p_other ^ 1
                 l0, l1 = self.follow(c, s, accs, c.group ^ 1, l0, l1)
                 self.values_of(c, s, v, accs, c.group ^ 1)
                 warpgroup.wait_group(0)
@@ -513,7 +518,7 @@ class Swapped(DecodeSparse):
             write_only_types=[Int32],
             read_only_args=[worst],
         )
-        if (c.group == 0) & (c.thread == 0):
+        if (c.group == 0) & (c.warp == 0) & (lane == 0):
             verdict[0] = void
             if void != 0:
                 redo[c.part, c.token, c.m_block] = Int32(1)
@@ -527,6 +532,7 @@ class Swapped(DecodeSparse):
         if c.group == 0:
             if c.warp == 0:
                 self.store_pair(c.rows_base + lane * 16, Float32(NO_MAXIMUM), Float32(NO_MAXIMUM))
+                self.store_pair(c.limit_base + lane * 8, Float32(NO_MAXIMUM), Float32(NO_MAXIMUM))
         t, hi = lane % 4, lane // 4 % 2
         for y in cutlass.range_constexpr(2):
             row = (c.group * 4 + c.warp) * 8 + 4 * y + lane // 8
@@ -567,6 +573,7 @@ class Swapped(DecodeSparse):
             lane = self.fresh_lane(c)
             f0, f1 = self.take_pair(c.fit_base + lane * 8, 0)
             self.store_pair(c.rows_base + lane * 16, Float32(NO_MAXIMUM), Float32(NO_MAXIMUM))
+            self.store_pair(c.limit_base + lane * 8, Float32(NO_MAXIMUM), Float32(NO_MAXIMUM))
             self.store_pair(c.rows_base + lane * 16 + 8, f0, f1)
         cute.arch.barrier(barrier_id=3, number_of_threads=256)
 
@@ -602,8 +609,8 @@ class Swapped(DecodeSparse):
         """S^T of one tile: nine groups of four products, the keys of one converted while the one before is multiplied."""
         cute.arch.mbarrier_wait(c.full + (slot * 4 + c.warp), phase)
         lane = self.fresh_lane(c)
-        first = c.raw_base + slot * TILE_BYTES + (16 * c.warp + lane // 4) * ROW
-        chunk_from = first + lane % 4 * 32
+        first = c.raw_base + slot * TILE_BYTES + (16 * c.warp + (lane >> 2)) * ROW
+        chunk_from = first + (lane & 3) * 32
         scales = cute.make_rmem_tensor(2, Int32)
         raw = cute.make_rmem_tensor(8, Int32)
         worst = Int32(0)
@@ -685,7 +692,7 @@ class Swapped(DecodeSparse):
     @cute.jit
     def await_values(self, c: cutlass.Constexpr, slot: Int32, buf: Int32, p_phase: Int32) -> Scope:
         """Wait for the weights in a buffer, which says too that the maximum is final; the first sixteen keys of their tile."""
-        cute.arch.mbarrier_wait(c.p_full + buf, (p_phase >> buf) & 1)
+        cute.arch.mbarrier_wait(c.p_full + buf, p_phase)
         v = self.value_places(c, slot)
         self.take_values(v, 0)
         return v
@@ -723,22 +730,19 @@ class Swapped(DecodeSparse):
         present = c.valid[c.warp, slot]
         if present != 0xFFFF:
             for side in cutlass.range_constexpr(2):
-                if (present >> (lane // 4 + 8 * side)) & 1 == 0:
+                if (present >> ((lane >> 2) + 8 * side)) & 1 == 0:
                     for x in cutlass.range_constexpr(16):
                         acc[x // 2 * 4 + 2 * side + x % 2] = -Float32.inf
-        tops = [-Float32.inf] * 4
+        over = [cutlass.Boolean(False)] * 4
         for i in cutlass.range_constexpr(8):
-            p0, p1, f0, f1 = self.take_rows_of(c, lane, i)
+            limits = self.take_pair(c.limit_base + (lane & 3) * 8, 32 * i)
             for e in cutlass.range_constexpr(2):
-                f, p = (f0, p0) if e == 0 else (f1, p1)
-                top = self.product(cute.arch.fmax(acc[4 * i + e], acc[4 * i + 2 + e]), f) - p
-                tops[2 * (i % 2) + e] = cute.arch.fmax(tops[2 * (i % 2) + e], top)
-        top = cute.arch.fmax(cute.arch.fmax(tops[0], tops[1]), cute.arch.fmax(tops[2], tops[3]))
-        over = Int32(1) if top > Float32(LAZY_LOG2 + BIAS) else Int32(0)
+                over[2 * (i % 2) + e] |= cute.arch.fmax(acc[4 * i + e], acc[4 * i + 2 + e]) > limits[e]
+        is_over = Int32(1) if (over[0] | over[1]) | (over[2] | over[3]) else Int32(0)
         need = cute.arch.inline_ptx(
             "{ .reg .pred p, q; setp.ne.s32 p, {$r0}, 0; bar.red.or.pred q, {$r1}, 128, p; selp.b32 {$w0}, 1, 0, q; }",
             write_only_types=[Int32],
-            read_only_args=[over, c.group + 1],
+            read_only_args=[is_over, c.group + 1],
         )
         if need != 0:
             l0, l1 = self.raise_peaks(c, lane, acc, buf, l0, l1)
@@ -750,12 +754,12 @@ class Swapped(DecodeSparse):
     @cute.jit
     def quarter(self, c: cutlass.Constexpr, lane: Int32, acc: cute.Tensor, buf: Int32, q: cutlass.Constexpr):
         """Weights of sixteen rows, P^T: a line of 128 bytes per key, rows side by side, 128-byte swizzle."""
-        to = c.p_base + buf * 8192 + (16 * c.warp + lane % 16) * 128 + ((lane // 16) ^ (lane % 8)) * 16
+        to = c.p_base + buf * 8192 + (16 * c.warp + (lane & 15)) * 128 + ((lane >> 4) ^ (lane & 7)) * 16
         for i in cutlass.range_constexpr(2 * q, 2 * q + 2):
             p0, p1, f0, f1 = self.take_rows_of(c, lane, i)
             for x in cutlass.range_constexpr(4):
                 f, p = (f0, p0) if x % 2 == 0 else (f1, p1)
-                acc[4 * i + x] = cute.math.exp2(self.product(acc[4 * i + x], f) - p, fastmath=True)
+                acc[4 * i + x] = cute.math.exp2((acc[4 * i + x] - p) * f, fastmath=True)
         words = cute.make_rmem_tensor(4, Int32)
         for x in cutlass.range_constexpr(4):
             words[x] = cute.arch.inline_ptx(
@@ -803,42 +807,47 @@ class Swapped(DecodeSparse):
 
     @cute.jit
     def raise_peaks(self, c: cutlass.Constexpr, lane: Int32, acc: cute.Tensor, buf: Int32, l0: Float32, l1: Float32):
-        """A score exceeds its row's reference by 2^8: the largest of the tile becomes the reference, of every row."""
+        """A weight would exceed 2^8 of its bias: the largest score of the tile becomes the reference, of every row.
+
+        References are scores as the products leave them, less what the bias is there: the difference is taken before it becomes
+        a logit, so logits of 10^9 lose nothing in it.
+        """
         rows = cute.make_rmem_tensor(16, Float32)
         for i in cutlass.range_constexpr(8):
-            _, _, f0, f1 = self.take_rows_of(c, lane, i)
             for e in cutlass.range_constexpr(2):
-                rows[2 * i + e] = self.product(cute.arch.fmax(acc[4 * i + e], acc[4 * i + 2 + e]), f0 if e == 0 else f1)
+                rows[2 * i + e] = cute.arch.fmax(acc[4 * i + e], acc[4 * i + 2 + e])
         x0, x1 = self.fold(lane, rows, True)
         self.store_pair(c.warp_peak_base + c.warp * 256 + lane * 8, x0, x1)
         m0, m1 = self.take_pair(c.rows_base + lane * 16, 0)
+        f0, f1 = self.take_pair(c.rows_base + lane * 16, 8)
+        unit0, unit1 = Float32(1.0) / f0, Float32(1.0) / f1
         cute.arch.barrier(barrier_id=c.group + 1, number_of_threads=128)
         n0, n1 = m0, m1
         for w in cutlass.range_constexpr(4):
             x0, x1 = self.take_pair(c.warp_peak_base + lane * 8, 256 * w)
-            n0, n1 = cute.arch.fmax(n0, x0 - Float32(BIAS)), cute.arch.fmax(n1, x1 - Float32(BIAS))
-        f0, f1 = cute.math.exp2(m0 - n0, fastmath=True), cute.math.exp2(m1 - n1, fastmath=True)
+            n0 = cute.arch.fmax(n0, x0 - Float32(BIAS) * unit0)
+            n1 = cute.arch.fmax(n1, x1 - Float32(BIAS) * unit1)
+        g0, g1 = f0, f1
+        f0, f1 = cute.math.exp2((m0 - n0) * g0, fastmath=True), cute.math.exp2((m1 - n1) * g1, fastmath=True)
         if c.warp == 0:
+            room = Float32(LAZY_LOG2 + BIAS)
+            limit0, limit1 = n0 + room * unit0, n1 + room * unit1
+            # Rounded up, with logits of 10^8, they would let weights of 2^28 pass; fp16 ends at 2^16.
+            limit0 = n0 if (limit0 - n0) * g0 > room + 0.5 else limit0
+            limit1 = n1 if (limit1 - n1) * g1 > room + 0.5 else limit1
             self.store_pair(c.rows_base + lane * 16, n0, n1)
+            self.store_pair(c.limit_base + lane * 8, limit0, limit1)
             self.store_pair(c.factor_base + buf * 256 + lane * 8, f0, f1)
         cute.arch.barrier(barrier_id=c.group + 1, number_of_threads=128)
         return l0 * f0, l1 * f1
 
     @cute.jit
-    def product(self, x: Float32, y: Float32):
-        """Rounded by itself: the reference is such a product, and in one operation with its subtraction logits of 10^9 would be
-        hundreds off from it."""
-        return cute.arch.inline_ptx(
-            "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
-        )  # fmt: skip
-
-    @cute.jit
     def take_rows_of(self, c: cutlass.Constexpr, lane: Int32, i: cutlass.Constexpr):
-        """References of rows 8 i + 2 t and the next, then the factors that make logits of their products."""
+        """References of rows 8 i + 2 t and the next, then the factors that make logits of differences from them."""
         return cute.arch.inline_ptx(
             "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0} + " + str(64 * i) + "];",
             write_only_types=[Float32] * 4,
-            read_only_args=[c.rows_base + lane % 4 * 16],
+            read_only_args=[c.rows_base + (lane & 3) * 16],
         )
 
     @cute.jit
@@ -870,7 +879,7 @@ class Swapped(DecodeSparse):
         """The reference moved with the weights in a buffer: O^T, and the sums if the other warpgroup moved it."""
         factors = cute.make_rmem_tensor(16, Float32)
         lane = self.fresh_lane(c)
-        self.take_rows(c.factor_base + buf * 256 + lane % 4 * 8, factors)
+        self.take_rows(c.factor_base + buf * 256 + (lane & 3) * 8, factors)
         for acc in accs:
             for x in cutlass.range_constexpr(32):
                 acc[x] = acc[x] * factors[x // 4 * 2 + x % 2]
@@ -919,8 +928,8 @@ class Swapped(DecodeSparse):
         base = c.raw_base + slot * TILE_BYTES
         return Scope(
             slot=slot,
-            value_from=base + lane % 16 * ROW + c.group * 256 + c.warp * 64 + lane // 16 * 16,
-            scale_from=base + lane % 4 * (2 * ROW) + 512 + c.group * 8 + c.warp // 2 * 4,
+            value_from=base + (lane & 15) * ROW + c.group * 256 + c.warp * 64 + (lane >> 4) * 16,
+            scale_from=base + (lane & 3) * (2 * ROW) + 512 + c.group * 8 + (c.warp >> 1) * 4,
             raw=cute.make_rmem_tensor(8, Int32),
             scales=cute.make_rmem_tensor(4, Int32),
         )
@@ -999,6 +1008,8 @@ class Swapped(DecodeSparse):
         """Sums of all warps, log-sum-exp, and this warp's 64 columns of O^T."""
         lane = self.fresh_lane(c)
         m0, m1 = self.take_pair(c.rows_base + lane * 16, 0)
+        f0, f1 = self.take_pair(c.rows_base + lane * 16, 8)
+        m0, m1 = m0 * f0, m1 * f1
         self.store_pair(c.warp_sum_base + (c.group * 4 + c.warp) * 256 + lane * 8, l0, l1)
         cute.arch.barrier(barrier_id=3, number_of_threads=256)
         l0, l1 = Float32(0.0), Float32(0.0)
