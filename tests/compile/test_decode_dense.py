@@ -112,6 +112,22 @@ def test_eleven_slots_where_several_clusters_read_the_same_keys():
     assert replace(plain, is_exchanged=True) in dense.EXCHANGED
 
 
+def test_partials_are_halved_where_requests_are_fewer_than_half_of_the_parts():
+    def is_halved(**changes):
+        return dense.configs(problem(**changes), H100)[0].is_halved
+
+    assert is_halved(batch=32, total_q=32)  # 66 parts
+    assert not is_halved(batch=33, total_q=33)
+    assert is_halved(h_q=64, batch=65, total_q=65)  # 132
+    assert not is_halved(h_q=64, batch=66, total_q=66)
+    assert not is_halved(dtype=torch.float16, layout=kv_layout("fp16_576"))
+    assert not is_halved(is_batch_invariant=True), "the launch that merges reads fp32"
+    assert not is_halved(s_q=2, total_q=8), "several clusters"
+    assert is_halved(s_q=2, total_q=8, page_size=48), "none"
+    for changes in ({"is_exchanged": True}, {"mods": (soft_cap(30.0),)}):
+        assert not replace(dense.configs(problem(), H100)[0], **changes).is_halved
+
+
 def test_names_tell_variants_apart():
     names = [config.name for config in (*dense.VARIANTS, *dense.EXCHANGED)]
     assert len(set(names)) == len(names)

@@ -37,7 +37,7 @@ def compiled(
     mods = (soft_cap(cap),) if cap else ()
     plain = dense.variant("bf16", 576, 64, 64, 1)
     schedule = {"q_regs": 6, "slots": 11} if slots == 11 else {}
-    config = replace(plain, is_exchanged=is_exchanged, loaders=loaders, mods=mods, **schedule)
+    config = replace(plain, is_halved=slots == 10, is_exchanged=is_exchanged, loaders=loaders, mods=mods, **schedule)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "POLLS", polls)
         smem = build(config, Path(folder)).resources.dynamic_smem_bytes

@@ -139,8 +139,7 @@ class DecodeDense(SoftCap, Exchange, Shares):
         self.config = config
         self.dtype = cutlass.BFloat16 if config.dtype == "bf16" else cutlass.Float16
         self.smem_bytes = 0
-        # fp16 rounds its results no more coarsely than halves would; several clusters of two merge little
-        self.is_halved = config.dtype == "bf16" and config.q_regs == 4 and not config.mods and not config.is_exchanged
+        self.is_halved = config.is_halved
         self.units = HALVED_UNITS if self.is_halved else UNITS
 
     @cute.jit
