@@ -262,8 +262,10 @@ def num_parts(problem: DecodeProblem, target: Target) -> int:
 
 
 def overhead_blocks(config: Config) -> int:
-    """What a piece costs beside its tiles, in the plan: a partial of 64 rows is 84 KB, 147 before halves (0.4 % at batch 128 then, log 57
-    of decode_dense)."""
+    """What a piece costs beside its tiles, in the plan.
+
+    A partial of 64 rows is 84 KB. It was 147 when this was measured: 0.4 % at batch 128 (log 57 of decode_dense).
+    """
     return WIDE_OVERHEAD_BLOCKS if config.rows == MAX_WIDE_ROWS else OVERHEAD_BLOCKS
 
 
