@@ -51,7 +51,7 @@ from openmla.core.problem import DecodeProblem
 from openmla.core.target import Target
 out = Path(sys.argv[1])
 many, few = (decode.MANY_ROWS, families.build_many_rows), (decode.FEW_ROWS, families.build_few_rows)
-for h_q, batch, (kernel, build) in ((128, 64, many), (16, 64, few), (128, 1, few)):
+for h_q, batch, (kernel, build) in ((128, 64, many), (128, 4, many), (16, 64, few), (128, 1, few)):
     problem = DecodeProblem(batch, 1, batch, h_q, 1, 576, 512, torch.bfloat16, kv_layout("bf16_576"), 64, 64 * batch, 64)
     config = kernel.configs(problem, Target.preset("h100_sxm"))[0]
     link_bundle([build(config, out).object_path], out / f"{config.name}.so")
