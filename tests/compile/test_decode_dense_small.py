@@ -125,6 +125,13 @@ def test_a_refusal_names_its_reason(changes, reason):
     assert any(reason in why for why in verdict.reasons), verdict.reasons
 
 
+def test_64_rows_are_taken_where_memory_is_slow_enough_and_known():
+    assert small.supports(problem(**WIDE), H100)
+    for gbps in (4000, 4800, 0):
+        verdict = small.supports(problem(**WIDE), replace(H100, hbm_gbps=gbps))
+        assert any("a card of less than 4000 GB/s" in why for why in verdict.reasons), verdict.reasons
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -27,6 +27,7 @@ MAX_ROWS = 32  # query rows per KV head; more belong to decode_dense, but for
 MAX_WIDE_ROWS = 64  # of so many and so long requests: see `is_wide`
 WIDE_BATCH, WIDE_TOKENS, WIDE_OVERHEAD_BLOCKS = 128, 24576, 3
 WIDE_CACHE = (12288, 24576)  # tokens of the whole cache per request, at least and at most
+WIDE_GBPS = 4000  # memory rate from which 64 rows belong to decode_dense: 772 us here on an H200, whose peer takes 589
 WIDE_MARGIN = 20  # thousandths of an even share: 857.6 us at batch 128, 75 cost 893.1 (log 59 of decode_dense)
 WIDE_PARTIALS = 20  # partials of 64 rows that cost as much as a tile of every part
 GROUP_ROWS = 16
@@ -185,17 +186,19 @@ def is_paired(problem: DecodeProblem, target: Target) -> bool:
     )
 
 
-def is_wide(problem: DecodeProblem) -> bool:
+def is_wide(problem: DecodeProblem, target: Target) -> bool:
     """Whether 33 to 64 rows are better off here than with decode_dense, which has them in one block.
 
     They are for lengths that vary around 16384, batch 128: 851 instead of 874 us. Equal lengths are level (820), 4096, 8192
     and 32768 are 5, 3 and 1 to 2 % slower (log 61 of decode_dense). Lengths are not known here; the table's width says how
-    long one can be, and what the cache holds per request how long they can be on average (where none share pages).
+    long one can be, and what the cache holds per request how long they can be on average (where none share pages). With the
+    4,800 GB/s of an H200 this kernel's own work binds, not the keys.
     Which kernel runs may not depend on the batch where the bits may not.
     """
     least, most = (problem.batch * each for each in WIDE_CACHE)
     return (
         MAX_ROWS < rows_per_kv_head(problem) <= MAX_WIDE_ROWS
+        and 0 < target.hbm_gbps < WIDE_GBPS
         and problem.batch * problem.h_kv >= WIDE_BATCH
         and problem.max_pages * problem.page_size >= WIDE_TOKENS
         and least <= problem.num_pages * problem.page_size <= most
@@ -220,11 +223,11 @@ def supports(problem: DecodeProblem, target: Target) -> Verdict:
         (problem.d_qk in (576, 512), f"needs d_qk 576 or 512, got {problem.d_qk}"),
         (problem.d_v == D_V, f"needs d_v {D_V}, got {problem.d_v}"),
         (
-            1 <= rows <= MAX_ROWS or is_wide(problem),
+            1 <= rows <= MAX_ROWS or is_wide(problem, target),
             f"takes up to {MAX_ROWS} query rows per KV head (s_q * h_q / h_kv), got {rows} (multiples of {GROUP_ROWS} "
             f"also where batch * max_pages * page_size <= {_max_grouped_tokens(problem)} and h_kv = 1; up to {MAX_WIDE_ROWS} of "
             f"{WIDE_BATCH} and more requests in tables of {WIDE_TOKENS} tokens and more and a cache of {WIDE_CACHE[0]} to "
-            f"{WIDE_CACHE[1]} tokens per request)",
+            f"{WIDE_CACHE[1]} tokens per request on a card of less than {WIDE_GBPS} GB/s)",
         ),
         (1 <= problem.batch <= MAX_BATCH, f"takes a batch of 1 to {MAX_BATCH}, got {problem.batch}"),
         (problem.h_kv <= target.num_sms, f"needs an SM per KV head, got h_kv={problem.h_kv} on {target.num_sms} SMs"),
